@@ -18,7 +18,8 @@ from lens_kernels.validation import make_problem
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
 
-    from lens_kernels.validation import KeyWeights, LabelPairs
+    from lens_kernels.labels import LabelPairs
+    from lens_kernels.validation import KeyWeights
 
 
 def attention(

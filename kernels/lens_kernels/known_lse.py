@@ -26,7 +26,7 @@ from lens_kernels.validation import make_problem
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-    from lens_kernels.validation import LabelPairs
+    from lens_kernels.labels import LabelPairs
 
 SINK = 20.0
 """Large enough that a row sum of 1, or of 1,000, changes no float32 denominator by more than 2e-6; not so large that

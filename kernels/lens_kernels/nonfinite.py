@@ -97,6 +97,8 @@ def _finite(problem: Problem, result: BackendResult) -> bool:
     A sum is finite only where every number in it is; finite ones that overflow are told apart later. An
     infinity in a key may leave none in the output: its logits are -inf where the query is negative.
     """
+    if result.looked_at_values and problem.plan.bias is None:
+        return not result.infinite
     looked = [result.output]
     if result.infinite is None:
         looked += [problem.query, problem.key]

@@ -231,7 +231,8 @@ class BackendResult:
         tensors: name -> tensor for each of `problem.statistics` that is not `from_backward`, in the
             compute type and contiguous, and always `lse` (asked for or not: gradients need it).
         groups: the group states where `problem.groups` is given.
-        infinite: whether any `q.k` was not finite, hidden ones included; None where `run` did not look.
+        infinite: whether any query, key or `q.k` was not finite, hidden ones included; None where `run` did not look.
+        looked_at_values: whether `infinite` speaks of values too.
     """
 
     output: Tensor
@@ -239,6 +240,7 @@ class BackendResult:
     groups: AttentionGroups | None = None
     from_backward: dict[str, Tensor | None] = field(default_factory=dict)
     infinite: bool | None = None
+    looked_at_values: bool = False
 
 
 def statistic_shape(

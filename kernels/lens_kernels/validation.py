@@ -6,12 +6,13 @@ Every refusal says what was expected, what came and what to do.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from lens_kernels.labels import read_groups, read_labels
 from lens_kernels.masks import lower_mask
 from lens_kernels.nonfinite import clean_padding
 from lens_kernels.problem import Problem
@@ -19,7 +20,6 @@ from lens_kernels.statistics import resolve_statistics
 from lens_kernels.types import AttentionMask
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-MAX_GROUPS = 4
 LARGEST = 2**31 - 1
 """Of what counts positions: kernels hold them in 32 bits."""
 LONG_BLOCK = 4096
@@ -29,11 +29,10 @@ FURTHEST_CAP = 1e30
 DIFFERENTIABLE = frozenset({"entropy", "block_mass", "received"})
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int
+    from jaxtyping import Float
 
-    QueryLabels = Int[Tensor, "queries"] | Int[Tensor, "batch queries"]
-    KeyLabels = Int[Tensor, "keys"] | Int[Tensor, "batch keys"]
-    LabelPairs = Sequence[tuple[QueryLabels, KeyLabels]]
+    from lens_kernels.labels import LabelPairs
+
     KeyWeights = Float[Tensor, "batch heads keys"] | Float[Tensor, "batch kv_heads keys"]
 
 
@@ -74,8 +73,8 @@ def make_problem(
             "AttentionMask(allowed=...), an additive one as AttentionMask(bias=...)"
         )
     plan = lower_mask(mask or AttentionMask(), query, key)
-    query_labels, key_labels = _labels(match, query, key)
-    group_ids, group_count = _groups(groups, batch, keys, query.device)
+    query_labels, key_labels = read_labels(match, query, key)
+    group_ids, group_count = read_groups(groups, batch, keys, query.device)
     if not isinstance(group_outputs, bool):
         raise TypeError(f"group_outputs must be True or False, got {group_outputs!r}")
     weights = _key_weights(key_weights, query, key, compute_dtype)
@@ -234,87 +233,6 @@ def _sink_logits(sinks: Tensor | None, query: Tensor, dtype: torch.dtype) -> Ten
             "sink_logits must hold no NaN and no +inf; -inf means no sink in that head"
         )
     return sinks.to(dtype)
-
-
-def _labels(
-    match: LabelPairs | None, query: Tensor, key: Tensor
-) -> tuple[Tensor | None, Tensor | None]:
-    """Stacked label vectors [batch, queries | keys, pairs], int32."""
-    if match is None:
-        return None, None
-    if not isinstance(match, Sequence) or isinstance(match, str):
-        raise TypeError(f"match must be a list of pairs of labels, got {match!r}"[:200])
-    if not len(match):
-        raise ValueError("match is empty; give at least one (query_labels, key_labels) or None")
-    columns: tuple[list[Tensor], list[Tensor]] = ([], [])
-    for number, pair in enumerate(match):
-        if not isinstance(pair, tuple | list) or len(pair) != 2:
-            raise ValueError(
-                f"match[{number}] must be a pair (query_labels, key_labels), got "
-                f"{type(pair).__name__}"
-            )
-        sides = (("query", query.shape[2]), ("key", key.shape[2]))
-        for (side, count), labels, column in zip(sides, pair, columns, strict=True):
-            name = f"{side} labels of match[{number}]"
-            column.append(_label_vector(name, labels, query, count))
-    query_labels, key_labels = (
-        _packed(side, column) for side, column in zip(("query", "key"), columns, strict=True)
-    )
-    return query_labels, key_labels
-
-
-def _label_vector(name: str, labels: Tensor, query: Tensor, count: int) -> Tensor:
-    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dtype == torch.bool:
-        kind = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
-        raise TypeError(f"{name} must be an integer tensor, got {kind}")
-    if labels.device != query.device:
-        raise ValueError(f"{name} are on {labels.device}, the query on {query.device}; move them")
-    batch = query.shape[0]
-    if tuple(labels.shape) not in ((count,), (batch, count)):
-        raise ValueError(
-            f"{name} must be [{count}] or [batch, ...] = [{batch}, {count}], got "
-            f"{list(labels.shape)}"
-        )
-    labels = labels if labels.dtype.is_signed else labels.to(torch.int64)
-    return labels.expand(batch, count)
-
-
-def _packed(side: str, columns: list[Tensor]) -> Tensor:
-    """[batch, positions, pairs] int32 with the pairs outermost in memory, -1 for labels that never match."""
-    labels, most = torch.stack(columns), torch.iinfo(torch.int32).max
-    if labels.dtype != torch.int64:
-        return labels.clamp(min=-1).to(torch.int32).movedim(0, -1)
-    low, high = torch.stack(labels.aminmax()).tolist()
-    if high > most:
-        number = int((labels > most).flatten(1).any(1).int().argmax())
-        raise ValueError(
-            f"{side} labels of match[{number}] must fit 32 bits (below {most + 1}); number the distinct "
-            "labels with torch.unique(labels, return_inverse=True)"
-        )
-    labels = labels if low >= -1 else labels.clamp(min=-1)
-    return labels.to(torch.int32).movedim(0, -1)
-
-
-def _groups(
-    groups: Tensor | None, batch: int, keys: int, device: torch.device
-) -> tuple[Tensor | None, int]:
-    if groups is None:
-        return None, 0
-    if groups.is_floating_point() or groups.dtype == torch.bool:
-        raise TypeError(f"groups must hold integers 0..{MAX_GROUPS - 1}, got {groups.dtype}")
-    if tuple(groups.shape) != (batch, keys):
-        raise ValueError(
-            f"groups must be [batch, keys] = [{batch}, {keys}], got {list(groups.shape)}"
-        )
-    if groups.device != device:
-        raise ValueError(f"groups is on {groups.device}, the query on {device}; move it there")
-    smallest, largest = (int(bound) for bound in groups.aminmax())
-    if smallest < 0 or largest >= MAX_GROUPS:
-        raise ValueError(
-            f"groups must lie in 0..{MAX_GROUPS - 1} (at most {MAX_GROUPS} groups), got "
-            f"{smallest}..{largest}; join groups or call attention more than once"
-        )
-    return groups.to(torch.int32).contiguous(), largest + 1
 
 
 def _block_mask(

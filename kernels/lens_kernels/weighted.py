@@ -34,7 +34,7 @@ from lens_kernels.weighted_reference import run_reference
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-    from lens_kernels.validation import LabelPairs
+    from lens_kernels.labels import LabelPairs
 
 _SUMS = frozenset({"prefix_mass", "match_mass", "value_norm", "received", "diagonal", "block_mass"})
 """Those that the backends of `attention` give for weights made of softmaxes."""

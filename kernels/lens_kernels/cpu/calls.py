@@ -203,9 +203,11 @@ class ForwardCall(_Call):
             tensors[name] = means[0].contiguous() if single else means.movedim(0, -1).contiguous()
         if problem.wants("value_norm"):
             tensors["value_norm"] = self.output.norm(dim=-1).contiguous()
-        infinite = bool(self.infinite.value) if self.few else None
         output = self.output.to(problem.query.dtype)
-        return BackendResult(output, tensors, self.groups, infinite=infinite)
+        infinite = bool(self.infinite.value)
+        return BackendResult(
+            output, tensors, self.groups, infinite=infinite, looked_at_values=not self.few
+        )
 
 
 class BackwardCall(_Call):

@@ -99,6 +99,37 @@ INLINE void factors(const State *t, const float *logit, float *out) {
   for (int64_t r = 0; r < t->q.lanes; r += LANES) store(out + r, exponential(load(logit + r) - load(t->lse + r)));
 }
 
+/* Whether rows [from, to) are whole vectors of their own: lanes beyond the last row count as nothing. */
+INLINE int is_whole(const State *t, int64_t from, int64_t to) {
+  return from % LANES == 0 && (to % LANES == 0 || to == t->q.rows);
+}
+
+/* sum of x * factor over rows [from, to) */
+static float summed(const State *t, const float *x, const float *factor, int64_t from, int64_t to) {
+  float sum = 0.0f;
+  if (is_whole(t, from, to)) {
+    vec part = splat(0.0f);
+    for (int64_t r = from; r < to; r += LANES) part += load(x + r) * load(factor + r);
+    return total(part);
+  }
+  for (int64_t r = from; r < to; r++) sum += x[r] * factor[r];
+  return sum;
+}
+
+/* The largest of `most` and x over rows [from, to). */
+static float raised(float most, const float *x, int64_t from, int64_t to) {
+  if (from % LANES == 0 && to % LANES == 0) {
+    float lanes[LANES];
+    vec best = splat(most);
+    for (int64_t r = from; r < to; r += LANES) best = greater(load(x + r), best);
+    store(lanes, best);
+    for (int i = 0; i < LANES; i++) most = lanes[i] > most ? lanes[i] : most;
+    return most;
+  }
+  for (int64_t r = from; r < to; r++) most = x[r] > most ? x[r] : most;
+  return most;
+}
+
 /* Block maps of the query blocks that this tile covers; a block taller than a tile is added up over its tiles. */
 static void finish_blocks(State *t, int64_t *seen_rows) {
   const Forward *a = t->a;
@@ -127,23 +158,15 @@ static void finish_blocks(State *t, int64_t *seen_rows) {
       const float *part_sum = t->w->part_sum + i * ROWS, *part_max = t->w->part_max + i * ROWS;
       const float *part_weighted = t->w->part_weighted + i * ROWS;
       const int64_t to = t->w->parts[i].block;
-      float factor[ROWS], sum = 0.0f, weighted_sum = 0.0f;
+      float factor[ROWS], highest[ROWS];
       factors(t, strip->pivot, factor);
-      if (mass) {
-        for (int64_t row = r; row < stop; row++) sum += part_sum[row] * factor[row];
-        mass[to] += sum;
-      }
-      if (weighted) {
-        for (int64_t row = r; row < stop; row++) weighted_sum += part_weighted[row] * factor[row];
-        weighted[to] += weighted_sum;
-      }
+      if (mass) mass[to] += summed(t, part_sum, factor, r, stop);
+      if (weighted) weighted[to] += summed(t, part_weighted, factor, r, stop);
       if (max) {
-        float highest[ROWS];
         factors(t, part_max, highest);
-        for (int64_t row = r; row < stop; row++) max[to] = highest[row] > max[to] ? highest[row] : max[to];
+        max[to] = raised(max[to], highest, r, stop);
       }
-      if (logit)
-        for (int64_t row = r; row < stop; row++) logit[to] = part_max[row] > logit[to] ? part_max[row] : logit[to];
+      if (logit) logit[to] = raised(logit[to], part_max, r, stop);
     }
     if (t->q.start + stop == block_end) {
       for (int64_t i = 0; *seen_rows && i < plan->key_blocks; i++) {
@@ -156,29 +179,62 @@ static void finish_blocks(State *t, int64_t *seen_rows) {
   }
 }
 
+/* P' of key k of a strip over all rows with these factors, lane by lane. */
+INLINE vec over_rows(const State *t, const Strip *strip, const float *factor, int64_t k) {
+  vec sum = splat(0.0f);
+  for (int64_t r = 0; r < t->q.lanes; r += LANES) {
+    Column c = column(strip->p, strip->keys, r, t->q.lanes);
+    sum += load(c.first + k * c.step) * load(factor + r);
+  }
+  return sum;
+}
+
+/* The same along diagonals: each vector of rows takes the key that is as much further on as its rows are. */
+INLINE vec over_diagonals(const State *t, const Strip *strip, const float *factor, int64_t k, const int inside) {
+  vec sum = splat(0.0f);
+  for (int64_t r = 0; r < t->q.lanes; r += LANES) {
+    Column c = column(strip->p, strip->keys, r, t->q.lanes);
+    if (inside || (k + r >= 0 && k + r < strip->keys)) sum += load(c.first + (k + r) * c.step) * load(factor + r);
+  }
+  return sum;
+}
+
+/* Adds a strip to the diagonals: `to` is the entry of lane 0 and key 0. The next key's entries lie one lower: what is summed
+ * moves up by a lane, and a lane that leaves is complete. Masked lanes may lie outside: they add 0 in the slack round the
+ * array. */
+static void add_diagonals(const State *t, const Strip *strip, const float *factor, float *to) {
+  vec sum = splat(0.0f), complete = sum;
+  int64_t k = LANES - t->q.lanes;
+  for (int64_t held = 0; k < strip->keys; k++) {
+    const int inside = k >= 0 && k + t->q.lanes - LANES < strip->keys;
+    complete = moved_up(sum, complete);
+    sum = moved_up(splat(0.0f), sum);
+    if (++held == LANES) {
+      store(to - k + LANES, load(to - k + LANES) + complete);
+      complete = splat(0.0f), held = 0;
+    }
+    sum += inside ? over_diagonals(t, strip, factor, k, 1) : over_diagonals(t, strip, factor, k, 0);
+  }
+  k--;
+  store(to - k + LANES, load(to - k + LANES) + complete);
+  store(to - k, load(to - k) + sum);
+}
+
 static void finish_columns(State *t, float *received, float *diagonal) {
   for (int64_t i = 0; i < t->strip_count; i++) {
     const Strip *strip = t->w->strips + i;
     float factor[ROWS];
     factors(t, strip->pivot, factor);
-    if (received)
-      for (int64_t k = 0; k < strip->keys; k++) {
-        vec sum = splat(0.0f);
-        for (int64_t r = 0; r < t->q.lanes; r += LANES) {
-          Column c = column(strip->p, strip->keys, r, t->q.lanes);
-          sum += load(c.first + k * c.step) * load(factor + r);
-        }
-        received[strip->start + k] += total(sum);
+    if (received) {
+      int64_t k = 0;
+      for (; k + LANES <= strip->keys; k += LANES) {
+        vec sums[LANES];
+        float *to = received + strip->start + k;
+        UNROLL for (int lane = 0; lane < LANES; lane++) sums[lane] = over_rows(t, strip, factor, k + lane);
+        store(to, load(to) + totals(sums));
       }
-    if (diagonal)
-      for (int64_t r = 0; r < t->q.lanes; r += LANES) {
-        Column c = column(strip->p, strip->keys, r, t->q.lanes);
-        vec scale = load(factor + r);
-        /* Entry of lane 0 and key 0. Masked lanes may lie outside: they add 0 in the slack round the array. */
-        float *to = diagonal + (t->q.anchor + r - strip->start - t->a->first_distance);
-        for (int64_t phase = 0; phase < LANES; phase++) /* neighbours in the inner loop never overlap */
-          for (int64_t k = phase; k < strip->keys; k += LANES)
-            store(to - k, load(to - k) + load(c.first + k * c.step) * scale);
-      }
+      for (; k < strip->keys; k++) received[strip->start + k] += total(over_rows(t, strip, factor, k));
+    }
+    if (diagonal) add_diagonals(t, strip, factor, diagonal + (t->q.anchor - strip->start - t->a->first_distance));
   }
 }

@@ -34,6 +34,7 @@ static void query_tile(const Plan *plan, Scratch *w, int64_t head, int64_t tile,
     memset(sums->features, 0, 4 * ROWS * a->features);
     memset(sums->matched, 0, 4 * ROWS * a->pairs);
   }
+  mark_labels(&t);
   for (int64_t start = 0, stop; start < in->keys; start = stop) {
     stop = least(start + plan->key_tile, plan->split ? (start / in->key_block + 1) * in->key_block : in->keys);
     stop = least(stop, in->keys);
@@ -64,6 +65,7 @@ static Scratch lay_out(const Plan *plan, Layout *layout) {
   w.key = take(layout, 4 * plan->key_tile * in->head_dim);
   w.value = take(layout, 4 * (plan->key_tile + 1) * plan->value_width);
   w.pairs = take(layout, plan->brain ? 2 * ROWS * (plan->key_tile + 1) : 0);
+  w.marks = take(layout, a->pairs * (int64_t)sizeof(Marks));
   w.part_sum = take(layout, 4 * ROWS * parts);
   w.part_max = take(layout, 4 * ROWS * parts);
   w.part_weighted = take(layout, a->block_weighted ? 4 * ROWS * parts : 0);
@@ -77,6 +79,16 @@ static Scratch lay_out(const Plan *plan, Layout *layout) {
   return w;
 }
 
+/* Looks at this unit's share of the queries, and of the keys and values of its head if it is the first that reads them. */
+static int is_finite_share(const Plan *plan, int64_t head, int64_t chunk) {
+  const Inputs *in = &plan->args->in;
+  const int64_t batch = head / in->heads, share = in->heads / in->kv_heads, own = head % in->heads;
+  if (!is_finite_part(&in->query, batch, own, in->queries, in->head_dim, chunk, plan->cut.chunks)) return 0;
+  if (own % share) return 1;
+  return is_finite_part(&in->key, batch, own / share, in->keys, in->head_dim, chunk, plan->cut.chunks) &&
+         is_finite_part(&in->value, batch, own / share, in->keys, in->value_dim, chunk, plan->cut.chunks);
+}
+
 static void run_unit(void *argument, char *scratch, int64_t unit) {
   const Plan *plan = argument;
   const Inputs *in = &plan->args->in;
@@ -86,6 +98,7 @@ static void run_unit(void *argument, char *scratch, int64_t unit) {
   float *received = plan->received ? plan->received + unit * in->keys : NULL;
   float *diagonal = plan->diagonal ? plan->diagonal + unit * plan->diagonal_width + SLACK : NULL;
   int64_t seen_rows = 0;
+  if (!is_finite_share(plan, head, chunk)) __atomic_store_n(plan->args->infinite, 1, __ATOMIC_RELAXED);
   for (int64_t tile = plan->cut.chunk_start[chunk]; tile < plan->cut.chunk_start[chunk + 1]; tile++) {
     if (in->poison) memset(w.query, 0xff, (size_t)(scratch + layout.size - (char *)w.query));
     query_tile(plan, &w, head, tile, received, diagonal, &seen_rows);

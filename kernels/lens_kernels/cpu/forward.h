@@ -28,7 +28,7 @@ typedef struct {
   float *group_lse, *group_max_logit, *group_entropy, *group_concentration, *group_distance; /* [groups, batch, heads, queries] */
   float *mean_value_norm;      /* [batch, heads, queries]; by lens_decode alone */
   int64_t few;                 /* few queries: lens_decode does it; no groups, no blocks */
-  int64_t *infinite;           /* with few: becomes 1 where a product of a query and a key is not finite */
+  int64_t *infinite;           /* becomes 1 where a query, key or value is not finite; with few, where a product q.k is not */
 } Forward;
 
 int lens_decode(const Forward *a);

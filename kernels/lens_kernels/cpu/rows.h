@@ -95,6 +95,33 @@ static inline const float *read_rows(float *buffer, const Operand *x, int64_t at
   return buffer;
 }
 
+/* Whether none of `dim` numbers is NaN or infinite. */
+static inline int is_finite_row(const Operand *x, int64_t at, int64_t dim) {
+  const int32_t top = x->type == F16 ? 0x7c00 : x->type == BF16 ? 0x7f80 : 0x7f800000; /* the exponent of those */
+  int64_t d = 0;
+  ivec bad = splat_int(0);
+  int found;
+  if (x->type == F32) {
+    const int32_t *p = (const int32_t *)x->data + at;
+    for (; d + LANES <= dim; d += LANES) bad |= (load_int(p + d) & splat_int(top)) == splat_int(top);
+    for (found = any_set(bad); d < dim; d++) found |= (p[d] & top) == top;
+  } else {
+    const uint16_t *p = (const uint16_t *)x->data + at;
+    for (; d + LANES <= dim; d += LANES)
+      bad |= (__builtin_convertvector(*(const short_any *)(p + d), ivec) & splat_int(top)) == splat_int(top);
+    for (found = any_set(bad); d < dim; d++) found |= (p[d] & top) == top;
+  }
+  return !found;
+}
+
+/* The same of rows [part / parts, (part + 1) / parts) of the rows of one head. */
+static inline int is_finite_part(const Operand *x, int64_t batch, int64_t head, int64_t rows, int64_t dim, int64_t part,
+                                 int64_t parts) {
+  int64_t at = batch * x->batch + head * x->head;
+  for (int64_t i = rows * part / parts; i < rows * (part + 1) / parts; i++)
+    if (!is_finite_row(x, at + i * x->row, dim)) return 0;
+  return 1;
+}
 
 /* --- a tile of query rows --- */
 

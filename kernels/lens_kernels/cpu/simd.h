@@ -8,6 +8,9 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
 
 #if defined(__AVX512F__)
 enum { LANES = 16, NV = 4 };
@@ -42,7 +45,23 @@ INLINE ivec load_int(const int32_t *p) { return *(const ivec_any *)p; }
 INLINE vec splat(float x) { return x - (vec){0}; }
 INLINE ivec splat_int(int32_t x) { return x - (ivec){0}; }
 INLINE vec choose(ivec mask, vec yes, vec no) { return (vec)((mask & (ivec)yes) | (~mask & (ivec)no)); }
-INLINE vec greater(vec a, vec b) { return choose(a > b, a, b); }
+/* The larger; b where one is NaN. */
+INLINE vec greater(vec a, vec b) {
+#if defined(__AVX512F__)
+  return (vec)_mm512_max_ps((__m512)a, (__m512)b); /* compilers make three operations of the other line */
+#else
+  return choose(a > b, a, b);
+#endif
+}
+INLINE int any_set(ivec mask) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
+#else
+  int found = 0;
+  for (int lane = 0; lane < LANES; lane++) found |= mask[lane];
+  return found != 0;
+#endif
+}
 INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 INLINE float most_of(float a, float b) { return a > b ? a : b; }
@@ -90,7 +109,8 @@ INLINE vec totals(vec *x) {
 #endif
 }
 
-/* exp(x) for x <= 0 to 1 ulp; 0 below the smallest normal number; NaN stays NaN. */
+/* exp(x) for x <= 0 to 1 ulp; 0 below the smallest normal number; NaN stays NaN. The polynomial is the best of its
+ * degree in relative error, 3e-9, with both first coefficients 1. */
 INLINE vec exponential(vec x) {
   const vec low = splat(-87.33f), magic = splat(12582912.0f); /* 1.5 * 2^23: rounds, leaves n in the low bits */
   ivec vanishes = x < low;
@@ -99,13 +119,13 @@ INLINE vec exponential(vec x) {
   vec n = shifted - magic;
   vec r = x - n * splat(0.693359375f);
   r = r - n * splat(-2.12194440e-4f);
-  vec p = splat(1.9875691500e-4f);
-  p = p * r + splat(1.3981999507e-3f);
-  p = p * r + splat(8.3334519073e-3f);
-  p = p * r + splat(4.1665795894e-2f);
-  p = p * r + splat(1.6666665459e-1f);
-  p = p * r + splat(5.0000001201e-1f);
-  p = p * (r * r) + r + splat(1.0f);
+  vec p = splat(1.3814540e-3f);
+  p = p * r + splat(8.3687452e-3f);
+  p = p * r + splat(4.1668391e-2f);
+  p = p * r + splat(1.6666520e-1f);
+  p = p * r + splat(4.9999993e-1f);
+  p = p * r + splat(1.0f);
+  p = p * r + splat(1.0f);
   ivec power = ((ivec)shifted << 23) + splat_int(0x3f800000);
   return (vec)(~vanishes & (ivec)(p * (vec)power));
 }
@@ -123,6 +143,18 @@ INLINE vec hyperbolic_tangent(vec y) {
   series = series * y2 - splat(1.0f / 3);
   vec near = y + y * y2 * series;
   return choose(size < splat(0.25f), near, far);
+}
+
+/* Lane 0: the last of `low`; the others: those of `high`, one up. */
+INLINE vec moved_up(vec low, vec high) {
+#if defined(__AVX512F__)
+  return (vec)_mm512_alignr_epi32((__m512i)high, (__m512i)low, LANES - 1);
+#else
+  float side_by_side[2 * LANES];
+  store(side_by_side, low);
+  store(side_by_side + LANES, high);
+  return load(side_by_side + LANES - 1);
+#endif
 }
 
 /* --- matrix products --- */

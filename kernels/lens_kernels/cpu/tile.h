@@ -4,6 +4,7 @@
 
 enum {
   GROUPS = 4,
+  MARKS = 1024, /* bits for labels */
   SLACK = ROWS + COLS, /* entries on either side of the diagonals, for masked lanes */
 };
 
@@ -26,11 +27,18 @@ typedef struct {
   float *features, *matched; /* [features][ROWS], [pairs][ROWS] */
 } Sums;
 
+/* The labels of the rows of a tile: the least, the largest, and bits, each of which may stand for several labels. */
+typedef struct {
+  int32_t low, high;
+  uint64_t bits[MARKS / 64];
+} Marks;
+
 typedef struct {
   float *query, *query_rows; /* see Rows */
   float *p, *s;       /* P' of one strip, or of all when column statistics are wanted; logits of a mixed tile */
   float *key, *value; /* copies of a key tile, where it cannot be read in place */
   uint32_t *pairs;    /* P' of a strip as pairs of bfloat16 */
+  Marks *marks;       /* [pairs] */
   float *part_sum, *part_max, *part_weighted; /* [parts][ROWS]: sum of p, largest logit, sum of p * weight */
   float *block_row;                           /* [key_blocks]: block mass when only top_keys is wanted */
   Strip *strips;
@@ -49,6 +57,9 @@ typedef struct {
   int64_t diagonal_width;
 } Plan;
 
+/* The bit of a label. */
+INLINE uint32_t mark_of(int32_t label) { return (uint32_t)label * 2654435761u >> 22; }
+
 /* Everything about the tile that is being computed. */
 typedef struct {
   const Plan *plan;
@@ -63,14 +74,13 @@ typedef struct {
 static void largest(State *t, float *p, int64_t keys, int64_t from, int64_t to, float *out) {
   for (int64_t r = 0; r < t->q.lanes; r += LANES) {
     Column c = column(p, keys, r, t->q.lanes);
-    vec best0 = splat(-INFINITY), best1 = best0;
+    vec best[4];
+    UNROLL for (int i = 0; i < 4; i++) best[i] = splat(-INFINITY);
     int64_t k = from;
-    for (; k + 2 <= to; k += 2) {
-      best0 = greater(load(c.first + k * c.step), best0);
-      best1 = greater(load(c.first + (k + 1) * c.step), best1);
-    }
-    if (k < to) best0 = greater(load(c.first + k * c.step), best0);
-    store(out + r, greater(best0, best1));
+    for (; k + 4 <= to; k += 4)
+      UNROLL for (int i = 0; i < 4; i++) best[i] = greater(load(c.first + (k + i) * c.step), best[i]);
+    for (; k < to; k++) best[0] = greater(load(c.first + k * c.step), best[0]);
+    store(out + r, greater(greater(best[0], best[1]), greater(best[2], best[3])));
   }
 }
 
@@ -125,8 +135,7 @@ static int is_zero(const float *x, int64_t n) {
   int64_t i = 0;
   ivec bits = splat_int(0);
   for (; i + LANES <= n; i += LANES) bits |= load(x + i) != splat(0.0f);
-  int found = 0;
-  for (int lane = 0; lane < LANES; lane++) found |= bits[lane] != 0;
+  int found = any_set(bits);
   for (; i < n; i++) found |= x[i] != 0.0f;
   return !found;
 }
@@ -142,7 +151,7 @@ static void accumulate_features(State *t, Sums *sums, float *p, int64_t start, i
     int any = 0; /* of a mark of few keys (a prefix) most tiles have none */
     for (int64_t i = 0; i < AT_ONCE; i++) {
       feature[i] = first + (f + (i < count ? i : 0)) * stride;
-      any = any || !is_zero(feature[i], keys);
+      any = any || (i < count && !is_zero(feature[i], keys));
     }
     for (int64_t r = 0; r < t->q.lanes; r += LANES) {
       Column c = column(p, keys, r, t->q.lanes);
@@ -159,32 +168,34 @@ static void accumulate_features(State *t, Sums *sums, float *p, int64_t start, i
   }
 }
 
-/* The least and the largest of n > 0 numbers. */
-static void bounds(const int32_t *x, int64_t n, int32_t *low, int32_t *high) {
-  ivec least_of = splat_int(x[0]), most_of_all = least_of;
-  int64_t i = 0;
-  for (; i + LANES <= n; i += LANES) {
-    ivec part = load_int(x + i), less = part < least_of, more = part > most_of_all;
-    least_of = (less & part) | (~less & least_of);
-    most_of_all = (more & part) | (~more & most_of_all);
-  }
-  *low = *high = x[0];
-  for (int lane = 0; lane < LANES; lane++) {
-    *low = least_of[lane] < *low ? least_of[lane] : *low;
-    *high = most_of_all[lane] > *high ? most_of_all[lane] : *high;
-  }
-  for (; i < n; i++) {
-    *low = x[i] < *low ? x[i] : *low;
-    *high = x[i] > *high ? x[i] : *high;
+/* What the labels of a tile's rows are: a key that is not among them matches no row. */
+static void mark_labels(State *t) {
+  const Inputs *in = &t->a->in;
+  for (int64_t f = 0; f < t->a->pairs; f++) {
+    const int32_t *label = t->a->query_labels + (f * in->batch + t->q.batch) * in->queries + t->q.start;
+    Marks *marks = t->w->marks + f;
+    *marks = (Marks){.low = INT32_MAX, .high = -1};
+    for (int64_t r = 0; r < t->q.rows; r++) {
+      if (label[r] < 0) continue;
+      marks->low = label[r] < marks->low ? label[r] : marks->low;
+      marks->high = label[r] > marks->high ? label[r] : marks->high;
+      marks->bits[mark_of(label[r]) / 64] |= 1ull << mark_of(label[r]) % 64;
+    }
   }
 }
 
-/* Whether the ranges of two lists of labels overlap: of positions, those of most tiles do not. */
-static int meets(const int32_t *query, int64_t queries, const int32_t *key, int64_t keys) {
-  int32_t low[2], high[2];
-  bounds(query, queries, &low[0], &high[0]);
-  bounds(key, keys, &low[1], &high[1]);
-  return low[0] <= high[1] && low[1] <= high[0];
+/* The keys whose labels may be one of those, and how many they are. */
+static int64_t marked_keys(const Marks *marks, const int32_t *label, int64_t keys, int32_t *found) {
+  int64_t k = 0, count = 0;
+  ivec near = splat_int(0); /* of positions, most tiles have none between the least and the largest */
+  for (; k + LANES <= keys; k += LANES) near |= (load_int(label + k) >= splat_int(marks->low)) & (load_int(label + k) <= splat_int(marks->high));
+  int any = any_set(near);
+  for (; k < keys; k++) any |= label[k] >= marks->low && label[k] <= marks->high;
+  for (k = 0; any && k < keys; k++) {
+    found[count] = (int32_t)k;
+    count += marks->bits[mark_of(label[k]) / 64] >> mark_of(label[k]) % 64 & 1;
+  }
+  return count;
 }
 
 static void accumulate_matches(State *t, Sums *sums, float *p, int64_t start, int64_t keys) {
@@ -193,20 +204,19 @@ static void accumulate_matches(State *t, Sums *sums, float *p, int64_t start, in
   for (int64_t f = 0; f < a->pairs; f++) {
     const int32_t *key = a->key_labels + (f * in->batch + t->q.batch) * in->keys + start;
     const int32_t *query = a->query_labels + (f * in->batch + t->q.batch) * in->queries + t->q.start;
-    const int may_meet = meets(query, t->q.rows, key, keys);
+    int32_t marked[COLS];
+    const int64_t count = marked_keys(t->w->marks + f, key, keys, marked);
     for (int64_t r = 0; r < t->q.lanes; r += LANES) {
       Column c = column(p, keys, r, t->q.lanes);
-      int32_t label[LANES];
-      for (int64_t i = 0; i < LANES; i++) label[i] = query[least(r + i, t->q.rows - 1)];
-      ivec wanted = load_int(label);
-      vec sum[AT_ONCE] = {0};
-      int64_t k = may_meet ? 0 : keys;
-      for (; k + AT_ONCE <= keys; k += AT_ONCE)
-        UNROLL for (int i = 0; i < AT_ONCE; i++)
-          sum[i] += (vec)((wanted == splat_int(key[k + i])) & (ivec)load(c.first + (k + i) * c.step));
-      for (; k < keys; k++) sum[0] += (vec)((wanted == splat_int(key[k])) & (ivec)load(c.first + k * c.step));
-      vec matched = (sum[0] + sum[1]) + (sum[2] + sum[3]);
-      matched = (vec)((wanted >= splat_int(0)) & (ivec)matched); /* a negative label matches nothing */
+      vec matched = splat(0.0f);
+      if (count) {
+        int32_t label[LANES];
+        for (int64_t i = 0; i < LANES; i++) label[i] = query[least(r + i, t->q.rows - 1)];
+        ivec wanted = load_int(label);
+        for (int64_t i = 0; i < count; i++)
+          matched += (vec)((wanted == splat_int(key[marked[i]])) & (ivec)load(c.first + marked[i] * c.step));
+        matched = (vec)((wanted >= splat_int(0)) & (ivec)matched); /* a negative label matches nothing */
+      }
       float *to = sums->matched + f * ROWS + r;
       store(to, load(to) * load(t->alpha + r) + matched);
     }
@@ -294,13 +304,22 @@ static Strip *new_strip(State *t, int64_t start, int64_t keys) {
   return strip;
 }
 
+/* Whether keys of several groups are among these. */
+static int is_mixed(const int32_t *group, int64_t keys) {
+  ivec other = splat_int(0);
+  int64_t k = 0;
+  for (; k + LANES <= keys; k += LANES) other |= load_int(group + k) != splat_int(group[0]);
+  int found = any_set(other);
+  for (; k < keys; k++) found |= group[k] != group[0];
+  return found;
+}
+
 /* Keys [start, start + keys): the final logits, then one strip per group that occurs among them. */
 static void key_tile(State *t, int64_t start, int64_t keys) {
   const Forward *a = t->a;
   const Inputs *in = &a->in;
   const int32_t *group = a->groups ? a->group_of_key + t->q.batch * in->keys + start : NULL;
-  int mixed = 0;
-  for (int64_t k = 1; group && k < keys; k++) mixed |= group[k] != group[0];
+  const int mixed = group && is_mixed(group, keys);
   Strip *strip = mixed ? NULL : new_strip(t, start, keys);
   float *s = mixed ? t->w->s : strip->p;
 
