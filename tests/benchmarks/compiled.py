@@ -3,8 +3,9 @@
     python tests/benchmarks/compiled.py [--all] [--minutes 13]
 
 writes compiled.csv (one row a kernel) and COMPILED.md (the worst of each kernel and of each mask) beside this file.
-Compiled is what the table lacks, and what stands there from other sources than today's; with `--all` everything. After
-`--minutes` it stops: the rows that were reached are new, the others stay, and the next call goes on with them. Each row
+Compiled is what the table lacks, and what stands there from other sources than today's; with `--all` everything: first
+what most models run, causal attention in bfloat16 with heads of 64 and 128. Both files are written once a minute, and
+after `--minutes` it stops: the rows that were reached are new, the others stay, and the next call goes on with them. Each row
 tells the version of Triton and the sources it was made from. The jobs are those of tests/kernels/triton_offline.py,
 and tests/kernels/test_triton_compile.py holds the table to account.
 """
@@ -16,6 +17,7 @@ import json
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from subprocess import Popen
 from threading import Thread
@@ -30,6 +32,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 from tests.kernels import triton_offline  # noqa: E402
 
 ARCHES = (90, 80)
+_MASKS = ("causal", "apart", "decoding", "none", "window", "padding")
+"""Those that most models run, in that order."""
 TABLE = HERE / "compiled.csv"
 COLUMNS = (
     *triton_offline.CHOSEN,
@@ -102,8 +106,14 @@ def shipped() -> list[Row]:
     return [row for process in started for row in triton_offline.rows(process)]
 
 
-def compiled(known: list[Row], minutes: float) -> list[Row]:
-    """What is compiled beside `known` in that time."""
+def _importance(job: triton_offline.Job) -> tuple[bool, bool, int]:
+    """The least comes first."""
+    place = _MASKS.index(job.mask) if job.mask in _MASKS else len(_MASKS)
+    return job.dtype != "bfloat16", job.dim not in (64, 128), place
+
+
+def compile_beside(known: list[Row], minutes: float, keep: Callable[[list[Row]], None]) -> None:
+    """Compile what is not `known`, for that time; `keep` is handed all that there is, once a minute and at the end."""
     found: list[Row] = []
 
     def read(process: Popen[str]) -> None:
@@ -114,21 +124,24 @@ def compiled(known: list[Row], minutes: float) -> list[Row]:
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
         json.dump([triton_offline.key(row) for row in known], file)
         file.flush()
+        jobs = [str(job) for job in sorted(triton_offline.JOBS, key=_importance)]
         words = ("--known", file.name)
-        started = [triton_offline.start(arch, *words, complaints=None) for arch in ARCHES]
+        started = [triton_offline.start(arch, *jobs, *words, complaints=None) for arch in ARCHES]
         readers = [Thread(target=read, args=(process,)) for process in started]
         end = time.monotonic() + 60 * minutes
         for reader in readers:
             reader.start()
-        for process, reader in zip(started, readers, strict=True):
-            reader.join(max(0.0, end - time.monotonic()))
+        while (left := end - time.monotonic()) > 0 and any(one.is_alive() for one in readers):
+            next(one for one in readers if one.is_alive()).join(min(60.0, left))
+            keep(list(found))
+        for reader, process in zip(readers, started, strict=True):
             late = reader.is_alive()
             if late:
                 process.terminate()
                 reader.join()
             if process.wait() and not late:
                 raise SystemExit("the compiler failed; what it said stands above")
-    return found
+    keep(found)
 
 
 def main() -> None:
@@ -138,18 +151,22 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=13.0)
     given = parser.parse_args()
     old = _by_key(pd.read_csv(TABLE, keep_default_na=False).to_dict("records"))
-    kept = (
-        []
-        if given.all
-        else [row for rows in old.values() if all(map(_today, rows)) for row in rows]
-    )
-    new = _by_key(compiled(kept, given.minutes))
+    fresh = [rows for rows in old.values() if not given.all and all(map(_today, rows))]
     chosen = _by_key(shipped())
-    whole = {key: rows for key, rows in new.items() if len(rows) == len(chosen[key])}
-    rows = [row for key in chosen for row in (old | whole).get(key, [])]
-    write(rows)
-    missing, stale = chosen.keys() - old.keys() - whole.keys(), sum(not _today(row) for row in rows)
-    print(f"{len(whole)} compiled; {len(missing)} are missing, {stale} from other sources")
+
+    def keep(found: list[Row]) -> None:
+        new = _by_key(found)
+        whole = {key: rows for key, rows in new.items() if len(rows) == len(chosen[key])}
+        rows = [row for key in chosen for row in (old | whole).get(key, [])]
+        write(rows)
+        missing = chosen.keys() - old.keys() - whole.keys()
+        stale = sum(not _today(row) for row in rows)
+        print(
+            f"{len(whole)} compiled; {len(missing)} are missing, {stale} from other sources",
+            flush=True,
+        )
+
+    compile_beside([row for rows in fresh for row in rows], given.minutes, keep)
 
 
 def _by_key(rows: list[Row]) -> dict[tuple, list[Row]]:
