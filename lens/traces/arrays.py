@@ -12,6 +12,35 @@ from lens.traces.labels import MATCH_RULES
 from lens.traces.uniform import visible_queries
 
 
+class LayerArrays:
+    """Arrays of layers, taken one layer after the other: [layers, ...], with room for those that are expected.
+
+    A layer is copied when it comes, so that its own memory serves the next one.
+    """
+
+    def __init__(self, expected: int) -> None:
+        self._arrays: dict[str, np.ndarray] = {}
+        self._expected, self._count = max(1, expected), 0
+
+    def add(self, variables: Mapping[str, np.ndarray]) -> None:
+        """Take the next layer; every layer has the same names and shapes."""
+        count = self._count
+        for name, array in variables.items():
+            held = self._arrays.get(name)
+            if held is None or count == len(held):
+                wider = np.empty((max(2 * count, self._expected), *array.shape), array.dtype)
+                if held is not None:
+                    wider[:count] = held
+                held = self._arrays[name] = wider
+            held[count] = array
+        self._count += 1
+
+    def in_order(self, places: list[int]) -> dict[str, np.ndarray]:
+        """The layers that came at these places; not copied if these are all, in the order in which they came."""
+        chosen = slice(self._count) if places == list(range(self._count)) else places
+        return {name: array[chosen] for name, array in self._arrays.items()}
+
+
 def labelled(
     variables: Mapping[str, xr.Variable],
     layers: Sequence[int],

@@ -7,8 +7,9 @@ digits where it holds nearly all the mass.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from lens_kernels import AttentionGroups, AttentionResult
@@ -17,9 +18,8 @@ from lens.common.choices import is_whole
 from lens.common.errors import LensError
 from lens.passes.calls import LayerCall, Places, attend
 from lens.traces.labels import MATCH_RULES, Labels
-from lens.traces.layouts import bias_table, partition
-
-PREFIX = 4
+from lens.traces.layouts import bias_table
+from lens.traces.shared import PREFIX, Shared, make_shared, prefix_is_moved
 
 _KERNEL = (
     "lse",
@@ -56,6 +56,7 @@ class Settings:
         keep_qk: also keep q and k.
         backend: of `lens_kernels`.
         labels: the user's own, of the prompt that is run.
+        made: what layers that see the same tokens through the same mask share, of the last few masks.
     """
 
     variables: frozenset[str]
@@ -63,6 +64,9 @@ class Settings:
     keep_qk: bool
     backend: str
     labels: tuple[Labels, ...] = ()
+    made: deque[Shared] = field(
+        default_factory=lambda: deque(maxlen=4), init=False, compare=False, repr=False
+    )
 
     def with_labels(self, labels: tuple[Labels, ...]) -> Settings:
         """The same for a prompt with these labels."""
@@ -158,10 +162,9 @@ def measure(
 
     `attend` computes it, as that of `lens.passes.calls`.
     """
-    batch, _, queries, _ = call.query.shape
-    keys = call.key.shape[2]
-    names = settings.variables
-    result = _attention(call, settings, attend)
+    queries, keys, names = call.query.shape[2], call.key.shape[2], settings.variables
+    shared = _shared(call, settings)
+    result = _attention(call, settings, shared, attend)
     found = {
         name: result.statistics[name]
         for name in _KERNEL
@@ -183,14 +186,12 @@ def measure(
             found[name] = torch.full_like(found[name], torch.nan)
         found |= {name: of(call) for name, of in _OF_CROSS.items() if name in names}
     variables = {name: _to_cpu(tensor, torch.float32) for name, tensor in found.items()}
-    visible = call.mask.visible(batch, queries, keys)
-    variables["visible"] = _to_cpu(visible, torch.int32)
+    variables["visible"] = shared.visible
     if settings.keep_qk:
         variables["q"] = _to_cpu(call.query, _storable(call.query.dtype))
         variables["k"] = _to_cpu(call.key, _storable(call.key.dtype))
         if (table := bias_table(call)) is not None:
             variables["bias"] = table
-    ranges = call.mask.ranges()
     sinks = call.sink_logits
     record = LayerRecord(
         step=call.step,
@@ -212,8 +213,8 @@ def measure(
         sink_logits=None if sinks is None else _to_cpu(sinks, torch.float32),
         backend=result.backend,
         variables=variables,
-        seen=ranges,
-        partition=partition(call.mask) if ranges is None else None,
+        seen=shared.seen,
+        partition=shared.partition,
         query_places=call.query_places,
         key_places=call.key_places,
         extra=call.extra,
@@ -222,72 +223,36 @@ def measure(
 
 
 def _attention(
-    call: LayerCall, settings: Settings, attend: Callable[..., AttentionResult]
+    call: LayerCall, settings: Settings, shared: Shared, attend: Callable[..., AttentionResult]
 ) -> AttentionResult:
-    keys, names = call.key.shape[2], settings.variables
+    names = settings.variables
     statistics = {"lse", *names.intersection(_KERNEL)}
     statistics.update(kernel for variable, kernel in _BY_GROUP.items() if variable in names)
-    match = groups = None
-    # The prefix of the kernel begins with the first key, of which a window's cache has dropped some.
-    moved = "prefix_mass" in names and call.mask.start > 0
-    if "match_mass" in names or moved:
-        match = [*_rules(call), *(_own(label, call) for label in settings.labels)]
+    if shared.match is not None:
         statistics.add("match_mass")
-    if match is not None and moved:
+    if prefix_is_moved(call, names):
         statistics.discard("prefix_mass")
-        place = _places(call)
-        inside = (place >= 0) & (place < PREFIX)
-        every = torch.zeros_like(place[:, keys - call.query.shape[2] :])
-        match.append((every, inside.int() - 1))
-    if names.intersection(_BY_GROUP):
-        groups = (_places(call) != 0).int()
     return attend(
         call,
         block_size=settings.block_size,
         statistics=statistics,
-        match=match,
+        match=shared.match,
         prefix=PREFIX,
-        groups=groups,
+        groups=shared.groups,
         group_outputs=False,
         backend=settings.backend,
     )
 
 
-def _places(call: LayerCall) -> torch.Tensor:
-    """[batch, keys]: where each key stands in its prompt, 0 for the first real token."""
-    first = call.mask.first_token(len(call.query)).to(call.key.device)
-    return torch.arange(call.key.shape[2], device=call.key.device) - first[:, None]
-
-
-def _own(labels: Labels, call: LayerCall) -> tuple[torch.Tensor, torch.Tensor]:
-    """(query labels, key labels) of the positions of this call, by the user's own labels."""
-    queries, keys, start = call.query.shape[2], call.key.shape[2], call.mask.start
-    if call.cross or len(labels.key) < start + keys:
-        labels.check(start + keys)
-    query, key = (torch.from_numpy(one).to(call.key.device) for one in (labels.query, labels.key))
-    return query[start + keys - queries : start + keys], key[start : start + keys]
-
-
-def _rules(call: LayerCall) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """(query labels, key labels) for each of `MATCH_RULES`; -1 never matches."""
-    queries, keys = call.query.shape[2], call.key.shape[2]
-    key_position = torch.arange(keys, device=call.key.device)
-    if call.cross:  # nothing to compare
-        nothing = torch.zeros(queries, dtype=torch.long, device=call.key.device)
-        return [(nothing, torch.full_like(key_position, -1))] * len(MATCH_RULES)
-    position = key_position[keys - queries :]
-    tokens = torch.full_like(key_position, -1)[None] if call.tokens is None else call.tokens
-    own = tokens[:, keys - queries :].expand(len(call.query), -1)
-    tokens = tokens.expand(len(call.query), -1)
-    before = torch.full_like(tokens[:, :1], -1) if call.before is None else call.before[:, None]
-    token_before = torch.cat([before.expand(len(tokens), -1), tokens[:, :-1]], 1)
-    pairs = {
-        "current_token_position": (position, key_position),
-        "previous_token": (position - 1, key_position),
-        "same_token": (own, tokens),
-        "induction": (own, token_before),
-    }
-    return [pairs[rule] for rule in MATCH_RULES]
+def _shared(call: LayerCall, settings: Settings) -> Shared:
+    """Made once for all layers of a pass that see the same."""
+    for one in tuple(settings.made):
+        if one.serves(call):
+            return one
+    grouped = not settings.variables.isdisjoint(_BY_GROUP)
+    found = make_shared(call, settings.variables, settings.labels, grouped)
+    settings.made.append(found)
+    return found
 
 
 def _matched(mass: torch.Tensor, call: LayerCall) -> torch.Tensor:
@@ -297,6 +262,8 @@ def _matched(mass: torch.Tensor, call: LayerCall) -> torch.Tensor:
         absent = {"same_token", "induction"}
     elif not call.mask.causal:  # induction looks back only; here a row sees later keys too
         absent = {"induction"}
+    if not absent:
+        return mass
     columns = torch.tensor([rule in absent for rule in MATCH_RULES], device=mass.device)
     own = columns.new_zeros(mass.shape[-1] - len(columns))
     return mass.masked_fill(torch.cat([columns, own]), torch.nan)
@@ -306,18 +273,23 @@ def _by_group(
     lse: torch.Tensor, groups: AttentionGroups, names: frozenset[str]
 ) -> dict[str, torch.Tensor]:
     """Mass of the first key and of the rest; entropy and distance of the rest, NaN where none is."""
-    first = groups.lse[0]
-    rest = groups.lse[1] if len(groups.lse) > 1 else torch.full_like(first, -torch.inf)
-    is_empty = torch.isneginf(lse)
+    states = {"first_mass": groups.lse[0]}
+    if len(groups.lse) > 1:
+        states["rest_mass"] = groups.lse[1]
+    is_empty = lse == -torch.inf
     found = {
-        "first_mass": (first - lse).exp().masked_fill(is_empty, 0),
-        "rest_mass": (rest - lse).exp().masked_fill(is_empty, 0),
+        name: (state - lse).exp_().masked_fill_(is_empty, 0)
+        for name, state in states.items()
+        if name in names
     }
-    for variable in ("entropy_sink_excluded", "distance_sink_excluded"):
-        if variable in names:
-            of_rest = groups.statistics[_BY_GROUP[variable]][-1]
-            found[variable] = of_rest.masked_fill(torch.isneginf(rest), torch.nan)
-    return {name: tensor for name, tensor in found.items() if name in names}
+    if "rest_mass" in names and "rest_mass" not in states:
+        found["rest_mass"] = torch.zeros_like(lse)
+    rest = states.get("rest_mass")
+    for variable in names.intersection(("entropy_sink_excluded", "distance_sink_excluded")):
+        of_rest = groups.statistics[_BY_GROUP[variable]][-1]
+        is_none = torch.ones_like(is_empty) if rest is None else rest == -torch.inf
+        found[variable] = of_rest.masked_fill(is_none, torch.nan)
+    return found
 
 
 def strongest_keys(call: LayerCall) -> torch.Tensor:
@@ -363,4 +335,5 @@ def _storable(dtype: torch.dtype) -> torch.dtype:
 
 
 def _to_cpu(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return tensor.detach().to("cpu", dtype)
+    is_there = tensor.dtype == dtype and tensor.device.type == "cpu" and not tensor.requires_grad
+    return tensor if is_there else tensor.detach().to("cpu", dtype)

@@ -17,7 +17,7 @@ from lens.common.errors import LensError
 from lens.common.files import as_path
 from lens.common.head_ids import AnyHead, HeadId, head_id, layers_in_words
 from lens.common.plots import draw, viewer
-from lens.traces.arrays import labelled
+from lens.traces.arrays import LayerArrays, labelled
 from lens.traces.html import trace_html
 from lens.traces.overlays import Overlay, Token, overlay
 from lens.traces.store import (
@@ -307,15 +307,16 @@ class TraceWriter:
     """Takes a trace layer by layer, in memory or into a folder.
 
     With a folder each layer is written when it comes and then forgotten, so that memory does not
-    grow with the number of layers.
+    grow with the number of layers. `expected` layers get their room at once.
 
     Raises:
         LensError: the folder holds a finished trace.
     """
 
-    def __init__(self, folder: str | Path | None = None) -> None:
+    def __init__(self, folder: str | Path | None = None, expected: int = 1) -> None:
         self._folder = None if folder is None else as_path("folder", folder)
-        self._layers: dict[int, dict[str, np.ndarray]] = {}
+        self._layers: list[int] = []  # as they came
+        self._arrays = LayerArrays(expected)
         self._shapes: dict[str, tuple[int, ...]] = {}
         if self._folder is not None and (self._folder / INDEX).exists():
             raise LensError(
@@ -340,10 +341,10 @@ class TraceWriter:
         if layer in self._layers:
             raise ValueError(f"layer {layer} was added twice")
         if self._folder is None:
-            self._layers[layer] = dict(variables)
+            self._arrays.add(variables)
         else:
             write_layer(self._folder, layer, variables)
-            self._layers[layer] = {}
+        self._layers.append(layer)
 
     def finish(
         self,
@@ -389,12 +390,10 @@ class TraceWriter:
         if self._folder is not None:
             write_index(self._folder, layers, coordinates, attributes)
             return AttentionTrace.load(self._folder)
+        arrays = self._arrays.in_order([self._layers.index(layer) for layer in layers])
         variables = {
-            name: xr.Variable(
-                ("layer", *DIMENSIONS[name]),
-                np.stack([self._layers[layer][name] for layer in layers]),
-            )
+            name: xr.Variable(("layer", *DIMENSIONS[name]), arrays[name])
             for name in DIMENSIONS
-            if name in self._layers[layers[0]]
+            if name in arrays
         }
         return AttentionTrace(labelled(variables, layers, coordinates, attributes))

@@ -21,7 +21,8 @@ from lens.passes.sessions import in_rows
 from lens.traces.naming import Axis, keys_of, queries_of
 from lens.traces.pictures import picture_note
 from lens.traces.segments import segments
-from lens.traces.statistics import COMPARING, PREFIX, LayerRecord, Settings
+from lens.traces.shared import PREFIX
+from lens.traces.statistics import COMPARING, LayerRecord, Settings
 from lens.traces.trace import AttentionTrace, TraceWriter
 
 _PACKAGES = ("torch", "transformers", "transformer-lens", "numpy", "xarray")
@@ -35,7 +36,7 @@ class Writing:
     ) -> None:
         self._model, self._prompt, self._settings = model, prompt, settings
         self._segments = _segments(model, prompt)
-        self._writer = TraceWriter(out)
+        self._writer = TraceWriter(out, len(model.info.attending))
         self._layers: list[LayerRecord] = []
 
     def take(self, record: LayerRecord) -> None:
