@@ -10,7 +10,7 @@ from lens_kernels import AttentionResult, attention
 from torch.nn.functional import pad
 
 from lens.common.errors import LensError
-from lens.passes.masks import MaskStructure
+from lens.passes.structures import MaskStructure
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int

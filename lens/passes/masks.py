@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lens_kernels import AttentionMask
 from torch.utils._pytree import tree_map_only
 from transformers.masking_utils import (
     bidirectional_mask_function,
@@ -25,9 +24,10 @@ from transformers.masking_utils import (
 )
 
 from lens.common.errors import LensError
+from lens.passes.structures import BlockStructure, MaskStructure, bounds_of
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Float, Int, Shaped
+    from jaxtyping import Bool, Float, Shaped
     from torch import Tensor
 
 LARGEST_SPELLED_OUT = 8192 * 8192
@@ -36,124 +36,8 @@ HIDDEN = (
 )  # what is added to a logit to hide its key: -10000 in some models, the least number in most
 
 
-@dataclass(frozen=True)
-class MaskStructure:
-    """Which keys a query sees.
-
-    Attributes:
-        causal: no key after the query; the last query stands on the last key.
-        window: keys at a distance below this, or None; both ways unless causal.
-        padding: bool [batch, keys], True for a real key; None when all are.
-        allowed: bool [batch, 1, queries, keys], which says all of the above itself, or None.
-        start: position of key 0 among all tokens so far; above 0 where a cache has dropped older keys.
-        first: [batch], position of the first real token; None: 0 unless `padding` says else.
-        placed: whether `start` and `first` are known.
-        cross: whether the keys are of another sequence than the queries; `padding` is of the keys then.
-    """
-
-    causal: bool
-    window: int | None = None
-    padding: Bool[Tensor, "batch keys"] | None = None
-    allowed: Bool[Tensor, "batch 1 queries keys"] | None = None
-    start: int = 0
-    first: Int[Tensor, "batch"] | None = None
-    placed: bool = True
-    cross: bool = False
-
-    def for_kernel(self, queries: int) -> AttentionMask:
-        """The mask as `lens_kernels` takes it; padded queries see nothing."""
-        if self.padding is None or self.allowed is not None:
-            return AttentionMask(causal=self.causal, window=self.window, allowed=self.allowed)
-        first = self.first_key(len(self.padding))
-        if self.cross or queries < self.padding.shape[1]:  # or cached: every query is a real token
-            return AttentionMask(
-                causal=self.causal,
-                window=self.window,
-                key_start=first,
-                key_padding=self.padding,
-            )
-        past = first + self.padding.sum(-1)
-        return AttentionMask(
-            causal=self.causal,
-            window=self.window,
-            cu_seqlens=torch.stack([torch.zeros_like(first), first, past], dim=-1),
-            key_padding=self.padding,
-        )
-
-    def seen_by(self, queries: Int[Tensor, "queries"], keys: int) -> Bool[Tensor, "queries keys"]:
-        """bool [queries, keys]: which keys these queries (their places) of the first prompt see."""
-        if self.allowed is not None:
-            return self.allowed[0, 0, queries]
-        key = torch.arange(keys, device=queries.device)
-        behind = queries[:, None] - key
-        seen = (
-            torch.ones_like(behind, dtype=torch.bool) if self.padding is None else self.padding[0]
-        )
-        if self.causal:
-            seen = seen & (behind >= 0)
-        if self.window is not None:
-            seen = seen & (behind.abs() < self.window)
-        return seen.expand_as(behind)
-
-    def first_key(self, batch: int) -> Int[Tensor, "batch"]:
-        """[batch]: index of the first real key."""
-        if self.padding is None:
-            return torch.zeros(batch, dtype=torch.long)
-        return self.padding.int().argmax(-1)
-
-    def first_token(self, batch: int) -> Int[Tensor, "batch"]:
-        """[batch]: where the first real token stands among the keys; negative where a cache dropped it."""
-        if self.first is not None:
-            return self.first - self.start
-        return self.first_key(batch) - (self.start if self.padding is None else 0)
-
-    def without_last(self, count: int) -> MaskStructure:
-        """The mask without the last queries, which are the last keys too."""
-        padding, allowed = self.padding, self.allowed
-        return replace(
-            self,
-            padding=None if padding is None else padding[:, :-count],
-            allowed=None if allowed is None else allowed[..., :-count, :-count],
-        )
-
-    def hides_next(self, tokens: int) -> Bool[Tensor, "before"]:
-        """bool [tokens - 1] of queries that are the keys, of the first prompt: the next token is seen by none up to there."""
-        key = torch.arange(tokens)
-        if self.allowed is None:
-            return (key[:-1] >= 0) & self.causal
-        furthest = torch.where(self.allowed[0, 0].cpu(), key, -1).amax(-1).cummax(-1).values
-        return furthest[:-1] <= key[:-1]
-
-    def ranges(self) -> Int[Tensor, "2 queries"] | None:
-        """First key that each query of one prompt sees and one past its last, where `allowed` says it; None where it does
-        not, or a query sees keys with others between."""
-        if self.allowed is None or len(self.allowed) > 1:
-            return None
-        seen = self.allowed[0, 0].cpu()
-        first, past = seen.int().argmax(-1), seen.shape[-1] - seen.flip(-1).int().argmax(-1)
-        return torch.stack([first, past]) if bool((past - first == seen.sum(-1)).all()) else None
-
-    def visible(self, batch: int, queries: int, keys: int) -> Int[Tensor, "batch keys"]:
-        """[batch, keys]: how many real queries see each key."""
-        if self.allowed is not None:
-            return self.allowed[:, 0].sum(-2).expand(batch, -1)
-        if self.cross:
-            every = (
-                torch.ones(batch, keys, dtype=torch.bool) if self.padding is None else self.padding
-            )
-            return every * queries
-        device = None if self.padding is None else self.padding.device
-        key = torch.arange(keys, device=device)
-        reach = keys if self.window is None else self.window
-        first = (key if self.causal else key - reach + 1).clamp(min=keys - queries)
-        last = (key + reach - 1).clamp(max=keys - 1)
-        real = torch.ones(batch, keys, dtype=torch.bool) if self.padding is None else self.padding
-        before = torch.nn.functional.pad(real.cumsum(-1), (1, 0))  # [batch, keys + 1]
-        return (before[:, last + 1] - before[:, first]).clamp(min=0) * real
-
-
 class StructuredMask(torch.Tensor):
-    """Stands for `eager`'s mask, [batch, 1, queries, keys] of 0 and the least number, in no memory."""
+    """Stands for a mask [batch, 1, queries, keys], `eager`'s of 0 and the least number or a boolean one, in no memory."""
 
     structure: MaskStructure
     spelled_out: Callable[[], torch.Tensor]
@@ -227,29 +111,57 @@ def structured_mask(
         *(batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask),
     )
     has_holes = padding is not None and q_length == kv_length and bool(_has_holes(padding))
-    if parts is not None and not has_holes:
+    bounds = None
+    if parts is not None and parts.blocks is not None:
+        if padding is None and not kv_offset:
+            bounds = bounds_of(parts.blocks, kv_length)
+        parts = None
+
+    def allowed() -> torch.Tensor:
+        found = sdpa_mask(*arguments, allow_is_causal_skip=False, use_vmap=use_vmap, device=device)
+        assert found is not None  # only skipped masks are None
+        return found
+
+    if bounds is not None:
+        stub = torch.zeros((), dtype=torch.bool, device=device)
+        structure = BlockStructure(
+            causal=bool((bounds.diff(dim=1) <= 1).all()),
+            allowed=_stub(stub, (batch_size, 1, q_length, kv_length), allowed),
+            bounds=bounds.expand(batch_size, -1),
+            queries=q_length,
+        )
+    elif parts is not None and not has_holes:
         structure = MaskStructure(parts.causal, parts.window, padding)
     else:
         what = "holes" if has_holes else f"the pattern {_name(mask_function)}"
         refuse_large(q_length, kv_length, what)
-        allowed = sdpa_mask(
-            *arguments, allow_is_causal_skip=False, use_vmap=use_vmap, device=device
-        )
-        assert allowed is not None  # only skipped masks are None
-        structure = replace(_spelled_out(allowed), padding=padding, placed=True)
+        structure = replace(_spelled_out(allowed()), padding=padding, placed=True)
     structure = replace(structure, start=int(kv_offset), first=first)
     dtype = kwargs.get("dtype", torch.float32)
+
+    def entries() -> torch.Tensor:
+        return eager_mask(*arguments, dtype=dtype, use_vmap=use_vmap, device=device)
+
+    stub = torch.zeros((), dtype=dtype, device=device)
+    mask = _stub(stub, (batch_size, 1, q_length, kv_length), entries)
+    mask.structure = structure
+    return mask
+
+
+def _stub(
+    number: torch.Tensor, shape: tuple[int, ...], make: Callable[[], torch.Tensor]
+) -> StructuredMask:
+    """In the memory of one number; what reads its entries has them made."""
     made: list[torch.Tensor] = []
 
     def spelled_out() -> torch.Tensor:
         if not made:
-            refuse_large(q_length, kv_length, "its entries, which the model asks for,")
-            made.append(eager_mask(*arguments, dtype=dtype, use_vmap=use_vmap, device=device))
+            refuse_large(shape[-2], shape[-1], "its entries, which are asked for,")
+            made.append(make())
         return made[0]
 
-    stub = torch.zeros((), dtype=dtype, device=device).expand(batch_size, 1, q_length, kv_length)
-    mask = stub.as_subclass(StructuredMask)
-    mask.structure, mask.spelled_out = structure, spelled_out
+    mask = number.expand(shape).as_subclass(StructuredMask)
+    mask.spelled_out = spelled_out
     return mask
 
 
@@ -325,7 +237,15 @@ def with_chosen(
         allowed = allowed & (behind.abs() < structure.window)
     if structure.padding is not None:
         allowed = allowed & structure.padding[:, None, None].to(allowed.device)
-    return replace(structure, window=None, allowed=allowed)
+    return MaskStructure(
+        structure.causal,
+        padding=structure.padding,
+        allowed=allowed,
+        start=structure.start,
+        first=structure.first,
+        placed=structure.placed,
+        cross=structure.cross,
+    )
 
 
 def split(
@@ -362,10 +282,13 @@ class _Parts:
     causal: bool = False
     window: int | None = None
     backward_window: int | None = None  # hides keys that are too old, and no later ones
+    blocks: torch.Tensor | None = None  # [batch, tokens], block of each token that sees it whole
 
 
 def _parts(mask_function: Callable) -> _Parts | None:
     """What a composed mask function consists of; None if a part is unknown."""
+    if (blocks := _blocks(mask_function)) is not None:
+        return _Parts(causal=True, blocks=blocks)
     parts = _Parts()
     if not _collect(mask_function, parts):
         return None
@@ -375,6 +298,18 @@ def _parts(mask_function: Callable) -> _Parts | None:
         windows = (parts.window, parts.backward_window)
         parts.window = min(window for window in windows if window is not None)
     return parts
+
+
+def _blocks(mask_function: Callable) -> torch.Tensor | None:
+    """[batch, tokens], block of each token, of a mask that is causal or in one block with the query; None of another."""
+    if _name(mask_function).split(".")[0] != "or_masks":
+        return None
+    functions = inspect.getclosurevars(mask_function).nonlocals["mask_functions"]
+    if len(functions) != 2 or functions[0] is not causal_mask_function:
+        return None
+    if _name(functions[1]).split(".")[0] != "blockwise_overlay":
+        return None
+    return inspect.getclosurevars(functions[1]).nonlocals["block_sequence_ids"]
 
 
 def _collect(function: Callable, parts: _Parts) -> bool:

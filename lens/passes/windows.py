@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from lens.common.errors import LensError
 from lens.passes.calls import LayerCall, Places
-from lens.passes.masks import MaskStructure, refuse_large
+from lens.passes.masks import refuse_large
+from lens.passes.structures import MaskStructure
 
 _APART = -50.0
 """Swin adds -100 (twice in version 2) to the logits of places that a shift brought side by side, which leaves e^-100."""

@@ -19,7 +19,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from lens.passes.blocks import BlockView
 from lens.passes.calls import LayerCall
-from lens.passes.masks import MaskStructure
+from lens.passes.structures import MaskStructure
 from lens.policies import BlockSparse, RandomBlocks
 
 DENSITIES = (0.5, 0.25, 0.1)

@@ -1,11 +1,17 @@
 """Block-causal masks (frames of a video, blocks that are predicted whole): as the spelled-out mask, without its N × N."""
 
+from importlib.util import find_spec
 from itertools import pairwise
 
 import pytest
 import torch
 from lens_kernels import AttentionMask, attention
 
+from tests.kernels.helpers import CUDA
+
+interpreted = pytest.mark.skipif(
+    CUDA or not find_spec("triton"), reason="no interpreter: there is a GPU, or no triton"
+)
 STATISTICS = ("lse", "entropy", "received", "block_mass", "distance")
 
 
@@ -21,7 +27,9 @@ def seen(bounds, queries, keys, window=None):
     return found
 
 
-@pytest.mark.parametrize("backend", ["reference", "torch", "cpu"])
+@pytest.mark.parametrize(
+    "backend", ["reference", "torch", "cpu", pytest.param("triton", marks=interpreted)]
+)
 @pytest.mark.parametrize(
     ("bounds", "queries", "window"),
     [([0, 1, 7, 8, 20], 20, None), ([0, 4, 8, 12], 20, None), ([0, 9, 20], 6, None), ([0, 6, 7, 20], 20, 4)],

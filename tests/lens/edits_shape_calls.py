@@ -32,7 +32,7 @@ from lens.edits.running import edit
 from lens.passes.calls import LayerCall
 from lens.passes.inputs import read_prompts
 from lens.passes.keys import KeysAt
-from lens.passes.masks import MaskStructure
+from lens.passes.structures import MaskStructure
 
 HIDDEN = torch.randn(2, 5, 7)
 GUESSES, TARGET = torch.randn(5, 11).log_softmax(-1), torch.arange(5)

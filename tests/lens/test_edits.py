@@ -17,7 +17,7 @@ from lens.edits.base import selected_heads
 from lens.edits.running import Together
 from lens.passes.calls import LayerCall
 from lens.passes.interface import switched
-from lens.passes.masks import MaskStructure
+from lens.passes.structures import MaskStructure
 from tests.lens.architectures import build
 from tests.lens.naive import rms_ratio
 from tests.lens.traces import sizes

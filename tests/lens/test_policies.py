@@ -16,7 +16,7 @@ from lens import policies
 from lens.common.errors import LensError
 from lens.passes.blocks import BlockView
 from lens.passes.calls import LayerCall, attend
-from lens.passes.masks import MaskStructure
+from lens.passes.structures import MaskStructure
 from lens.policies.grids import Pattern
 from lens.policies.measures import BUDGETS, Dense, measure, ranked
 from tests.lens import naive_policies as naive

@@ -7,7 +7,7 @@ import torch
 
 from lens.edits._gathered import MOST_MASKED, gathered_states
 from lens.passes.calls import LayerCall
-from lens.passes.masks import MaskStructure
+from lens.passes.structures import MaskStructure
 from tests.lens.naive import rms_ratio
 
 BATCH, HEADS, KV_HEADS, QUERIES, KEYS, DIM, VALUE_DIM = 2, 6, 3, 29, 37, 8, 5

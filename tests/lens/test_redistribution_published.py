@@ -14,7 +14,7 @@ from lens.edits._act import ActEdit
 from lens.edits._pasta import PastaEdit
 from lens.edits._var import VarEdit, VarSettings
 from lens.passes.calls import LayerCall, attend
-from lens.passes.masks import MaskStructure
+from lens.passes.structures import MaskStructure
 from tests.lens.architectures import build
 from tests.lens.naive import rms_ratio
 from tests.lens.test_edits import call_of, run

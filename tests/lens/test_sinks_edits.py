@@ -14,7 +14,7 @@ from lens.edits._keyed import KeyedEdit
 from lens.edits._others import scope_of
 from lens.edits.watching import Watch
 from lens.passes.calls import LayerCall
-from lens.passes.masks import MaskStructure
+from lens.passes.structures import MaskStructure
 from tests.lens.architectures import build
 from tests.lens.naive import rms_ratio
 

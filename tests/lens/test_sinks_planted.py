@@ -6,7 +6,7 @@ import torch
 from lens.edits import Drop, Mask, Value
 from lens.edits._keyed import KeyedEdit
 from lens.passes.calls import LayerCall
-from lens.passes.masks import MaskStructure
+from lens.passes.structures import MaskStructure
 from tests.lens.naive import rms_ratio
 
 HEADS, LENGTH, DIM = 3, 257, 16

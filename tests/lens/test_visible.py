@@ -11,7 +11,8 @@ from transformers.masking_utils import (
 )
 
 import lens
-from lens.passes.masks import MaskStructure, structured_mask
+from lens.passes.masks import structured_mask
+from lens.passes.structures import MaskStructure
 from lens.traces.uniform import visible_queries
 from tests.lens.architectures import build
 

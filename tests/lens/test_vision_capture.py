@@ -10,7 +10,7 @@ import transformers
 
 import lens
 from lens.common.errors import LensError
-from lens.passes.masks import MaskStructure
+from lens.passes.structures import MaskStructure
 from tests.lens.naive import rms_ratio
 from tests.lens.vision_models import (
     BUILDERS,

@@ -28,8 +28,8 @@ from lens.edits.losses import bos_policy, two_tokens
 from lens.models.loaded import LoadedModel, check_loaded
 from lens.passes.calls import LayerCall, attend
 from lens.passes.inputs import read_prompts
-from lens.passes.masks import MaskStructure
 from lens.passes.sessions import base, listening
+from lens.passes.structures import MaskStructure
 from lens.stats import over_units
 
 Pair = tuple[torch.Tensor, torch.Tensor]
