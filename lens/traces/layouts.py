@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lens.passes.masks import MaskStructure
+from lens.passes.structures import MaskStructure
 
 if TYPE_CHECKING:
     from torch import Tensor

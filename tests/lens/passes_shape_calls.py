@@ -12,7 +12,7 @@ from lens.common.head_ids import HeadId
 from lens.passes import blocks, head_outputs, keys, logits, pieces, stream, visit
 from lens.passes.calls import LayerCall
 from lens.passes.inputs import read_prompts
-from lens.passes.masks import MaskStructure
+from lens.passes.structures import MaskStructure
 
 MODEL = lens.load("induction-2l")
 IDS = torch.arange(3, 13).reshape(2, 5)

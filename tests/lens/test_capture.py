@@ -449,7 +449,7 @@ def test_attention_outside_of_a_capture_is_refused():
     [
         ({"dropout": 0.1}, r"drops out attention \(p=0\.1\); call model\.eval\(\)"),
         ({"temperature": 2.0}, r"passes temperature=2\.0 to its attention, which capture does not"),
-        ({"extra": torch.zeros(3)}, r"passes extra=<tensor \[3\]> to its attention"),
+        ({"unheard": torch.zeros(3)}, r"passes unheard=<tensor \[3\]> to its attention"),
         ({"output_attentions": True}, "passes output_attentions=True to its attention"),
     ],
 )

@@ -9,8 +9,8 @@ from lens.common.errors import LensError
 from lens.passes import pieces
 from lens.passes.calls import LayerCall
 from lens.passes.interface import switched
-from lens.passes.masks import MaskStructure
 from lens.passes.pieces import check_looks_back
+from lens.passes.structures import MaskStructure
 from lens.traces import pieces as recorded
 from tests.lens import naive
 from tests.lens.architectures import build
