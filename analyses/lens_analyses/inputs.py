@@ -156,8 +156,8 @@ def _of_part(model: "LoadedModel", config: RunConfig) -> "LoadedModel":
     if config.what not in OF_PARTS:
         *others, last = (f"`lens {'run' if what == 'profile' else what}`" for what in OF_PARTS)
         raise UsageError(
-            f"{model.info.class_name} is an encoder-decoder, which {', '.join(others)} and {last} take; of its heads "
-            "lens.effect and lens.heads.importance take model.part('cross')"
+            f"{model.info.class_name} is an encoder-decoder, which {', '.join(others)} and {last} take (the model writes the "
+            "target of a source where none is given); of its heads lens.effect and lens.heads.importance take model.part('cross')"
         )
     prompts: Any = config.prompts
     given = next((name for name in ("audio", "image") if getattr(prompts, name)), "text")

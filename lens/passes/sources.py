@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -28,6 +28,19 @@ from lens.passes.sounds import is_sound, prepared_sound, reads_sounds
 
 MOST_WRITTEN = 64
 """Tokens that the model writes where no target is given."""
+
+
+class Asked(NamedTuple):
+    """What a model shall write for each source.
+
+    Attributes:
+        new: tokens at most, and no more than the decoder has positions for.
+        temperature, seed: of the draws; 0 takes the likeliest token.
+    """
+
+    new: int = MOST_WRITTEN
+    temperature: float = 0.0
+    seed: int | None = None
 
 
 def read_any(model: LoadedModel, prompts: Any) -> tuple[list[Prompt], bool]:
@@ -51,7 +64,9 @@ def paired(model: LoadedModel, sources: torch.Tensor, targets: torch.Tensor) -> 
     return {main: placed(model, sources), reads: placed(model, targets)}
 
 
-def read_sources(model: LoadedModel, prompts: Any) -> tuple[list[Prompt], bool]:
+def read_sources(
+    model: LoadedModel, prompts: Any, asked: Asked | None = None
+) -> tuple[list[Prompt], bool]:
     """The prompts of an encoder-decoder, and whether one was passed and not a list.
 
     Args:
@@ -61,18 +76,20 @@ def read_sources(model: LoadedModel, prompts: Any) -> tuple[list[Prompt], bool]:
             prompt (`input_ids`, `input_features` or `pixel_values`, and `decoder_input_ids` or none); or a
             list of such. Token ids of a target are what the decoder reads, its first token included; a target
             text is preceded by the model's own.
+        asked: the model shall write every target; None: those that are not given.
 
     Raises:
-        LensError: none of these, an input that the model does not take, or no target for a model that cannot write.
+        LensError: none of these, an input that the model does not take, no target for a model that cannot write, or one
+            where the model shall write it.
     """
     if isinstance(prompts, list) and not (prompts and isinstance(prompts[0], int)):
         if not prompts:
             raise LensError("no prompts were given; pass a source, a pair, or a list of them")
-        return [_one(model, prompt) for prompt in prompts], False
-    return [_one(model, prompts)], True
+        return [_one(model, prompt, asked) for prompt in prompts], False
+    return [_one(model, prompts, asked)], True
 
 
-def _one(model: LoadedModel, prompt: Any) -> Prompt:
+def _one(model: LoadedModel, prompt: Any, asked: Asked | None) -> Prompt:
     source, target = prompt, None
     if isinstance(prompt, tuple):
         if len(prompt) != 2:
@@ -89,6 +106,14 @@ def _one(model: LoadedModel, prompt: Any) -> Prompt:
         raise LensError(f"{model.info.class_name} takes no {', '.join(unknown)}; leave it out")
     ids = _row(model, inputs.get("input_ids"))
     of_decoder = "decoder_input_ids"
+    if asked is not None and (target is not None or of_decoder in inputs):
+        raise LensError(
+            "new= has the model write the target; give the source alone, or leave new out"
+        )
+    if asked is not None and of_decoder not in names:
+        raise LensError(
+            f"the decoder of {model.info.class_name} reads no target that it writes; leave new out"
+        )
     if of_decoder not in names:  # BLIP's decoder reads input_ids, DETR's queries are weights
         reads = model_input(model) != "input_ids" and "input_ids" in names
         if target is not None:
@@ -101,7 +126,7 @@ def _one(model: LoadedModel, prompt: Any) -> Prompt:
     if target is not None:
         inputs[of_decoder] = placed(model, torch.tensor([_target(model, target)]))
     if of_decoder not in inputs:
-        inputs[of_decoder] = _written(model, inputs)
+        inputs[of_decoder] = _written(model, inputs, asked or Asked())
     target = _row(model, inputs[of_decoder])
     _check_target(model, target)
     return Prompt(inputs, ids, text, picture, target)
@@ -205,7 +230,7 @@ def _start(model: LoadedModel) -> int | None:
     return None
 
 
-def _written(model: LoadedModel, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+def _written(model: LoadedModel, inputs: Mapping[str, torch.Tensor], asked: Asked) -> torch.Tensor:
     """What the model writes, without the end."""
     if not getattr(model.model, "can_generate", lambda: False)():
         raise LensError(
@@ -222,12 +247,15 @@ def _written(model: LoadedModel, inputs: Mapping[str, torch.Tensor]) -> torch.Te
             read.clear()
         read.append(ids[:1])
 
+    how: dict[str, Any] = {"do_sample": False, "num_beams": 1}
+    if asked.temperature:
+        how |= {"do_sample": True, "temperature": float(asked.temperature)}
     hook = base(model).register_forward_pre_hook(reads, with_kwargs=True)
     try:
-        with torch.no_grad():
-            model.model.generate(
-                **inputs, max_new_tokens=_most_written(model), do_sample=False, num_beams=1
-            )
+        with torch.no_grad(), torch.random.fork_rng(enabled=bool(asked.temperature)):
+            if asked.temperature:
+                torch.manual_seed(asked.seed or 0)
+            model.model.generate(**inputs, max_new_tokens=_most_written(model, asked.new), **how)
     except (ValueError, RuntimeError, TypeError, IndexError) as error:
         raise LensError(
             f"{model.info.class_name} cannot write a target ({first_line(error)}); give one: (source, target)"
@@ -241,13 +269,13 @@ def _written(model: LoadedModel, inputs: Mapping[str, torch.Tensor]) -> torch.Te
     return torch.cat(read, 1)
 
 
-def _most_written(model: LoadedModel) -> int:
+def _most_written(model: LoadedModel, new: int) -> int:
     """As many tokens as are asked for or the decoder has positions for, whichever is less; some are the model's."""
     config = getattr(model.model.config, "decoder", None) or model.model.config
     names = ("max_target_positions", "max_position_embeddings", "n_positions")
     limits = [getattr(config, name, None) for name in names if hasattr(config, name)]
     known = [limit - _OWN for limit in limits if isinstance(limit, int) and limit > _OWN + 1]
-    return min([MOST_WRITTEN, *known[:1]])
+    return min([new, *known[:1]])
 
 
 _OWN = 6

@@ -18,10 +18,10 @@ from lens.passes.calls import LayerCall, attend
 from lens.passes.inputs import Prompt
 from lens.passes.pieces import check_pieces
 from lens.passes.sessions import listening, run
-from lens.passes.sources import read_any
+from lens.passes.sources import Asked, read_any, read_sources
 from lens.passes.split import check_split, processes
 from lens.traces.batches import batches, joined, record_of
-from lens.traces.generated import written_traces
+from lens.traces.generated import check_asked, written_traces
 from lens.traces.given import imported_traces
 from lens.traces.labels import read_labels
 from lens.traces.parts import TraceParts
@@ -110,7 +110,8 @@ def capture(
         new: tokens that the model writes after each prompt (fewer where it ends): the trace is that of prompt and
             text together as they came about, the prompt in one pass and then token by token. Its attribute
             `prompt_tokens` says where the text begins, and the column `prompt` of `lens.profile` how much a head
-            looks back at the prompt while it writes. None: nothing is written.
+            looks back at the prompt while it writes. Of an encoder-decoder the target that it writes for a source, of at
+            most so many tokens. None: nothing is written, but by an encoder-decoder where no target is given.
         temperature: of the draws of `new`, by `seed`; 0 takes the likeliest token.
         out: folder for the trace (for several prompts `out/p000`, `out/p001`, ...): each layer is
             written when it is done and leaves memory. In memory if None.
@@ -199,9 +200,16 @@ def capture(
             "lens.traces.alignment says"
             if model.is_encoder_decoder
             else f"each part of {model.info.class_name} ({', '.join(model.parts)}) has positions of its own",
-            **{"labels": labels, "chunk": chunk, "group": group, "new": new},
+            **{"labels": labels, "chunk": chunk, "group": group},
+            new=None if model.is_encoder_decoder else new,
         )
-    found, is_single = read_any(model, prompts)
+    wrote: dict[str, Any] = {}
+    if new is not None and model.is_encoder_decoder:
+        check_asked(new, temperature)
+        found, is_single = read_sources(model, prompts, Asked(new, temperature, seed))
+        new, wrote = None, {"temperature": float(temperature)}
+    else:
+        found, is_single = read_any(model, prompts)
     for prompt in found:
         _check_size(model, prompt, settings, new or 0)
         if chunk is not None:
@@ -246,6 +254,7 @@ def capture(
                 folder = folders[places[0]]
                 _record(writing[0], model, prompts[0], chosen, chunk, links, advance, folder)
             note = {
+                **wrote,
                 "seed": seed,
                 "chunk": chunk if pieces_of(prompts[0], chunk) > 1 else None,
                 "processes": 1 if links is None else links.size,

@@ -32,17 +32,22 @@ LABEL = "prompt"
 """The label by which the mass on the prompt's tokens is kept, of every token that was written."""
 
 
+def check_asked(new: int, temperature: float) -> None:
+    """Raises LensError: a number of tokens or a temperature that is none."""
+    check_counts(new=new)
+    if not is_number(temperature) or not 0 <= temperature < float("inf"):
+        raise LensError(
+            f"temperature must be 0 (the likeliest token) or more, got {temperature!r}; e.g. 0.8"
+        )
+
+
 def check_writes(model: LoadedModel, prompt: Prompt, new: int, temperature: float) -> None:
     """Whether the model can write `new` tokens after a prompt.
 
     Raises:
         LensError: it does not write, or takes fewer tokens than both have; or a temperature that is none.
     """
-    check_counts(new=new)
-    if not is_number(temperature) or not 0 <= temperature < float("inf"):
-        raise LensError(
-            f"temperature must be 0 (the likeliest token) or more, got {temperature!r}; e.g. 0.8"
-        )
+    check_asked(new, temperature)
     if prompt.ids is None or set(prompt.inputs) != {"input_ids"}:
         given = ", ".join(sorted(set(prompt.inputs) - {"input_ids"}))
         raise LensError(f"new= takes prompts of token ids alone, got {given} too; leave new out")

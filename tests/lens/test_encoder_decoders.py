@@ -136,6 +136,40 @@ def test_a_source_alone_is_given_the_target_that_the_model_writes():
     assert [one.queries for one in pairs] == [3, 2]
 
 
+@pytest.mark.parametrize("name", ["t5", "marian"])
+def test_a_target_that_it_writes_is_attended_as_while_it_wrote(name):
+    model = made(name)
+    loaded, source = lens.load(model), [3, 9, 4, 8, 6]
+    traces = lens.capture(loaded, source, new=4, block_size=1, progress=False)
+    with torch.no_grad(), lens.traces.capturing(loaded, block_size=1) as recorder:
+        ids = model.generate(torch.tensor([source]), max_new_tokens=4, do_sample=False, num_beams=1)
+    assert traces.cross.query_tokens == list(map(str, ids[0, :-1].tolist()))
+    assert traces.cross.attrs["temperature"] == 0
+    for part in ("cross", "decoder"):
+        for layer in range(loaded.part(part).info.layers):
+            own = [one for one in recorder.records if (one.place, one.layer) == (part, layer)]
+            assert len(own) == len(ids[0]) - 1
+            for step, record in enumerate(own):  # one row a step, of the keys that there were then
+                row = record.variables["block_mass"][0, :, 0]
+                found = traces[part].block_mass.values[layer, :, step, : row.shape[-1]]
+                assert np.allclose(found, row, atol=1e-5)
+    drawn = [
+        lens.capture(
+            loaded, source, new=4, temperature=3.0, seed=seed, progress=False
+        ).cross.query_tokens
+        for seed in (1, 1, 2, 3)
+    ]
+    assert drawn[0] == drawn[1]
+    assert len({tuple(one) for one in drawn}) > 1
+    for given, said in [
+        ({"prompts": (source, [0, 5]), "new": 4}, "give the source alone, or leave new out"),
+        ({"prompts": source, "new": 0}, "new must be"),
+        ({"prompts": source, "new": 2, "temperature": -1}, "temperature must be 0"),
+    ]:
+        with pytest.raises(lens.LensError, match=said):
+            lens.capture(loaded, **given, progress=False)
+
+
 def test_scores_of_cross_attention_are_those_of_the_matrix():
     loaded = lens.load(made("bart"))
     traces = lens.capture(loaded, inputs_of("bart"), block_size=1, progress=False)
