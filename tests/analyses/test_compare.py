@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from lens.runs import compare_runs, compare_series, open_run
+from lens.runs.comparison.headlines import of_comparison
 from tests.benchmarks import sink_checkpoints
 
 from .conftest import ARGUMENTS, serious_violations
@@ -37,6 +38,10 @@ def test_the_json_holds_the_comparison(compared, run_folder, other_folder):
     assert (data["schema"], data["schema_version"]) == ("attention-lens/comparison", 1)
     assert (data["a"]["run"], data["b"]["run"]) == (run_folder.name, other_folder.name)
     assert data["summary"] == answer.json["summary"] == list(expected.sentences)
+    shown = [one.headline.text for one in of_comparison(expected)]
+    assert [one["text"] for one in data["headlines"]] == shown
+    page = (out / "comparison.html").read_text()
+    assert page.count('<li>\n    <div class="told">') == len(shown) <= 5
     assert data["shared"] == {"text": 3, "copied": 2}
     assert data["limits"] == list(expected.limits)
     assert len(data["heads"]) == len(expected.heads)

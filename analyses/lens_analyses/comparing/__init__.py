@@ -5,10 +5,12 @@ from pathlib import Path
 from lens.common.errors import LensError
 from lens.common.files import write_text
 from lens.runs import Run, compare_runs
+from lens.runs.comparison.headlines import of_comparison
 from lens_analyses.comparing.numbers import numbers
 from lens_analyses.comparing.page import figures, page
 from lens_analyses.comparing.written import Written
 from lens_analyses.console import to_json
+from lens_analyses.report.charts import pictures
 
 FOLDER = "comparisons"
 
@@ -23,8 +25,9 @@ def write_comparison(a: Run, b: Run, out: Path, *, command: str, seed: int = 0) 
         if run.status == "started":
             raise LensError(f"{run.path} is being computed right now; compare it when it is done")
     comparison = compare_runs(a, b, seed=seed)
-    data = numbers(comparison, command)
+    shown = of_comparison(comparison)
+    data = numbers(comparison, shown, command)
     write_text(out / "comparison.json", to_json(data))
-    write_text(out / "comparison.html", page(data, figures(comparison)))
-    told = ("aligned", "refusal", "shared", "summary")
+    write_text(out / "comparison.html", page(data, figures(comparison) | pictures(shown)))
+    told = ("aligned", "refusal", "shared", "headlines", "summary")
     return Written(out / "comparison.html", out / "comparison.json", "comparison", data, told)

@@ -1,5 +1,6 @@
 """The numbers of a comparison: `comparison.json` (docs/schema/comparison.md). The page is made from them."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
@@ -7,15 +8,16 @@ import pandas as pd
 import lens
 from lens.runs import Comparison, Run
 from lens.runs.comparison.comparing import DEFINITIONS
+from lens.runs.first_screen import Shown
 from lens.traces.metrics import METRICS
 from lens_analyses.console import finite
-from lens_analyses.report.numbers import CITATION, plain
+from lens_analyses.report.numbers import CITATION, headline, plain
 
 SCHEMA, SCHEMA_VERSION = "attention-lens/comparison", 1
 
 
-def numbers(comparison: Comparison, command: str) -> dict[str, Any]:
-    """Everything that the comparison says, as plain values without NaN."""
+def numbers(comparison: Comparison, shown: Sequence[Shown], command: str) -> dict[str, Any]:
+    """Everything that the comparison says, as plain values without NaN; `shown` on its first screen."""
     data = {
         "schema": SCHEMA,
         "schema_version": SCHEMA_VERSION,
@@ -24,6 +26,7 @@ def numbers(comparison: Comparison, command: str) -> dict[str, Any]:
         "aligned": comparison.aligned,
         "refusal": comparison.refusal or None,
         "shared": dict(comparison.shared),
+        "headlines": [headline(one) for one in shown],
         "summary": list(comparison.sentences),
         "settings": _rows(comparison.settings),
         "losses": _rows(comparison.losses),

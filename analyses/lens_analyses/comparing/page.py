@@ -7,6 +7,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from lens.runs import Comparison
+from lens.runs.comparison.pairing import SHARES
 from lens.runs.comparison.pictures import comparison_scatter, difference_grid
 from lens.runs.schema import KIND_WORDS
 from lens.traces.metrics import METRICS
@@ -104,7 +105,7 @@ def _largest(heads: list[dict[str, Any]]) -> list[dict[str, Any]]:
         row
         for row in heads
         if row["difference"] is not None
-        and METRICS[row["metric"]].unit == "probability"
+        and row["metric"] in SHARES
         and (row["low"] is None or row["low"] > 0 or row["high"] < 0)
     ]
     rows.sort(key=lambda row: (row["low"] is None, -abs(row["difference"])))

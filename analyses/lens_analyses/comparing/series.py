@@ -11,14 +11,18 @@ from lens.common.errors import LensError
 from lens.common.files import write_text
 from lens.common.results import of_kind
 from lens.runs import Run
+from lens.runs.comparison.headlines import of_series
+from lens.runs.comparison.pairing import SHARES
 from lens.runs.comparison.pictures import first_token_curves, series_lines
 from lens.runs.comparison.series import RunSeries, compare_series
+from lens.runs.comparison.words import MATCHED
+from lens.runs.first_screen import Shown
 from lens.traces.metrics import METRICS
 from lens_analyses.comparing.page import choices, rendered
 from lens_analyses.comparing.written import Written
 from lens_analyses.console import finite, to_json
-from lens_analyses.report.charts import slim
-from lens_analyses.report.numbers import CITATION, plain
+from lens_analyses.report.charts import pictures, slim
+from lens_analyses.report.numbers import CITATION, headline, plain
 
 SCHEMA, SCHEMA_VERSION = "attention-lens/series", 1
 MOST_ROWS = 60
@@ -34,25 +38,30 @@ def write_series(runs: Sequence[Run], out: Path, *, command: str, seed: int = 0)
         if run.status == "started":
             raise LensError(f"{run.path} is being computed right now; compare it when it is done")
     series = compare_series(runs, seed=seed)
-    data = _numbers(series, command)
+    shown = of_series(series)
+    data = _numbers(series, shown, command)
     write_text(out / "series.json", to_json(data))
-    write_text(out / "series.html", _page(series, data))
-    return Written(out / "series.html", out / "series.json", "series", data, ("summary", "limits"))
+    write_text(out / "series.html", _page(series, data, pictures(shown)))
+    told = ("headlines", "summary", "limits")
+    return Written(out / "series.html", out / "series.json", "series", data, told)
 
 
-def _numbers(series: RunSeries, command: str) -> dict[str, Any]:
+def _numbers(series: RunSeries, shown: Sequence[Shown], command: str) -> dict[str, Any]:
     pairs = zip(series.names, series.runs, strict=True)
     data = {
         "schema": SCHEMA,
         "schema_version": SCHEMA_VERSION,
         "runs": [{"name": name, "run": run.id, "status": run.status} for name, run in pairs],
+        "headlines": [headline(one) for one in shown],
         "summary": list(of_kind(series.findings(), "heads", "sinks", "jump")),
         "limits": [
             *of_kind(series.findings(), "limit"),
+            MATCHED,
             "Runs stand in the order in which they were given, at equal distances.",
         ],
         "heads": series.heads.to_dict("records"),
         "sinks": series.sinks.to_dict("records"),
+        "losses": series.losses.to_dict("records"),
         "provenance": {
             "command": command,
             "seed": series.seed,
@@ -63,12 +72,12 @@ def _numbers(series: RunSeries, command: str) -> dict[str, Any]:
     return finite(plain(data))
 
 
-def _page(series: RunSeries, data: dict[str, Any]) -> str:
+def _page(series: RunSeries, data: dict[str, Any], small: dict[str, Any]) -> str:
     drawn = _figures(series)
     return rendered(
         "series",
         data,
-        drawn,
+        drawn | small,
         choices=choices(name for name in drawn if name.startswith("scatter/")),
         first_token="first_token" in drawn,
         largest=_largest(series.heads),
@@ -94,8 +103,7 @@ def _figures(series: RunSeries) -> dict[str, Any]:
 
 def _largest(heads: pd.DataFrame) -> list[dict[Any, Any]]:
     """Shares of attention that change most from one run to the next, beyond their interval where there is one."""
-    shares = [name for name, one in METRICS.items() if one.unit == "probability"]
-    rows = heads[heads["metric"].isin(shares) & (heads["variant"] == "raw")]
+    rows = heads[heads["metric"].isin(SHARES) & (heads["variant"] == "raw")]
     rows = rows.dropna(subset=["since_last"])
     known = rows["since_last_low"].notna()
     rows = rows[~known | (rows["since_last_low"] > 0) | (rows["since_last_high"] < 0)]

@@ -23,9 +23,10 @@ class Written:
     told: tuple[str, ...]
 
     def text(self) -> str:
-        """The sentences, and where the page lies."""
+        """What changed most, else every sentence, and where the page lies."""
         refusal = [self.numbers["refusal"]] if self.numbers.get("refusal") else []
-        return "\n".join([*refusal, *self.numbers["summary"], f"{self.what}: {self.html}"])
+        told = [one["text"] for one in self.numbers["headlines"]] or self.numbers["summary"]
+        return "\n".join([*refusal, *told, f"{self.what}: {self.html}"])
 
     def as_json(self) -> dict[str, Any]:
         """For `--json`: where it lies, and the findings."""

@@ -68,7 +68,7 @@ def numbers(
         "status": status or run.status,
         "created": meta["created"],
         "seconds": meta["seconds"],
-        "headlines": [_headline(one) for one in shown],
+        "headlines": [headline(one) for one in shown],
         "summary": [_finding(one) for one in found],
         "setup": {
             **{
@@ -100,7 +100,8 @@ def numbers(
     return finite(plain(data))
 
 
-def _headline(shown: Shown) -> dict[str, Any]:
+def headline(shown: Shown) -> dict[str, Any]:
+    """One finding of a first screen, for a template."""
     one = shown.headline
     return {
         **one.as_json(),

@@ -7,9 +7,11 @@ from dash import html
 
 from lens.common.errors import LensError
 from lens.runs import BrokenRun, Comparison, Run, compare_runs
+from lens.runs.comparison.headlines import of_comparison
 from lens.runs.comparison.pictures import comparison_scatter, difference_grid
 from lens.traces.metrics import METRICS
 from lens_dashboards.library import Library
+from lens_dashboards.pages.headlines import headlines
 from lens_dashboards.pages.parts import (
     card,
     choice,
@@ -56,13 +58,14 @@ def page(library: Library, view: Selection) -> list[Any]:
     return [
         *top,
         choose,
+        headlines(view, of_comparison(found)),
+        *_heads(found, view),
         card(
             html.Ul(
                 [html.Li(text, className="found") for text in found.sentences], className="findings"
             ),
-            "Findings",
+            "All that was found",
         ),
-        *_heads(found, view),
         *([_table("Circuits", found.circuits)] if len(found.circuits) else []),
         _table("Losses", found.losses),
         _table("Scores", found.metrics),

@@ -1,4 +1,4 @@
-"""The first screen of a run: its most surprising findings."""
+"""The first screen of a run, or of two: the most surprising findings."""
 
 from typing import Any
 from urllib.parse import quote
@@ -12,7 +12,7 @@ from lens_dashboards.selection import Selection
 
 
 def headlines(view: Selection, shown: list[Shown]) -> html.Section:
-    """The first screen of a run: its findings, each with its interval, its baseline and a small picture."""
+    """The first screen of a run, or of two beside each other: each finding with interval, baseline and small picture."""
     if not shown:
         text = "Nothing here lies beyond its baseline with its whole interval, or has a baseline."
         return card(html.P(text), "Findings", className="empty", id="headlines")
@@ -28,7 +28,7 @@ def headlines(view: Selection, shown: list[Shown]) -> html.Section:
                 alt=f"{_three(told.value)}{ends}, against {_three(told.baseline)} of {told.against}",
                 className="strip",
             ),
-            dcc.Link(one.title, href=link.url()),
+            dcc.Link(one.title, href=link.url()) if view.run else html.Span(one.title),
         ]
         parts: list[Any] = [html.Div([html.P(told.text), html.P(beside, className="beside")])]
         if one.picture is not None:

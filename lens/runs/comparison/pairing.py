@@ -16,8 +16,14 @@ from lens.common.head_ids import HeadId
 from lens.runs.folders import Run
 from lens.runs.schema import PROMPT_KINDS
 from lens.stats import over_units
+from lens.traces.metrics import METRICS
 
 POSITIONS = ("top_key", "positional_distance")  # which key it is, not how much: no difference
+SEEN = 0.005  # a share of attention that two decimals show
+SHARES = tuple(
+    name for name, one in METRICS.items() if one.unit == "probability" and name != "sink_rate"
+)
+"""Scores that are shares of attention; a sink rate counts keys above a threshold, and jumps with it."""
 HEAD_COLUMNS = (
     "prompts",
     "metric",

@@ -18,6 +18,8 @@ from lens.runs.schema import KIND_WORDS
 from lens.traces.metrics import METRICS
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import pandas as pd
 
     from lens.runs import Comparison
@@ -239,15 +241,17 @@ def series_lines(
     variant: str = "raw",
     prompts: str | None = None,
     top: int = 8,
+    heads: Sequence[str] = (),
     **look: Unpack[Look],
 ) -> go.Figure:
-    """The heads that change most over a series of runs: their score at each, with the interval of the change.
+    """The heads that change most over a series of runs: their score at each, with its interval over prompts.
 
     Args:
         series: of `lens.runs.compare_series`.
         metric, variant: of `lens.traces.metrics`.
         prompts: `text` or `copied`; None: the kind that shows the metric best.
         top: so many heads; the others are drawn thin and grey, at most 200.
+        heads: these instead, such as L1H2.
 
     Raises:
         LensError: no such score.
@@ -263,8 +267,12 @@ def series_lines(
     spread = (grid.max(axis=1) - grid.min(axis=1)).sort_values(ascending=False, kind="stable")
     figure = go.Figure()
     colors = iter((ACCENT, LINE, "#22a884", "#8250df", "#8a5300", "#17663a", "#5c6773", "#1f5a96"))
-    for number, name in reversed(list(enumerate(spread.index[:200]))):
-        named = number < top
+    chosen = set(heads or spread.index[:top])
+    low, high = (
+        rows.pivot(index="name", columns="place", values=f"value_{end}") for end in ("low", "high")
+    )
+    for name in sorted(spread.index[:200], key=lambda name: (name in chosen, spread[name])):
+        named = name in chosen
         color = next(colors, LINE) if named else BASELINE
         figure.add_scatter(
             x=[series.names[int(place)] for place in grid.columns],
@@ -274,6 +282,13 @@ def series_lines(
             showlegend=named,
             opacity=1.0 if named else 0.35,
             line={"color": color, "width": 2 if named else 1},
+            error_y={
+                "array": (high - grid).loc[name],
+                "arrayminus": (grid - low).loc[name],
+                "thickness": 1,
+                "width": 3,
+                "visible": named,
+            },
             hovertemplate=f"{name} at %{{x}}: %{{y:.4g}}<extra></extra>",
         )
     figure.update_xaxes(title="run", type="category")

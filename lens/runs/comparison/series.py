@@ -19,8 +19,7 @@ from lens.common.head_ids import head_columns
 from lens.common.results import Result, Sentence, few
 from lens.runs.comparison.comparing import compare_runs
 from lens.runs.comparison.first_token import emerged, first_token
-from lens.runs.comparison.pairing import POSITIONS
-from lens.runs.comparison.words import SEEN
+from lens.runs.comparison.pairing import POSITIONS, SEEN, SHARES
 from lens.runs.folders import Run
 from lens.runs.schema import KIND_WORDS
 from lens.traces.findings import findings
@@ -38,6 +37,7 @@ class RunSeries(Result):
         names: of them, such as the revision of each checkpoint.
         heads: one row per run, kind of prompt, score and head, as `table` says.
         sinks: one row per run and kind of prompt, what the first token gets (`lens.runs.comparison.first_token`).
+        losses: as `Comparison.losses`, of each run and the one before it, with the run's `place`.
         refused: (run, run compared with) -> why heads of the same number are not compared.
         seed: of the bootstrap.
     """
@@ -46,12 +46,13 @@ class RunSeries(Result):
     names: tuple[str, ...]
     heads: pd.DataFrame
     sinks: pd.DataFrame
+    losses: pd.DataFrame
     refused: dict[tuple[str, str], str]
     seed: int
 
     def table(self) -> pd.DataFrame:
         """One row per run, kind of prompt, score and head: `run`, `place` from 0, `prompts`, `metric`, `variant`, `name`,
-        `layer`, `head`, `value` (mean over the run's own prompts), and `since_first` and `since_last`, the change on shared prompts, each with `_low`,
+        `layer`, `head`, `value` (mean over the run's own prompts, with `value_low` and `value_high`), and `since_first` and `since_last`, the change on shared prompts, each with `_low`,
         `_high` (95 % bootstrap over prompts) and `_n`; NaN where two runs share no prompt or have other heads."""
         return self.heads
 
@@ -61,22 +62,24 @@ class RunSeries(Result):
         return (*self._counts(), *emerged(self.sinks), *self._jumps(), *self._limits())
 
     def _counts(self) -> list[Sentence]:
-        kinds: dict[str, list[str]] = {}
-        for name, run in zip(self.names, self.runs, strict=True):
-            for one in findings(run.heads):
-                count = len(one.heads) if one.found else 0
-                kinds.setdefault(one.kind.replace("_", "-"), []).append(f"{count} at {name}")
-        return [
-            Sentence(f"{kind.capitalize()} heads: {', '.join(counts)}.", kind="heads")
-            for kind, counts in kinds.items()
-        ]
+        found = [{one.kind: one for one in findings(run.heads)} for run in self.runs]
+        said = []
+        for kind in dict.fromkeys(kind for side in found for kind in side):
+            counts = [
+                f"{len(one.heads) if one.found else 0} at {name}"
+                if (one := side.get(kind))
+                else f"not measured at {name}"
+                for name, side in zip(self.names, found, strict=True)
+            ]
+            words = f"{kind.replace('_', '-').capitalize()} heads: {', '.join(counts)}."
+            said.append(Sentence(words, kind="heads"))
+        return said
 
     def _jumps(self) -> list[Sentence]:
         """The largest changes of a share of attention between neighbours that lie beyond their interval, one a head."""
         if self.heads.empty:
             return []
-        shares = [name for name, one in METRICS.items() if one.unit == "probability"]
-        rows = self.heads[self.heads["metric"].isin(shares) & (self.heads["variant"] == "raw")]
+        rows = self.heads[self.heads["metric"].isin(SHARES) & (self.heads["variant"] == "raw")]
         rows = rows.dropna(subset=["since_last"])
         if rows.empty:
             return []
@@ -142,20 +145,23 @@ def compare_series(runs: Sequence[Run], *, seed: int = 0) -> RunSeries:
     runs = tuple(given_as("Run", runs=run) for run in runs)
     if len(runs) < 2 or len({run.path for run in runs}) < len(runs):
         raise LensError(f"a series is two runs or more, each once; got {[run.id for run in runs]}")
-    names, tables, refused = _names(runs), [], {}
+    names, tables, losses, refused = _names(runs), [], [], {}
     tables.append(_alone(runs[0], names[0], 0))
     for place in range(1, len(runs)):
         found: dict[str, pd.DataFrame] = {}
         for other in {0, place - 1}:
             compared = compare_runs(runs[other], runs[place], seed=seed)
+            if other == place - 1:
+                losses.append(compared.losses.assign(place=place))
             columns = [*["since_first"] * (other == 0), *["since_last"] * (other == place - 1)]
             if compared.refusal:
                 refused[names[other], names[place]] = compared.refusal
             else:
                 found |= dict.fromkeys(columns, compared.heads)
         tables.append(_joined(_alone(runs[place], names[place], place), found))
-    heads = pd.concat(tables, ignore_index=True)
-    return RunSeries(runs, names, heads, first_token(runs, names, seed), refused, seed)
+    heads, losses = (pd.concat(some, ignore_index=True) for some in (tables, losses))
+    sinks = first_token(runs, names, seed)
+    return RunSeries(runs, names, heads, sinks, losses, refused, seed)
 
 
 _KEYS = ["prompts", "metric", "variant", "layer", "head"]
@@ -165,7 +171,9 @@ def _alone(run: Run, name: str, place: int) -> pd.DataFrame:
     """The scores of one run: means over its own prompts of each kind."""
     rows = run.heads[run.heads["prompt_id"].isin(list(KIND_WORDS))]
     rows = rows[~rows["metric"].isin(POSITIONS)]
-    rows = rows.rename(columns={"prompt_id": "prompts"})[[*_KEYS, "value"]].reset_index(drop=True)
+    named = {"prompt_id": "prompts", "low": "value_low", "high": "value_high"}
+    rows = rows.rename(columns=named)[[*_KEYS, "value", "value_low", "value_high"]]
+    rows = rows.reset_index(drop=True)
     own = head_columns(zip(rows["layer"], rows["head"], strict=True))
     rows = rows.assign(run=name, place=place, name=own["name"])
     for column in ("since_first", "since_last"):

@@ -10,6 +10,7 @@ import pandas as pd
 
 from lens.common.head_ids import HeadId
 from lens.common.results import Sentence
+from lens.runs.comparison.pairing import SEEN, SHARES
 from lens.runs.folders import Run
 from lens.runs.schema import KIND_WORDS
 from lens.traces.findings import Finding, findings
@@ -29,7 +30,10 @@ _FOLLOWS = (
     *(f"model.{name}" for name in ("class", "parameters", "licence")),
 )  # what comes with the model and is no choice of its own
 _SAME_ORDER = 0.995
-SEEN = 0.005  # a share of attention that two decimals show
+MATCHED = (
+    "Heads are matched by their number. In two models that were trained apart, L3H5 of one need not do the work of "
+    "L3H5 of the other; numbers match in checkpoints, fine-tunes and other precisions of one model."
+)
 
 
 def sentences(
@@ -166,9 +170,7 @@ def _changes(heads: pd.DataFrame, shared: Mapping[str, int]) -> list[str]:
             "Whether a head's share of attention differs cannot be said: the runs share no prompt of the "
             "same tokens."
         ]
-    shares = [name for name, metric in METRICS.items() if metric.unit == "probability"]
-    rows = heads[heads["metric"].isin(shares) & (heads["metric"] != "sink_rate")]
-    rows = rows[rows["prompts"].isin(paired)]
+    rows = heads[heads["metric"].isin(SHARES) & heads["prompts"].isin(paired)]
     rows = rows[rows["difference"].abs() >= SEEN]
     if rows.empty:
         return [f"No head's share of attention differs by {SEEN:g} or more."]
@@ -250,11 +252,7 @@ def _alignment(settings: pd.DataFrame, refusal: str) -> list[str]:
         return [refusal]
     if not {"model.name", "model.revision"} & set(settings["setting"]):
         return []
-    return [
-        "Heads are matched by their number. In two models that were trained apart, L3H5 of one need "
-        "not do the work of L3H5 of the other; numbers match in checkpoints, fine-tunes and other "
-        "precisions of one model."
-    ]
+    return [MATCHED]
 
 
 def _confounds(settings: pd.DataFrame) -> list[str]:
