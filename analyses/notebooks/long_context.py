@@ -19,15 +19,14 @@
 # `LENGTHS` to what your patience takes.
 
 # %%
-import os
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import psutil
 import torch
 import transformers
 
@@ -62,15 +61,11 @@ model
 # A thread looks at the memory of this process every few milliseconds while the model reads. Beside it
 # stands what the attention probabilities of one single layer would take in float32.
 
+
 # %%
-STATUS = Path("/proc/self/statm")
-
-
 def resident() -> float:
-    """Memory of this process in MiB; NaN where the system does not tell."""
-    if not STATUS.exists():
-        return float("nan")
-    return int(STATUS.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+    """Memory of this process in MiB."""
+    return psutil.Process().memory_info().rss / 2**20
 
 
 @contextmanager
@@ -112,15 +107,12 @@ measured.round(1)
 
 # %%
 longest = measured.iloc[-1]
-if STATUS.exists():
-    print(
-        f"Reading {measured.index[-1]:,} tokens took {longest['extra_MiB']:.0f} MiB more, where the "
-        f"matrices of one layer alone would take {longest['one_layer_N×N_MiB']:.0f} MiB; the trace that "
-        f"stays is {longest['trace_MiB']:.0f} MiB."
-    )
-    assert longest["extra_MiB"] < longest["one_layer_N×N_MiB"] / 4
-else:
-    print("This system does not tell a process its memory, so only the trace's size is known.")
+print(
+    f"Reading {measured.index[-1]:,} tokens took {longest['extra_MiB']:.0f} MiB more, where the "
+    f"matrices of one layer alone would take {longest['one_layer_N×N_MiB']:.0f} MiB; the trace that "
+    f"stays is {longest['trace_MiB']:.0f} MiB."
+)
+assert longest["extra_MiB"] < longest["one_layer_N×N_MiB"] / 4
 assert longest["trace_MiB"] < longest["one_layer_N×N_MiB"] / 20
 
 # %% [markdown]

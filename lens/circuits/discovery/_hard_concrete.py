@@ -36,6 +36,7 @@ from lens.common.given import given_as
 from lens.common.progress import advancing
 from lens.common.results import Result
 from lens.models.loaded import LoadedModel
+from lens.stats.orders import top
 from lens.tasks.task import Task
 
 Over = Literal["edges", "nodes"]
@@ -98,7 +99,7 @@ class LearnedMasks(Result):
             goal = f"penalty {self.penalty:g}"
         else:
             kept = round((1 - self.sparsity) * len(self.log_alpha))
-            gates = np.argsort(np.argsort(-self.log_alpha, kind="stable")) < kept
+            gates = np.isin(np.arange(len(self.log_alpha)), top(self.log_alpha, kept))
             goal = f"{self.sparsity:.1%} of the {self.over} removed"
         if self.over == "nodes":
             gates = np.array([True, *gates])[self.graph.ends[1]]

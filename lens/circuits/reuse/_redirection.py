@@ -303,7 +303,6 @@ def _draw_controls(
     model: LoadedModel, chosen: tuple[HeadId, ...], controls: int, match: Match, seed: int
 ) -> tuple[tuple[HeadId, ...], ...]:
     """As many other heads, `controls` times."""
-    check_counts(0, seed=seed)
     heads, random = selected_heads(model, None, chosen).numpy(), np.random.default_rng(seed)
     for layer, here in enumerate(heads if match == "layers" else heads.reshape(1, -1)):
         wanted, left = here.sum(), (~here).sum()
