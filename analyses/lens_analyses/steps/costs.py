@@ -51,6 +51,12 @@ class Cost:
     seconds: float = 1.0
 
 
+def _chain(load: Load) -> Cost:
+    if not load.vocab:  # a model that reads no text has none
+        return Cost(0)
+    return Cost((40 + 7 * load.layers) * load.prompts, 40 + 7 * load.layers)
+
+
 def _importance(load: Load) -> Cost:
     passes = 6.0  # of heads of one role together, and the clean model
     for by, _ in load.settings.measured:
@@ -172,7 +178,7 @@ COSTS: dict[str, dict[str, Callable[[Load], Cost]]] = {
         "pattern_summary": lambda load: Cost(0, seconds=15 + 0.02 * load.heads),
         "structure": lambda load: Cost(2 * load.prompts, seconds=3),
         "similarity": lambda load: Cost(load.prompts, seconds=1),
-        "chain": lambda load: Cost((40 + 7 * load.layers) * load.prompts, 40 + 7 * load.layers),
+        "chain": _chain,
     },
     "examples": {"examples": _examples},
     "generate": {"generation": lambda load: Cost(0, load.settings.new)},

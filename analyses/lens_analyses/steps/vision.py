@@ -117,7 +117,7 @@ def rings(subject: Subject) -> Section:
                 figures[f"{name}_{part}"] = one.titled(found.plot())
             said += [f"{title}: {text}" for text in found.findings()]
         if f"{name}_shapes" in figures:
-            headlines += crossing(title, name, results["shapes"])
+            headlines += crossing(title, name, trace, subject.seed)
     joined = {part: _front(ones) for part, ones in tables.items()}
     alike = [one for one in strengths if one.grid == strengths[0].grid]
     mass = np.mean([one.mass for one in alike], 0)

@@ -9,9 +9,8 @@ from lens.stats.intervals import known_mean, over_rows
 from lens.traces.overlays import heads_of
 from lens.traces.tiles import sees
 from lens.traces.trace import AttentionTrace
-from lens.vision._patches import grid_of
+from lens.vision._patches import SMALLEST, grid_of, maps, of_uniform, offsets
 from lens.vision.knocking import KnockOut
-from lens.vision.rings import Shapes
 from lens.vision.routes import TextFlow
 
 
@@ -65,20 +64,41 @@ def _of_rows(trace: AttentionTrace, layer: int, rows: tuple[int, int]) -> np.nda
     return seen / np.maximum(seen.sum(-1, keepdims=True), 1)
 
 
-def crossing(title: str, name: str, found: Shapes) -> Iterator[Headline]:
-    """The head with the largest share in its own row and column."""
-    table = found.table()
-    best = table.iloc[int(np.nanargmax(table["criss_cross"].to_numpy()))]
-    ends = (float(best[f"criss_cross{end}"]) for end in ("", "_low", "_high"))
-    fair = float(best["criss_cross_uniform"])
+def crossing(title: str, name: str, trace: AttentionTrace, seed: int) -> Iterator[Headline]:
+    """The head that keeps most in its own row and column, chosen by every second patch and measured on those between."""
+    grid = grid_of(trace)
+    down, across = offsets(grid)
+    cross = (down == 0) | (across == 0)
+    even = dict(
+        zip(trace.layers, of_uniform(trace, grid.span, lambda one: _share(one, cross)), strict=True)
+    )
+    chosen = (0.0, None, np.empty(0), 0.0)
+    for head, one in maps(trace, grid):
+        share, fair = _share(one, cross), even[head.layer]
+        times = known_mean(share[::2]) / known_mean(fair[::2])
+        if times > chosen[0]:
+            chosen = (float(times), head, share[1::2], float(known_mean(fair[1::2])))
+    _, head, share, fair = chosen
+    if head is None or np.isfinite(share).sum() < 2:
+        return
+    low, high = (float(end) for end in over_rows(share, seed))
+    if low <= fair:
+        return
+    value = float(known_mean(share))
     yield Headline(
-        f"{title}: {best['name']} keeps {best['criss_cross']:.0%} of its attention on patches in the row and column of the "
+        f"{title}: {head} keeps {value:.0%} [{low:.0%}, {high:.0%}] of its attention on patches in the row and column of the "
         f"patch that looks, uniform attention {fair:.0%}.",
-        *ends,
+        *(value, low, high),
         baseline=fair,
         against="uniform attention",
         figure=f"{name}_shapes",
     )
+
+
+def _share(one: np.ndarray, members: np.ndarray) -> np.ndarray:
+    """[patches] of the attention on patches; NaN of a row without."""
+    total = one.sum(-1)
+    return (one * members).sum(-1) / np.where(total > SMALLEST, total, np.nan)
 
 
 def of_flow(found: TextFlow | None) -> Iterator[Headline]:

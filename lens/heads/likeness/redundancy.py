@@ -110,7 +110,7 @@ class HeadClusters(Result):
         if self.groups.apart:
             text = f"{shown} ({len(self.members)} groups; {self.groups.in_words}{prompts})."
         else:
-            text = f"no groups are told apart ({self.groups.in_words}); cut into {len(self.members)}, the largest is {shown}."
+            text = f"no groups are told apart ({self.groups.in_words}); cut into {len(self.members)}, the largest are {shown}."
         return (Sentence(text, kind="groups"),)
 
     def __repr__(self) -> str:
