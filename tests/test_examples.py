@@ -11,12 +11,13 @@ import inspect
 import runpy
 import tomllib
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
 from docs.public import modules, rooms
 from lens.models import smollm2
+from tests.odd_arguments import with_odd
 
 ROOT = Path(__file__).parents[1]
 OPEN = tomllib.loads((ROOT / "tests/examples.toml").read_text())
@@ -63,6 +64,16 @@ EXAMPLES = [
 ]
 
 
+PUBLIC = {
+    (value.__module__, value.__qualname__): value
+    for room, names in rooms().items()
+    for name in names
+    if callable(value := getattr(importlib.import_module(room), name))
+    and hasattr(value, "__qualname__")
+}
+"""Module and name -> a public function or class as its room hands it out."""
+
+
 class _WhereShown(doctest.OutputChecker):
     """Output is compared where the docstring shows it; otherwise the example must only run."""
 
@@ -70,13 +81,20 @@ class _WhereShown(doctest.OutputChecker):
         return not want or super().check_output(want, got, optionflags)
 
 
-def run(example: Docstring, names: dict[str, object]) -> None:
-    """Run one docstring with the names of its module and those given; raises where it does not hold."""
+def run(example: Docstring, names: dict[str, object], call: Any = None) -> list[str]:
+    """Run one docstring with the names of its module and those given; raises where it does not hold.
+
+    Returns what is raw of the public function that it belongs to.
+    """
     test = doctest.DocTestParser().get_doctest(
         example.text, names, example.id, example.module, example.line
     )
+    raw: list[str] = []
+    if call is not None:
+        with_odd(test, call, raw)
     flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
     doctest.DebugRunner(checker=_WhereShown(), optionflags=flags).run(test)
+    return raw
 
 
 @pytest.fixture(scope="module")
@@ -100,9 +118,10 @@ def _marks(example: Docstring) -> list[pytest.MarkDecorator]:
 @pytest.mark.parametrize(
     "example", [pytest.param(found, id=found.id, marks=_marks(found)) for found in EXAMPLES]
 )
-def test_example_runs(example, given, tmp_path, monkeypatch):
+def test_example_runs_and_odd_arguments_are_refused_in_words(example, given, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    run(example, {**vars(importlib.import_module(example.module)), **given})
+    names = {**vars(importlib.import_module(example.module)), **given}
+    assert run(example, names, PUBLIC.get((example.module, example.owner))) == []
 
 
 def test_the_failing_are_examples_of_today():

@@ -33,6 +33,8 @@ def section(run: Run, name: str) -> Section:
     Raises:
         LensError: as `Run.section`.
     """
+    if name not in run.sections:
+        return run.section(name)  # says so; a name that was made up is no part of a path
     index = run.path / FOLDER / name / SECTION_INDEX
     return _section(run, run.path, name, index.stat().st_mtime_ns if index.exists() else 0)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from waitress.adjustments import Adjustments
 from waitress.channel import HTTPChannel
+from waitress.parser import HTTPRequestParser, ParsingError
 from waitress.server import TcpWSGIServer
 
 from lens.common.errors import LensError
@@ -57,9 +58,22 @@ def make_server(application: Any, listener: socket.socket, threads: int) -> Any:
     return _Server(application, _sock=listener, adj=how, sockinfo=where, bind_socket=False)
 
 
+class _Parser(HTTPRequestParser):
+    """Refuses (400) an address that cannot be taken apart, and waits for no body that was not announced."""
+
+    def parse_header(self, header_plus: bytes) -> None:
+        try:
+            super().parse_header(header_plus)
+        except ValueError as error:  # of urllib, on [::1 and the like
+            raise ParsingError(f"this is no address: {error}") from error
+        if not self.chunked and not self.content_length:
+            self.expect_continue = False
+
+
 class _Channel(HTTPChannel):
     """A connection whose time does not start anew with every byte of an unfinished request."""
 
+    parser_class = _Parser
     _since = 0.0
 
     @property

@@ -9,7 +9,6 @@ makes the denominator `exp(SINK) + sum P`, which is `exp(SINK)` to `exp(-SINK)` 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -19,6 +18,7 @@ from torch.nn.functional import pad
 
 from lens_kernels import tiled
 from lens_kernels.api import run_problem
+from lens_kernels.arguments import check_names, check_tensors
 from lens_kernels.problem import Problem
 from lens_kernels.types import AttentionMask, AttentionStatistics
 from lens_kernels.validation import make_problem
@@ -92,12 +92,8 @@ def masses_from_lse(
         >>> round(float(mass), 4), round(float(too_much), 4)
         (0.6667, 1.3333)
     """
-    for name, one in (("query", query), ("key", key), ("lse", lse)):
-        if not isinstance(one, Tensor):
-            raise TypeError(f"{name} must be a torch tensor, got {type(one).__name__}")
-    if isinstance(statistics, str) or not isinstance(statistics, Iterable):
-        raise TypeError(f"statistics must be a list of names, got {statistics!r}")
-    names = frozenset(statistics)
+    check_tensors(query=query, key=key, lse=lse)
+    names = check_names("statistics", statistics)
     if unknown := sorted(names - SUMS):
         raise ValueError(
             f"{', '.join(unknown)} cannot be had from a known LSE; it gives {', '.join(sorted(SUMS))}"

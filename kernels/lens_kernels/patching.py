@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lens_kernels.arguments import check_kinds, check_tensors
 from lens_kernels.complements import complements, removal_effect
 from lens_kernels.panels import Panel, sink_share, strips
 from lens_kernels.problem import Problem
@@ -98,6 +99,11 @@ def patch_effects(
         >>> patch_effects(q, k, v, torch.ones(1, 1, 1, 1), knock_out=True).knock_out
         tensor([[[ 1., -1.]]])
     """
+    patches = {"query": patched_query, "key": patched_key, "value": patched_value}
+    check_tensors(
+        output_gradient=output_gradient, **{f"patched_{n}": p for n, p in patches.items()}
+    )
+    check_kinds(bool, knock_out=knock_out)
     problem = make_problem(
         query,
         key,
@@ -109,7 +115,6 @@ def patch_effects(
         block_size=block_size,
         statistics=(),
     )
-    patches = {"query": patched_query, "key": patched_key, "value": patched_value}
     given = {name: patch for name, patch in patches.items() if patch is not None}
     if not given and not knock_out:
         raise ValueError(

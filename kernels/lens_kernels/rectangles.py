@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
+from lens_kernels.arguments import as_number, check_kinds
+
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
 
@@ -75,8 +77,33 @@ def tile(
         >>> tile(q, k, lse, (3, 5), (0, 5), causal=True).round(3).astype(str).tolist()
         [['0.25', '0.25', '0.25', '0.25', '0.0'], ['0.2', '0.2', '0.2', '0.2', '0.2']]
     """
+    arrays = {"query": query, "key": key, "lse": lse}
+    for name, one in {
+        **arrays,
+        "alibi_slopes": alibi_slopes,
+        "bias": bias,
+        "allowed": allowed,
+    }.items():
+        if not hasattr(one, "ndim") and (name in arrays or one is not None):
+            raise TypeError(f"{name} must be an array of numpy or torch, got {type(one).__name__}")
+    check_kinds(bool, causal=causal)
+    check_kinds(
+        (int, np.integer),
+        window=window,
+        prefix=prefix,
+        key_start=key_start,
+        key_end=key_end,
+        offset=offset,
+    )
+    check_kinds((list, tuple, range), query_range=query_range, key_range=key_range)
+    scale = None if scale is None else as_number("scale", scale)
+    softcap = None if softcap is None else as_number("softcap", softcap)
     _check_shapes(query, key, lse)
     queries, keys = query.shape[-2], key.shape[-2]
+    if not all(np.isfinite(one) for one in (scale, softcap) if one is not None):
+        raise ValueError(f"scale and softcap must be finite, got {scale} and {softcap}")
+    if offset is not None and not abs(offset) < 2**31:
+        raise ValueError(f"offset must be below 2**31, got {offset}")
     if window is not None and window < 1:
         raise ValueError(f"window must be at least 1 (a query's own key), got {window}")
     longest = 2 * (queries + keys + abs(offset or 0))  # no distance and no key is beyond it
@@ -147,7 +174,7 @@ def _rectangle(array: Any, rows: slice, columns: slice) -> Any:
 
 
 def _range(name: str, given: tuple[int, int], size: int) -> slice:
-    first, last = given
+    first, last = given if len(given) == 2 else (0, 0)
     if not 0 <= first < last <= size:
         raise ValueError(
             f"{name} must be (first, one past the last) within 0..{size}, got {tuple(given)}"

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lens_kernels.arguments import as_number, check_kinds, check_tensors
 from lens_kernels.states import AttentionState, merge_weights, sinks_of_rows
 from lens_kernels.types import AttentionGroups
 
@@ -174,7 +175,11 @@ def redistribute(
         >>> redistribute([sink, rest], Transfer([0], [1], 0.5)).mass.flatten()
         tensor([0.4500, 0.5500])
     """
+    check_kinds((AttentionGroups, list, tuple), states=states)
+    check_kinds((Mask, LogitBias, LearnedSink, Drop, Scale, Transfer), rule=rule)
+    check_tensors(output=output)
     parts = states.states if isinstance(states, AttentionGroups) else tuple(states)
+    check_kinds(AttentionState, **{f"state {place}": one for place, one in enumerate(parts)})
     outputs, lses = _stacked(parts)
     sinks = _sinks(sink_logits, lses)
     before, lse, mass_before = _combine(outputs, lses, sinks)
@@ -214,6 +219,7 @@ def _sinks(logits: PerRow | None, lses: Tensor) -> Tensor | None:
     """Sink logits as one more part [...] of each row; -inf in rows that see nothing."""
     if logits is None:
         return None
+    logits = logits if isinstance(logits, Tensor) else as_number("sink_logits", logits)
     sinks = torch.as_tensor(logits, dtype=lses.dtype, device=lses.device)
     if sinks.dim() == 0:
         return torch.where((lses > -_INF).any(0), sinks, -_INF)

@@ -30,6 +30,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lens_kernels.arguments import check_kinds, check_tensors
+
 if TYPE_CHECKING:
     from jaxtyping import Float
 
@@ -152,6 +154,8 @@ def merge(
         >>> merge(one, other).output
         tensor([[5.]])
     """
+    check_kinds(AttentionState, **{f"state {place}": one for place, one in enumerate(states)})
+    check_tensors(sink_logits=sink_logits)
     _check_alike(states)
     lses = torch.stack([state.lse for state in states])
     parts = lses

@@ -13,6 +13,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from lens_kernels.arguments import check_names
+
 Exactness = Literal["exact", "lower_bound", "upper_bound", "approx"]
 """How a number stands to the true one: equal, never above it, never below it, or near it."""
 
@@ -169,7 +171,7 @@ def resolve_statistics(
             if not entry.from_backward and (entry.needs is None or entry.needs in available)
         )
     names = set()
-    for name in asked:
+    for name in asked if isinstance(asked, Iterable) else check_names("statistics", asked):
         if name not in table:
             close = difflib.get_close_matches(str(name), table, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(table)}"

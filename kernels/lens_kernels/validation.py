@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lens_kernels.arguments import as_number, check_names, check_tensors
 from lens_kernels.labels import read_groups, read_labels
 from lens_kernels.masks import lower_mask
 from lens_kernels.nonfinite import clean_padding
@@ -63,6 +64,9 @@ def make_problem(
         TypeError, ValueError: one line with what was expected, what came and what to do.
     """
     _check_inputs(query, key, value)
+    check_tensors(
+        sink_logits=sink_logits, groups=groups, block_mask=block_mask, key_weights=key_weights
+    )
     batch, head_dim = query.shape[0], query.shape[3]
     keys = key.shape[2]
     blocks = _block_size(block_size, query.shape[2], keys)
@@ -117,9 +121,8 @@ def make_problem(
 
 def _check_inputs(query: Tensor, key: Tensor, value: Tensor) -> None:
     named = {"query": query, "key": key, "value": value}
+    check_tensors(**named)
     for name, tensor in named.items():
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a torch tensor, got {type(tensor).__name__}")
         if tensor.dim() != 4:
             raise ValueError(
                 f"{name} must be [batch, heads, positions, dim], got {list(tensor.shape)}; "
@@ -196,23 +199,18 @@ def _block_side(size: int, length: int) -> int:
 def _scale(scale: float | None, head_dim: int) -> float:
     if scale is None:
         return head_dim**-0.5
-    if not hasattr(scale, "__float__"):
-        raise TypeError(f"scale must be a number, got {scale!r}")
-    if not math.isfinite(scale):
+    if not math.isfinite(number := as_number("scale", scale)):
         raise ValueError(f"scale must be finite, got {scale}; None means 1/sqrt(head_dim)")
-    return float(scale)
+    return number
 
 
 def _softcap(softcap: float | None, dtype: torch.dtype) -> float | None:
     if softcap is None:
         return None
-    if not hasattr(softcap, "__float__"):
-        raise TypeError(f"softcap must be a number, got {softcap!r}")
-    if not (math.isfinite(softcap) and softcap > 0):
+    number = as_number("softcap", softcap)
+    if not (math.isfinite(number) and number > 0):
         raise ValueError(f"softcap must be positive and finite, got {softcap}; None means no cap")
-    if dtype == torch.float64:
-        return float(softcap)
-    return min(max(float(softcap), 1 / FURTHEST_CAP), FURTHEST_CAP)
+    return number if dtype == torch.float64 else min(max(number, 1 / FURTHEST_CAP), FURTHEST_CAP)
 
 
 def _sink_logits(sinks: Tensor | None, query: Tensor, dtype: torch.dtype) -> Tensor | None:
@@ -286,6 +284,8 @@ def _key_weights(
 def _grid(grid: tuple[int, ...] | None, keys: int) -> tuple[int, int, int] | None:
     if grid is None:
         return None
+    if not isinstance(grid, tuple | list):
+        raise TypeError(f"grid must be (height, width), got {type(grid).__name__}")
     if len(grid) not in (2, 3):
         raise ValueError(f"grid must be (height, width) or (height, width, first key), got {grid}")
     height, width = _positive("grid height", grid[0]), _positive("grid width", grid[1])
@@ -299,7 +299,7 @@ def _grid(grid: tuple[int, ...] | None, keys: int) -> tuple[int, int, int] | Non
 
 
 def _differentiable(names: Iterable[str], statistics: frozenset[str]) -> frozenset[str]:
-    asked = frozenset([names] if isinstance(names, str) else names)
+    asked = check_names("differentiable", names)
     if not asked <= DIFFERENTIABLE:
         raise ValueError(
             f"differentiable may hold {', '.join(sorted(DIFFERENTIABLE))} (output and lse always "

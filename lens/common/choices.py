@@ -11,7 +11,7 @@ from lens.common.errors import LensError
 
 _Choice = TypeVar("_Choice")
 _shown = reprlib.Repr()
-_shown.maxstring = _shown.maxother = 80  # an error is a line, whatever was given
+_shown.maxstring = _shown.maxother = _shown.maxlong = 80
 
 
 def check_choice(name: str, value: _Choice, choices: Any) -> _Choice:
@@ -34,7 +34,7 @@ def check_choice(name: str, value: _Choice, choices: Any) -> _Choice:
         return value
     near = difflib.get_close_matches(str(value), known, 1)
     raise LensError(
-        f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}"
+        f"{name} must be one of {', '.join(map(repr, known))}, got {shown(value)}"
         + (f"; did you mean {near[0]!r}?" if near else "")
     )
 
@@ -55,7 +55,17 @@ def check_counts(least: int = 1, **numbers: Any) -> None:
     what = "a positive integer" if least == 1 else f"an integer of at least {least}"
     for name, value in numbers.items():
         if not is_whole(value) or value < least:
-            raise LensError(f"{name} must be {what}, got {_shown.repr(value)}")
+            raise LensError(f"{name} must be {what}, got {shown(value)}")
+
+
+def shown(value: Any) -> str:
+    """A value in an error, which is one line whatever was given: a number, a text, a list; of others the class."""
+    if not isinstance(value, str | bytes | Real | list | tuple | dict | None):
+        return type(value).__name__
+    try:
+        return " ".join(_shown.repr(value).split())
+    except ValueError:  # more digits than Python writes
+        return "a number of thousands of digits"
 
 
 def is_whole(value: Any) -> bool:
@@ -74,7 +84,7 @@ def check_lists(**lists: Any) -> None:
     """
     for name, value in lists.items():
         if not isinstance(value, Iterable) or isinstance(value, str | bytes | Mapping):
-            raise LensError(f"{name} must be a list, got {_shown.repr(value)}")
+            raise LensError(f"{name} must be a list, got {shown(value)}")
 
 
 def check_mapping(**given: Any) -> None:
@@ -88,7 +98,7 @@ def check_mapping(**given: Any) -> None:
     """
     for name, value in given.items():
         if not isinstance(value, Mapping):
-            raise LensError(f"{name} must map names to something, got {_shown.repr(value)}")
+            raise LensError(f"{name} must map names to something, got {shown(value)}")
 
 
 def check_between(least: float, most: float, **lists: Any) -> None:
@@ -105,7 +115,7 @@ def check_between(least: float, most: float, **lists: Any) -> None:
     for name, values in lists.items():
         given = tuple(values)
         if not given or not all(is_number(one) and least < one < most for one in given):
-            raise LensError(f"{name} must {what}, got {given}")
+            raise LensError(f"{name} must {what}, got {shown(given)}")
 
 
 def is_number(value: Any) -> bool:

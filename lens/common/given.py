@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from lens.common.choices import shown
 from lens.common.errors import LensError
 
-_MADE_BY = {
+MADE_BY = {
+    "LoadedModel": "lens.load(it) makes one",
     "Task": "lens.tasks.induction(model) makes one",
     "AttentionTrace": "lens.capture(model, prompt) makes one",
     "Circuit": "lens.circuits.find(model, task) makes one",
@@ -21,7 +23,7 @@ _MADE_BY = {
     "Overlay": "trace.overlay() makes one",
     "Run": "lens.runs.open_run(folder) reads one",
 }
-_PART = {"Circuit": "circuit", "EdgeScores": "scores"}  # of what lens.circuits.find returns
+_FOUND, _PART = "FoundCircuit", {"Circuit": "circuit", "EdgeScores": "scores"}
 
 
 def given_as(kind: str, **value: Any) -> Any:
@@ -38,12 +40,23 @@ def given_as(kind: str, **value: Any) -> Any:
         True
     """
     ((name, found),) = value.items()
-    if kind in _PART and type(found).__name__ == "FoundCircuit":
-        found = getattr(found, _PART[kind])
-    if kind not in {one.__name__ for one in type(found).__mro__}:
-        article = "an" if kind[0] in "AEO" else "a"
-        raise LensError(f"{name} must be {article} {kind} ({_MADE_BY[kind]}), got {_said(found)}")
-    return found
+    if not is_of(kind, found):
+        raise LensError(f"{name} must be {described(kind)}, got {shown(found)}")
+    return (
+        getattr(found, _PART[kind]) if type(found).__name__ == _FOUND and kind in _PART else found
+    )
+
+
+def described(kind: str) -> str:
+    """`a Task (lens.tasks.induction(model) makes one)`: a class, with who makes it where that is known."""
+    how = f" ({MADE_BY[kind]})" if kind in MADE_BY else ""
+    return f"{'an' if kind[0] in 'AEIO' else 'a'} {kind}{how}"
+
+
+def is_of(kind: str, value: Any) -> bool:
+    """Whether a value is of a class of this name, or is what `lens.circuits.find` returns and has one."""
+    names = {one.__name__ for one in type(value).__mro__}
+    return kind in names or (_FOUND in names and kind in _PART)
 
 
 def given_traces(traces: Any) -> list[Any]:
@@ -55,7 +68,7 @@ def given_traces(traces: Any) -> list[Any]:
     several = list(traces) if isinstance(traces, list | tuple) else [traces]
     if not several:
         raise LensError(
-            f"expected at least one trace, got an empty list; {_MADE_BY['AttentionTrace']}"
+            f"expected at least one trace, got an empty list; {MADE_BY['AttentionTrace']}"
         )
     return [given_as("AttentionTrace", traces=trace) for trace in several]
 
@@ -70,13 +83,8 @@ def given_table(table: Any, *columns: str) -> None:
         got = (
             f"the columns {', '.join(map(str, table.columns))}"
             if hasattr(table, "columns")
-            else _said(table)
+            else shown(table)
         )
         raise LensError(
             f"expected a table with the columns {', '.join(map(str, columns))}, got {got}"
         )
-
-
-def _said(value: Any) -> str:
-    text = repr(value) if isinstance(value, str | int | float | None) else type(value).__name__
-    return text if len(text) < 60 else f"{text[:56]}..."

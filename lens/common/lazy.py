@@ -6,11 +6,14 @@ A stub with an `__all__` advertises those alone: what it imports beside them is 
 import ast
 import importlib
 import importlib.util
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import lazy_loader
+
+from lens.common.checked import checked
 
 
 def attach(
@@ -27,7 +30,10 @@ def attach(
 
     def get(name: str) -> Any:
         if name in known:
-            return load(name)
+            found = checked(load(name))
+            if name in vars(sys.modules[module]):  # its file has the same name
+                setattr(sys.modules[module], name, found)
+            return found
         if not name.startswith("_") and importlib.util.find_spec(f"{module}.{name}"):
             return importlib.import_module(f"{module}.{name}")  # a room that is not advertised
         raise AttributeError(

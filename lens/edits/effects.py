@@ -88,13 +88,13 @@ def effect(
         >>> lens.effect(translator.part("cross"), pairs, lens.edits.Ablate("L1H0", "pooled_mean")).findings()
     """
     check_counts(0, seed=seed)
-    if isinstance(controls, int):
+    if isinstance(controls, int | float):
         check_counts(controls=controls)
         if draws not in (1, controls):
             raise LensError(
                 f"controls={controls} are draws of each control, and draws={draws} too; give one"
             )
-        controls, draws = None, controls
+        controls, draws = None, int(controls)
     check_counts(draws=draws)
     controls = [controls] if isinstance(controls, str) else controls
     named = [check_choice("controls", one, CONTROLS) for one in controls or ()]

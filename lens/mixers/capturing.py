@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -116,7 +117,9 @@ def capture(model: Any, prompt: Any, *, block: int = BLOCK, progress: bool = Tru
         ids = found[0].ids
     elif isinstance(model, torch.nn.Module):
         root, name = model, type(model).__name__
-        given = torch.as_tensor(prompt) if not isinstance(prompt, str) else None
+        given = None
+        with contextlib.suppress(TypeError, ValueError, RuntimeError):  # of texts and of no numbers
+            given = torch.as_tensor(prompt)
         if given is None or given.is_floating_point() or given.numel() == 0:
             raise LensError(
                 "of a model that was not loaded the prompt is token ids: a list or a tensor"

@@ -119,7 +119,7 @@ def _checked(run: Run, name: str, values: ArrayLike, definition: str, layers: in
         raise LensError(f"run {run.id} has an analysis {name!r}; choose another name")
     try:
         numbers = np.asarray(values, dtype=float)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise LensError("values must be numbers, [layer, head] or [layer, head, prompt]") from None
     heads = run.meta["model"]["heads"]
     if numbers.ndim not in (2, 3) or numbers.shape[:2] != (layers, heads):

@@ -15,6 +15,7 @@ from lens.common.errors import LensError
 if TYPE_CHECKING:
     from jaxtyping import Float, Shaped
 
+_MOST = 2**30  # numbers of a drawing
 LEVEL = 0.95  # of every interval: this share of the draws lies inside
 _ENDS = ((1 - LEVEL) / 2, (1 + LEVEL) / 2)
 _RESAMPLES = 1000
@@ -223,6 +224,10 @@ def _drawn_before(units: int, seed: int, resamples: int) -> np.ndarray:
 
 
 def _drawn(units: int, random: np.random.Generator, resamples: int) -> np.ndarray:
+    if units * resamples > _MOST:
+        raise LensError(
+            f"{resamples:,} resamples of {units:,} units are more than fit into memory; ask for fewer"
+        )
     return random.multinomial(units, np.full(units, 1 / units), resamples).astype(float)
 
 
@@ -230,7 +235,7 @@ def numbers(values: ArrayLike) -> np.ndarray:
     """As float64, of at least one dimension; raises LensError where they are none."""
     try:
         array = np.asarray(values, float)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise LensError(f"values must be numbers, got {type(values).__name__}: {error}") from error
     if not array.ndim:
         raise LensError("expected several numbers, got a single one; give an array")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -85,7 +84,7 @@ def classification(
         )
     if isinstance(prompts, Mapping):
         prompts = prompts["pixel_values"] if "pixel_values" in prompts else _ids_of(model, prompts)
-    if prompts is None or isinstance(prompts, str | Path) or not len(prompts):
+    if not hasattr(prompts, "__len__") or isinstance(prompts, str) or not len(prompts):
         raise LensError(
             "prompts must be a list of texts, token ids or pictures, or pixel values; got none"
         )

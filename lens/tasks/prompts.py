@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lens.common.choices import check_counts
+from lens.common.choices import check_counts, is_whole
 from lens.common.errors import LensError
 from lens.models.catalogue import ASSETS
 from lens.models.vocabulary import ordinary_ids
@@ -76,7 +76,7 @@ def take(model: "LoadedModel", text: str, tokens: int) -> list[int]:
 
     check_loaded(model)
     context = model.info.context
-    if tokens < 1 or (context is not None and tokens > context):
+    if not is_whole(tokens) or tokens < 1 or (context is not None and tokens > context):
         raise LensError(f"tokens must be 1 to {context} for {model.name}, got {tokens}")
     ids = model.encode(text)
     if len(ids) < tokens:

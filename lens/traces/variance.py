@@ -117,6 +117,7 @@ def variance(
     sizes = {(trace.layers, trace.heads) for traces in conditions.values() for trace in traces}
     if len(sizes) > 1:
         raise LensError(f"all traces must have the same layers × heads, got {sorted(sizes)}")
+    check_counts(resamples=resamples)
     values = np.array(
         [[_scores(trace, metric, variant) for trace in traces] for traces in conditions.values()]
     )

@@ -390,7 +390,7 @@ def test_options_that_do_not_exist(options, expected):
         ({"out": 5}, "out must be the path of a file or folder, got 5"),
         ({"out": ""}, "out must be the path of a file or folder, got ''"),
         ({"seed": -1}, "seed must be an integer of at least 0, got -1"),
-        ({"seed": "a"}, "seed must be an integer of at least 0, got 'a'"),
+        ({"seed": "a"}, "seed must be an integer, got 'a'"),
     ],
 )
 def test_what_is_no_folder_or_seed_is_refused(options, expected):

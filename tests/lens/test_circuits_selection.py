@@ -155,7 +155,9 @@ def test_find_refuses_shares_and_sizes_that_are_none():
     with pytest.raises(LensError, match="edges must be a positive integer, got 0"):
         lens.circuits.find(known.model, known.task, edges=0)
     for wrong in ("12", True, 2.5):
-        with pytest.raises(LensError, match=f"edges must be a positive integer, got {wrong!r}"):
+        with pytest.raises(
+            LensError, match=f"edges must be an? (positive )?integer, got {wrong!r}"
+        ):
             lens.circuits.find(known.model, known.task, edges=wrong)
-    with pytest.raises(LensError, match="faithfulness must be above 0 and at most 1, got 'all'"):
+    with pytest.raises(LensError, match="faithfulness must be a number, got 'all'"):
         lens.circuits.find(known.model, known.task, faithfulness="all")

@@ -380,7 +380,7 @@ def test_a_seed_that_is_none_is_refused_before_any_work(seed):
         ),
     )
     for call in calls:
-        with pytest.raises(LensError, match="seed must be an integer of at least 0"):
+        with pytest.raises(LensError, match="seed must be an integer"):
             call()
 
 
@@ -390,10 +390,10 @@ def test_a_seed_that_is_none_is_refused_before_any_work(seed):
         (lambda model: lens.edits.Drop(heads=5), "heads must be a list, got 5"),
         (lambda model: lens.tasks.language_modelling(model, 5), "texts must be a list, got 5"),
         (lambda model: lens.tasks.induction(model, 2, length=3.5), "length must be an integer"),
-        (lambda model: lens.tasks.induction(model, 2, metric={}), "unknown metric {}"),
+        (lambda model: lens.tasks.induction(model, 2, metric={}), "metric must be a text, got {}"),
         (lambda model: lens.tasks.language_modelling(model, [5, 6]), "token ids must be a list"),
         (lambda model: lens.tasks.language_modelling(model, "a", length="x"), "length must be an"),
-        (lambda model: lens.tasks.copied(model, "5"), "length must be an integer of at least 0"),
+        (lambda model: lens.tasks.copied(model, "5"), "length must be an integer"),
         (
             lambda model: lens.effect(model, [[5, 6]], lens.edits.Mask("first"), amounts=["x"]),
             "amounts must be numbers",
@@ -404,7 +404,7 @@ def test_a_seed_that_is_none_is_refused_before_any_work(seed):
         (lambda model: lens.runs.open_run(None), "folder must be the path of a file or folder"),
         (lambda model: lens.stats.ranks(3.0), "expected several numbers, got a single one"),
         (lambda model: lens.stats.top(["x"], 1), "values must be numbers"),
-        (lambda model: lens.stats.top([1.0], "1"), "k must be 0 to 1"),
+        (lambda model: lens.stats.top([1.0], "1"), "k must be an integer"),
         (lambda model: lens.figures.row_entropy(3, 0, 0), "trace must be an AttentionTrace"),
         (
             lambda model: lens.traces.detect("x", "induction_head"),

@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from lens.common.checked import checked
 from lens.common.errors import LensError
 from lens.common.files import read_text, shorten
 from lens_analyses.config.models import CONFIGS, RunConfig
@@ -22,6 +23,7 @@ _LARGEST = 1 << 20  # bytes of a configuration
 _COMMANDS = {what: "lens run" if what == "profile" else f"lens {what}" for what in CONFIGS}
 
 
+@checked
 def make_config(values: Mapping[str, Any]) -> RunConfig:
     """The configuration with `values` (nested, as in TOML) in place of the defaults.
 
@@ -42,6 +44,7 @@ def make_config(values: Mapping[str, Any]) -> RunConfig:
         raise UsageError("; ".join(problems)) from None
 
 
+@checked
 def load_config(
     path: Path | None, overrides: Mapping[str, Any], flags: Mapping[str, str] | None = None
 ) -> RunConfig:
@@ -59,7 +62,7 @@ def load_config(
         >>> load_config(None, {"prompts.tokens": 64}).prompts.tokens
         64
     """
-    values: dict[str, Any] = {} if path is None else read_toml(path, *_FILE)
+    values: dict[str, Any] = {} if path is None else read_toml(Path(path), *_FILE)
     if any(f"prompts.{name}" in overrides for name in SOURCES):
         for name in (*SOURCES, "sha256"):  # another text replaces the file's
             if isinstance(values.get("prompts"), dict):
@@ -78,6 +81,7 @@ def load_config(
         raise UsageError(_renamed(str(error), flags or {})) from None
 
 
+@checked
 def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
     """`["prompts.tokens=128"]` to `{"prompts.tokens": 128}`; values are TOML, bare words are strings.
 

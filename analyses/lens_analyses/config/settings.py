@@ -11,6 +11,7 @@ from annotated_types import Ge, Le
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from pydantic.fields import FieldInfo
 
+from lens.common.checked import checked
 from lens.common.files import shorten
 
 _LONGEST = 4096  # characters of a text: the longest path
@@ -128,6 +129,7 @@ def setting(default: Any, text: str, *, shown: Shown | None = None, **bounds: An
     return Field(default, description=text, json_schema_extra={"shown": shown or Shown()}, **bounds)  # pyright: ignore[reportArgumentType, reportCallIssue]
 
 
+@checked
 def settings_of(model: type[BaseModel], prefix: str = "") -> Iterator[Setting]:
     """Every setting of a configuration, those of its sections with their names before a dot.
 

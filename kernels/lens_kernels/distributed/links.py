@@ -10,7 +10,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal, Protocol, TypeVar
@@ -224,6 +224,12 @@ def traffic(messages: Sequence[Message], size: int, wiring: Literal["ring", "dir
         >>> traffic(both, 4, "ring")
         Traffic(steps=2, total=24, busiest=12, critical=12)
     """
+    if not isinstance(messages, Iterable) or not all(isinstance(one, Message) for one in messages):
+        raise TypeError("messages must be a list of Message")
+    if not isinstance(size, int) or size < 1:
+        raise ValueError(f"size must be the number of ranks, got {size!r}")
+    if wiring not in ("ring", "direct"):
+        raise ValueError(f"wiring must be 'ring' or 'direct', got {wiring!r}")
     whole: Counter[tuple[int, int]] = Counter()
     steps: dict[int, Counter[tuple[int, int]]] = {}
     for message in messages:

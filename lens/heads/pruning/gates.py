@@ -6,6 +6,7 @@ last hidden states do not need is closed, as in DuoAttention.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from lens.common.choices import check_counts
+from lens.common.choices import check_between, check_counts
 from lens.common.head_ids import HeadId, all_heads, head_columns
 from lens.common.progress import advancing
 from lens.common.results import Result
@@ -110,6 +111,7 @@ def gate(
     check_counts(0, seed=seed)
     check_loaded(model)
     check_counts(steps=steps)
+    check_between(0, math.inf, rate=[rate])
     read = read_long_prompts(model, prompts, first, last)
     info = model.info
     alpha = torch.ones(info.layers, info.kv_heads, device=model.device, requires_grad=True)

@@ -1,0 +1,212 @@
+"""No public function takes an argument of another kind than its signature names, or fails with an error of Python's.
+
+A room hands its functions out so (`lens.common.lazy`). Numbers, truth values and words are told apart from the
+rest before the function works, which says itself which of them make sense. What it says of lists, texts and
+classes it says better; where it did not look, the error that comes of it is told as what it is.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import functools
+import inspect
+import itertools
+import os
+import sys
+import types
+import typing
+from collections import ChainMap
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from lens.common.choices import shown
+from lens.common.errors import LensError
+from lens.common.given import MADE_BY, described, is_of
+
+_Public = TypeVar("_Public")
+_ARRAYS = ("Float", "Int", "Bool", "Shaped", "Real")  # of jaxtyping: the array's class stands first
+_MOST = 100  # elements of a list that are looked at
+
+
+def checked(call: _Public) -> _Public:
+    """The function or the class of records, refusing arguments of another kind than its signature names.
+
+    A record looks whenever one is made, from now on; what is neither is given back as it is.
+
+    Raises:
+        LensError: `draws must be an integer, got 'many'`
+
+    Example:
+        >>> checked(2.5)
+        2.5
+    """
+    if isinstance(call, types.FunctionType):
+        return typing.cast(_Public, _function(call))
+    if isinstance(call, type) and dataclasses.is_dataclass(call):
+        made: Any = call.__init__
+        if not hasattr(made, "__wrapped__"):
+            names = ChainMap(*(vars(sys.modules[one.__module__]) for one in call.__mro__))
+            call.__init__ = _looking(made, names)
+    return call
+
+
+@functools.cache
+def _function(call: types.FunctionType) -> Any:
+    return _looking(call, inspect.unwrap(call).__globals__)
+
+
+def _looking(call: Any, names: Mapping[str, Any]) -> Any:
+    signature = inspect.signature(call)
+    kinds = {
+        one.name: _kinds(one.annotation, names)
+        for one in signature.parameters.values()
+        if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)
+    }
+    defaults = {one.name: one.default for one in signature.parameters.values()}
+    plain = {name: one for name, one in kinds.items() if one and all(map(_is_plain, one))}
+
+    @functools.wraps(call)
+    def calls(*args: Any, **named: Any) -> Any:
+        given = signature.bind(*args, **named).arguments
+        given = {n: value for n, value in given.items() if value is not defaults[n]}
+        for name, value in given.items():
+            _check(name, value, plain.get(name, ()))
+        try:
+            return call(*args, **named)
+        except LensError:
+            raise
+        except Exception as error:
+            for name, value in given.items():
+                _check(name, value, kinds.get(name, ()), error)
+            raise
+
+    return calls
+
+
+def _is_plain(kind: Any) -> bool:
+    """Whether it is a number, a truth value, a text, None, or a class that one function makes."""
+    if isinstance(kind, str):
+        return kind in MADE_BY and kind != "LoadedModel"  # whose functions say how to load it
+    return (
+        kind in (int, float, bool, str, types.NoneType) or typing.get_origin(kind) is typing.Literal
+    )
+
+
+def _check(name: str, value: Any, kinds: tuple[Any, ...], error: Exception | None = None) -> None:
+    if _fits_any(value, kinds):
+        return
+    said = dict.fromkeys(_said(kind) for kind in kinds if kind is not types.NoneType)
+    if isinstance(value, int) and any(kind in (int, float) for kind in kinds):
+        raise LensError(f"{name} must fit in 64 bits, got {shown(value)}") from error
+    raise LensError(f"{name} must be {' or '.join(said)}, got {shown(value)}") from error
+
+
+def _kinds(annotation: Any, names: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What an annotation allows: types, generic ones, and classes by name; nothing where it allows all."""
+    found = [*_parts(annotation, names)]
+    return () if Any in found else tuple(found)
+
+
+def _parts(part: Any, names: Mapping[str, Any]) -> Iterator[Any]:
+    if isinstance(part, str):
+        part = ast.parse(part, mode="eval").body
+    if isinstance(part, ast.Subscript) and getattr(part.value, "id", "") in _ARRAYS:
+        assert isinstance(part.slice, ast.Tuple)
+        part = part.slice.elts[0]
+    if isinstance(part, ast.BinOp):
+        yield from _parts(part.left, names)
+        yield from _parts(part.right, names)
+    elif isinstance(part, ast.expr):
+        yield from _of_value(part, names)
+    elif typing.get_origin(part) in (typing.Union, types.UnionType):
+        for one in typing.get_args(part):
+            yield from _parts(one, names)
+    elif part is None or part in _PLAIN or typing.get_origin(part):
+        yield types.NoneType if part is None else part
+    elif not isinstance(part, type) or part in _ALL or getattr(part, "_is_protocol", False):
+        yield Any
+    else:
+        yield part.__name__
+
+
+def _of_value(part: ast.expr, names: Mapping[str, Any]) -> Iterator[Any]:
+    """Of an expression; a class that is imported for type checkers alone is known by its name."""
+    try:
+        value = eval(compile(ast.Expression(part), "", "eval"), dict(names))
+    except (NameError, AttributeError):
+        name = ast.unparse(part).rpartition(".")[2]
+        yield name if name in MADE_BY else Any
+    else:
+        yield from _parts(value, names)
+
+
+def _fits_any(value: Any, kinds: tuple[Any, ...]) -> bool:
+    return not kinds or any(_fits(value, kind) for kind in kinds)
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    if isinstance(kind, str):
+        return is_of(kind, value)
+    if kind in _PLAIN:
+        return _PLAIN[kind][1](value)
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if origin is typing.Literal:
+        return isinstance(value, str) or (isinstance(value, int) and value in inner)
+    if origin is Callable:
+        return callable(value)
+    if not isinstance(origin, type) or not issubclass(origin, Iterable):
+        return True
+    if issubclass(origin, Mapping):
+        several = [*value.values()][:_MOST] if isinstance(value, dict) and inner else ()
+        return hasattr(value, "keys") and all(
+            _fits_any(one, _kinds(inner[1], {})) for one in several
+        )
+    if not isinstance(value, Iterable) or isinstance(value, str | bytes | Mapping):
+        return False
+    several = value[:_MOST] if isinstance(value, list | tuple) else ()
+    return all(_fits_any(one, part) for one, part in zip(several, _each(inner), strict=False))
+
+
+def _each(inner: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
+    """The kinds of one element after another."""
+    if Ellipsis not in inner and len(inner) > 1:
+        yield from (_kinds(part, {}) for part in inner)
+    else:
+        kinds = _kinds(inner[0], {}) if inner else ()
+        yield from itertools.repeat(kinds)
+
+
+def _said(kind: Any) -> str:
+    if isinstance(kind, str):
+        return described(kind)
+    if kind in _PLAIN:
+        return _PLAIN[kind][0]
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if origin is typing.Literal:
+        return f"one of {', '.join(map(repr, inner))}"
+    return (
+        "a function"
+        if origin is Callable
+        else "a mapping"
+        if issubclass(origin, Mapping)
+        else "a list"
+    )
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, int):
+        return abs(value) < 2**63  # what does not fit in 64 bits fails wherever it is used
+    return hasattr(type(value), "__float__") or hasattr(type(value), "__index__")
+
+
+_PLAIN: dict[Any, tuple[str, Callable[[Any], bool]]] = {
+    int: ("an integer", _is_number),
+    float: ("a number", _is_number),
+    bool: ("True or False", _is_number),
+    str: ("a text", lambda value: isinstance(value, str)),
+    Path: ("a path", lambda value: isinstance(value, str | os.PathLike)),
+    types.NoneType: ("None", lambda value: value is None),
+}
+_ALL = (Any, object, inspect.Parameter.empty)
