@@ -25,6 +25,7 @@ from lens.models.loaded import LoadedModel
 from lens.models.parts import Layout
 from lens.passes.calls import LayerCall
 from lens.passes.check import tiny_inputs
+from lens.passes.padding import state_of
 from lens.passes.sessions import base
 from lens.passes.visit import Visitor, visiting
 
@@ -40,7 +41,7 @@ def proved(model: LoadedModel) -> Layout:
     """
     found = layout(model)
     root: nn.Module = model.model
-    state = _state(root)
+    state = state_of(root)
     if _proved.get(root) != state:
         error = replay_error(found)
         if math.isnan(error):
@@ -134,21 +135,6 @@ def _difference(found: Tensor, own: Tensor) -> float:
     """Largest difference over the largest of `own`; 0 where both are 0 all over."""
     scale = float(own.double().abs().max())
     return float((found.double() - own.double()).abs().max()) / max(scale, sys.float_info.min)
-
-
-def _state(root: nn.Module) -> int:
-    """Changes when a module or a hook is put in or taken out."""
-    return hash(
-        tuple(
-            (
-                id(part),
-                tuple(part._forward_hooks),
-                tuple(part._forward_pre_hooks),
-                id(vars(part).get("forward")),  # put over that of its class
-            )
-            for part in root.modules()
-        )
-    )
 
 
 def _reason(root: nn.Module) -> str:

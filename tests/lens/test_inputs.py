@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 import lens
 from lens.common.errors import LensError
+from lens.passes import padding
 from lens.passes.inputs import read_prompts
 from lens.passes.interface import switched
 from tests.lens import vision_models
@@ -173,12 +174,12 @@ LEFT = {
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", LEFT)
-def test_padding_before_a_prompt_moves_it_as_it_does_in_the_model(name):
+def test_padding_before_a_prompt_moves_it_as_it_does_in_the_model(name, monkeypatch):
     head, config, sizes = LEFT[name]
     torch.manual_seed(0)
     loaded = lens.load(grown(head(config(**{"vocab_size": 97, **sizes}))))
     ids, mask = ids_of(13, 2), torch.ones(2, 13, dtype=torch.long)
-    mask[0, :3] = 0
+    mask[0, :3], ids[0, :5] = 0, 0
     inputs = {"input_ids": ids, "attention_mask": mask}
     traces = lens.capture(loaded, inputs, block_size=1, progress=False)
     with switched(loaded.model, "eager"):
@@ -187,9 +188,17 @@ def test_padding_before_a_prompt_moves_it_as_it_does_in_the_model(name):
         assert trace.length == 13 - start
         for found, weights in zip(trace.block_mass.values, own, strict=True):
             np.testing.assert_allclose(found, weights[row, :, start:, start:], atol=1e-5)
+    mask[0, :5] = 0
+    with switched(loaded.model, "eager"):
+        own = loaded.model(**inputs, output_attentions=True).attentions
+    with monkeypatch.context() as patch:
+        patch.setattr(padding, "_states", None)  # proved before
+        found = lens.capture(loaded, inputs, block_size=1, progress=False)[0].block_mass.values
+    for mine, weights in zip(found, own, strict=True):
+        np.testing.assert_allclose(mine, weights[0, :, 5:, 5:], atol=1e-5)
     if name != "qwen2":
         with pytest.raises(
-            LensError, match="puts a prompt at other positions when 3 tokens of padding"
+            LensError, match="puts a prompt at other positions when 5 tokens of padding"
         ):
             read_prompts(loaded, inputs, whole=False)
 
