@@ -18,14 +18,15 @@ from lens.common.results import of_kind
 from lens.figures.denoising import denoising_quadrants
 from lens.runs import open_run
 from lens.runs.sections import Section
-from lens.runs.writer import RunWriter, find_by_config
+from lens.runs.writer import find_by_config
 from lens.traces.denoised import QUADRANTS, Denoising
 from lens.traces.denoising import denoising
 from lens.traces.metrics import METRICS
 from lens.traces.profiles import prompt_table
 from lens.traces.store import trace_files
 from lens_analyses.config.paths import local
-from lens_analyses.console import Output, UsageError, log, refused_as_usage
+from lens_analyses.console import Output, UsageError, log, refused_as_usage, stoppable
+from lens_analyses.making import Making, making, prompt_row
 from lens_analyses.provenance import versions
 from lens_analyses.report import render
 from lens_analyses.runner import Finished, readable
@@ -62,6 +63,7 @@ def execute(
     model = load(folder)
     logging.getLogger("diffusers").setLevel(logging.ERROR)
     with (
+        stoppable(),
         torch.no_grad(),
         denoising(model, steps=given["capture"], keep_qk=True, text=None) as found,
     ):
@@ -69,14 +71,16 @@ def execute(
     whole = found[0]
     words = _words(whole, given["words"])
     order = sorted(whole.parts, key=lambda part: ("cross" in part, "joint" in part))
-    paths = []
+    done: list[Making] = []
     for number, part in enumerate(order):
         own = mapping if number == len(order) - 1 else {**mapping, "part": part}
-        meta = _meta(whole, part, given, model, command)
-        writer = RunWriter.start(runs, own, meta, again=True)
-        paths.append(_write(whole, part, given, words, writer))
-    run = open_run(paths[-1])
-    return Finished(run, list(run.section("denoising").summary), beside=tuple(paths[:-1]))
+        with making(runs, own, _meta(whole, part, given, model, command), again=True) as made:
+            _write(whole, part, given, words, made)
+        done.append(made)
+        if made.run.status != "success":
+            break
+    last = done[-1]
+    return Finished(last.run, last.headline, beside=tuple(one.run.path for one in done[:-1]))
 
 
 def load(folder: Path) -> Any:
@@ -261,41 +265,30 @@ def _meta(
 
 
 def _write(
-    found: Denoising, part: str, given: Mapping[str, Any], words: list[str], writer: RunWriter
-) -> Path:
+    found: Denoising, part: str, given: Mapping[str, Any], words: list[str], made: Making
+) -> None:
     """The run of one part: a trace for each step, the table of heads, the section, the report."""
-    rows, tables = [], []
+    rows, tables, writer = [], [], made.writer
     for number, step in enumerate(found.steps):
-        trace, name = found.trace(part, step), f"p{number:03d}"
-        folder = writer.path / "trace" / name
+        trace = found.trace(part, step)
+        title = f"step {step} of {given['steps']}, timestep {found.timesteps[number]:g}"
+        ids = [-1] * trace.length
+        row = prompt_row(number, "picture", title, given["prompt"], ids, trace.tokens)
+        rows.append(row | {"status": "done", "seconds": 0.0})
+        folder = writer.path / "trace" / row["prompt_id"]
         trace.save(folder)
-        writer.record(*(f"trace/{name}/{file}" for file in trace_files(folder)))
-        rows.append(
-            {
-                "prompt_id": name,
-                "kind": "picture",
-                "title": f"step {step} of {given['steps']}, timestep {found.timesteps[number]:g}",
-                "text": given["prompt"],
-                "tokens": trace.length,
-                "token_ids": [-1] * trace.length,
-                "token_strings": trace.tokens,
-                "loss": float("nan"),
-                "loss_repeat": float("nan"),
-                "status": "done",
-                "seconds": 0.0,
-            }
-        )
-        tables.append(prompt_table(trace, name, seed=given["seed"], metrics=METRICS))
+        writer.record(*(f"trace/{folder.name}/{file}" for file in trace_files(folder)))
+        tables.append(prompt_table(trace, row["prompt_id"], seed=given["seed"], metrics=METRICS))
     writer.meta["prompts"] = {"total": len(rows), "done": len(rows)}
     writer.table("prompts", pd.DataFrame(rows))
     writer.table("heads", with_pooled(rows, tables, given["seed"]))
     own = replace(found, traces={key: one for key, one in found.traces.items() if key[0] == part})
-    writer.record(*section(own, words, given["seed"]).save(writer.path))
+    denoised = section(own, words, given["seed"])
+    writer.record(*denoised.save(writer.path))
     report = render(open_run(writer.path), status="success")
     for name, content in report.files().items():
         writer.text(name, content)
-    writer.finish("success", None)
-    return writer.path
+    made.headline = list(denoised.summary)
 
 
 def section(found: Denoising, words: list[str], seed: int) -> Section:

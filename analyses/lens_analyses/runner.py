@@ -7,9 +7,6 @@ that was interrupted ends with the same numbers as one that was not.
 
 import logging
 import time
-import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,20 +14,20 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 import lens
-from lens.common.errors import LensError, in_words
+from lens.common.errors import LensError
 from lens.runs import Run, open_run
 from lens.runs.commands import again
-from lens.runs.manifest import remove_own
 from lens.runs.schema import PROMPT_KINDS
-from lens.runs.writer import RunWriter, find_by_config
+from lens.runs.writer import find_by_config
 from lens.traces.findings import findings
 from lens.traces.store import remove_trace, trace_files
 from lens_analyses.analysing import analyse
 from lens_analyses.config import RunConfig
 from lens_analyses.config.analyses import GenerateSettings
-from lens_analyses.console import LogFile, Output, log, progress_bar, refused_as_usage, stoppable
+from lens_analyses.console import Output, log, progress_bar, refused_as_usage
 from lens_analyses.estimate import expect, refuse_excess, work
 from lens_analyses.inputs import load_model, plan, read_sources
+from lens_analyses.making import Making, making, prompt_row
 from lens_analyses.planned import PlannedPrompt
 from lens_analyses.provenance import versions
 from lens_analyses.report import render
@@ -132,18 +129,9 @@ def execute(
     expected = expect(config, model, planned, *asked)
     if expected.seconds > _WORTH_AN_ESTIMATE:
         log.info("%s on this machine", expected.duration())
-    fresh_parent = not runs.exists()
-    writer = RunWriter.start(runs, mapping, _meta(config, model, planned), again=again)
-    try:
-        with _log_file(writer.path / "log.txt"), stoppable():
-            return _Execution(config, model, planned, writer, output).run()
-    except LensError:
-        if not writer.resumed and not writer.meta["prompts"]["done"]:
-            remove_own(writer.path, writer.meta["files"])
-            if fresh_parent:
-                with suppress(OSError):
-                    runs.rmdir()
-        raise
+    with making(runs, mapping, _meta(config, model, planned), again=again) as made:
+        _Execution(config, model, planned, made, output).run()
+    return Finished(made.run, made.headline)
 
 
 def _every_part(
@@ -173,45 +161,40 @@ class _Execution:
         config: RunConfig,
         model: "LoadedModel",
         planned: list[PlannedPrompt],
-        writer: RunWriter,
+        made: Making,
         output: Output,
     ) -> None:
         self._config = config
         self._model = model
         self._planned = planned
-        self._writer = writer
+        self._made = made
+        self._writer = made.writer
         self._output = output
-        self._rows = _prompt_rows(model, planned)
+        self._rows = [
+            prompt_row(
+                number,
+                one.kind,
+                one.title,
+                one.text,
+                one.ids,
+                one.strings or model.token_strings(one.ids),
+            )
+            for number, one in enumerate(planned)
+        ]
 
-    def run(self) -> Finished:
-        """All steps; the folder says `success`, `partial` or `error` afterwards."""
-        try:
-            self._reuse()
-            self._capture_all()
-            self._score()
-            run, given = open_run(self._writer.path), tuple(one.prompt for one in self._planned)
-            subject = Subject(self._model, run, self._config, self._output, given)
-            error = analyse(subject, self._writer)
-            status = "success" if error is None else "partial"
-            report = render(open_run(self._writer.path), status=status)
-            for name, content in report.files().items():
-                self._writer.text(name, content)
-            headline = report.headline
-        except KeyboardInterrupt:
-            headline, status, error = [], "partial", None
-            log.info("stopped")
-        except Exception as failure:
-            log.debug("%s", traceback.format_exc())
-            told = LensError(in_words(failure)) if isinstance(failure, OSError) else failure
-            with suppress(OSError):  # a full disk: the folder then counts as stopped
-                self._close("error", told)
-            raise told from failure
-        return Finished(self._close(status, error), headline)
-
-    def _close(self, status: str, error: BaseException | None) -> Run:
-        log.info("%s after %.1f s", status, self._writer.meta["seconds"])
-        self._writer.record("log.txt")
-        return self._writer.finish(status, error)
+    def run(self) -> None:
+        """All steps."""
+        self._reuse()
+        self._capture_all()
+        self._score()
+        run, given = open_run(self._writer.path), tuple(one.prompt for one in self._planned)
+        subject = Subject(self._model, run, self._config, self._output, given)
+        self._made.error = analyse(subject, self._writer)
+        status = "success" if self._made.error is None else "partial"
+        report = render(open_run(self._writer.path), status=status)
+        for name, content in report.files().items():
+            self._writer.text(name, content)
+        self._made.headline = report.headline
 
     def _reuse(self) -> None:
         """Take over the prompts that an earlier try finished."""
@@ -359,37 +342,3 @@ def _meta(config: RunConfig, model: "LoadedModel", planned: list[PlannedPrompt])
         "prompts": {"total": len(planned), "done": 0},
         "versions": versions(),
     }
-
-
-def _prompt_rows(model: "LoadedModel", planned: list[PlannedPrompt]) -> list[dict[str, Any]]:
-    """Rows of `prompts.parquet` with nothing done yet."""
-    return [
-        {
-            "prompt_id": f"p{number:03d}",
-            "kind": prompt.kind,
-            "title": prompt.title,
-            "text": prompt.text,
-            "tokens": len(prompt.ids),
-            "token_ids": prompt.ids,
-            "token_strings": prompt.strings or model.token_strings(prompt.ids),
-            "loss": float("nan"),
-            "loss_repeat": float("nan"),
-            "status": "pending",
-            "seconds": float("nan"),
-        }
-        for number, prompt in enumerate(planned)
-    ]
-
-
-@contextmanager
-def _log_file(path: Path) -> Iterator[None]:
-    """Everything logged goes to `path` too, tracebacks included."""
-    handler = LogFile(path, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    log.addHandler(handler)
-    try:
-        yield
-    finally:
-        log.removeHandler(handler)
-        with suppress(OSError):
-            handler.close()

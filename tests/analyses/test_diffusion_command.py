@@ -2,10 +2,15 @@
 
 import base64
 import json
+import os
+import signal
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from lens_analyses import denoised
 from lens_analyses.denoised import load, run_steps
 from lens_dashboards.library import Library
 from lens_dashboards.views import render
@@ -58,6 +63,7 @@ def test_each_part_is_a_run_whose_prompts_are_the_steps(folder, answer):
     assert [run.meta["model"]["part"] for run in runs] == ["self", "joint"]
     for run in runs:
         assert validate(run) == []
+        assert "success after" in (run.path / "log.txt").read_text()
         part = run.meta["model"]["part"]
         titles = run.prompts["title"].tolist()
         assert [title[:12] for title in titles] == ["step 0 of 4,", "step 3 of 4,"]
@@ -87,6 +93,28 @@ def test_each_part_is_a_run_whose_prompts_are_the_steps(folder, answer):
     assert np.allclose(heads, change[heads.index], atol=1e-5)
     page = str(render(Library(runs[1].path.parent), f"/run/{runs[1].id}/analysis/denoising", ""))
     assert "Attention over denoising steps" in page
+
+
+def test_a_run_that_is_stopped_is_partial_and_the_same_command_makes_it(
+    folder, tmp_path, lens_command, monkeypatch
+):
+    command = ["diffusion", "--model", folder, "--steps", "2", "--out", tmp_path, "--json"]
+
+    def stop(*_):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(denoised, "section", stop)
+        stopped = lens_command(*command)
+    assert (stopped.code, stopped.json["status"]) == (3, "partial")
+    assert "stopped" in Path(stopped.json["path"], "log.txt").read_text()
+    with monkeypatch.context() as patch:
+        patch.setattr(denoised, "run_steps", stop)
+        assert lens_command(*command).code == 1
+    again = lens_command(*command)
+    assert (again.code, again.json["status"]) == (0, "success")
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_the_same_command_finds_its_run(folder, answer, lens_command):

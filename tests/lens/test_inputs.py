@@ -182,23 +182,22 @@ def test_padding_before_a_prompt_moves_it_as_it_does_in_the_model(name, monkeypa
     mask[0, :3], ids[0, :5] = 0, 0
     inputs = {"input_ids": ids, "attention_mask": mask}
     traces = lens.capture(loaded, inputs, block_size=1, progress=False)
-    with switched(loaded.model, "eager"):
-        own = loaded.model(**inputs, output_attentions=True).attentions
-    for trace, row, start in ((traces[0], 0, 3), (traces[1], 1, 0)):
-        assert trace.length == 13 - start
-        for found, weights in zip(trace.block_mass.values, own, strict=True):
-            np.testing.assert_allclose(found, weights[row, :, start:, start:], atol=1e-5)
-    mask[0, :5] = 0
-    with switched(loaded.model, "eager"):
-        own = loaded.model(**inputs, output_attentions=True).attentions
+    more = {name: tensor.clone() for name, tensor in inputs.items()}
+    more["attention_mask"][0, :5] = 0
     with monkeypatch.context() as patch:
-        patch.setattr(padding, "_states", None)  # proved before
-        found = lens.capture(loaded, inputs, block_size=1, progress=False)[0].block_mass.values
-    for mine, weights in zip(found, own, strict=True):
-        np.testing.assert_allclose(mine, weights[0, :, 5:, 5:], atol=1e-5)
+        patch.setattr(padding, "_states", None)  # it was proved
+        traces += lens.capture(loaded, more, block_size=1, progress=False)
+    with switched(loaded.model, "eager"):
+        own = [
+            loaded.model(**one, output_attentions=True).attentions for one in (inputs, inputs, more)
+        ]
+    for trace, row, start, weights in zip(traces, (0, 1, 0), (3, 0, 5), own, strict=False):
+        assert trace.length == 13 - start
+        for found, each in zip(trace.block_mass.values, weights, strict=True):
+            np.testing.assert_allclose(found, each[row, :, start:, start:], atol=1e-5)
     if name != "qwen2":
         with pytest.raises(
-            LensError, match="puts a prompt at other positions when 5 tokens of padding"
+            LensError, match="puts a prompt at other positions when 3 tokens of padding"
         ):
             read_prompts(loaded, inputs, whole=False)
 
