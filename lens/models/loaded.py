@@ -180,6 +180,8 @@ class LoadedModel:
                 types.append(computed)
             if getattr(one, "support_avx512bf16_for_cpu", False) and self.device.type == "cpu":
                 types.append(torch.bfloat16)  # bitsandbytes, whatever type was asked for
+        if any(getattr(one, "act_quant_kwargs", None) for one in self.model.parameters()):
+            types.append(torch.bfloat16)  # torchao rounds what is multiplied to 8 bit
         return max(types, key=lambda dtype: torch.finfo(dtype).eps)
 
     @property

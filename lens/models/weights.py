@@ -35,6 +35,11 @@ def matrix(module: nn.Module, model: LoadedModel) -> tuple[Tensor, Tensor | None
             f"weights of a {type(module).__name__} are not in memory (offloaded, or on the meta device); load the "
             "model on one device"
         )
+    if getattr(getattr(module, "weight", None), "act_quant_kwargs", None):  # of torchao
+        raise LensError(
+            f"a {type(module).__name__} does not compute x W + b with one W: it rounds what it reads to 8 bit; load the model "
+            "with quantised weights alone, or in float32 or bfloat16"
+        )
     if _is_plain(module):
         weight = module.get_parameter("weight").detach()
         bias = getattr(module, "bias", None)

@@ -227,6 +227,20 @@ def test_a_gguf_file_is_loaded_alone_and_by_its_folder(tmp_path):
         lens.load(str(file))
 
 
+def test_what_is_rounded_before_it_is_multiplied_has_no_one_weight(folder):
+    """As torchao notes it on its weights; that package is not among those of the tests."""
+    loaded = lens.load(str(folder / "base"))
+    lens.heads.weights.composition(loaded)
+    assert loaded.precision == torch.float32
+    for one in loaded.model.modules():
+        if isinstance(one, torch.nn.Linear):
+            one.weight.act_quant_kwargs = {"granularity": "row"}
+    rounded = lens.load(loaded.model)
+    assert rounded.precision == torch.bfloat16
+    with pytest.raises(LensError, match="rounds what it reads to 8 bit"):
+        lens.heads.weights.composition(rounded)
+
+
 @pytest.mark.parametrize("method", ["gptq", "awq", "aqlm"])
 def test_weights_whose_reader_is_missing_are_refused_in_one_line(folder, tmp_path, method):
     shutil.copytree(folder / "base", tmp_path / "base")
