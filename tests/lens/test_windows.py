@@ -441,6 +441,49 @@ def test_masked_keys_and_ablated_heads_are_those_of_the_picture():
         torch.testing.assert_close(found, own, atol=1e-5, rtol=1e-5)
 
 
+CLASSIFIERS = {  # the output projection of layer 1 of stage 1, or of the one that pools before it
+    "swin": ("Swin", "stage1", "swin.encoder.layers.1.blocks.1.attention.o_proj"),
+    "segformer": ("Segformer", "stage1", "segformer.stages.1.blocks.1.attention.o_proj"),
+    "pvt": ("Pvt", "stage1", "pvt.encoder.block.1.1.attention.output.dense"),
+    "hiera": ("Hiera", "pool1", "hiera.encoder.stages.1.layers.0.attn.proj"),
+}
+
+
+@pytest.mark.parametrize("name", CLASSIFIERS)
+def test_a_head_of_a_stage_is_worth_what_the_task_loses_without_it(name):
+    kind, part, path = CLASSIFIERS[name]
+    config = CONFIGS[name]()
+    config.num_labels = 4
+    torch.manual_seed(0)
+    root = getattr(transformers, f"{kind}ForImageClassification")(config).eval()
+    with torch.no_grad():
+        for weight in root.parameters():
+            weight.add_(0.3 * torch.randn(weight.shape) / max(1, weight.numel() / 200) ** 0.5)
+    size = getattr(config, "image_size", 24)
+    height, width = size if isinstance(size, tuple | list) else (size, size)
+    pixels, labels = torch.randn(3, 3, height, width), torch.tensor([0, 2, 1])
+    model = lens.load(root).part(part)
+    task = lens.tasks.classification(model, pixels, labels)
+    found = lens.heads.importance(model, task, baseline="zero", progress=False).table()
+    layer = 0 if part.startswith("pool") else 1
+    own = found[found["layer"] == layer].set_index("head")["value"]
+    weight, heads = root.get_submodule(path).weight, model.info.heads
+
+    def values():
+        return task.sign * task.measure(root(pixel_values=pixels).logits[:, None], torch.arange(3))
+
+    with torch.no_grad():
+        clean, kept = values(), weight.clone()
+        for head, columns in enumerate(torch.arange(weight.shape[1]).chunk(heads)):
+            weight[:, columns] = 0
+            lost = float((clean - values()).mean())
+            weight.copy_(kept)
+            assert own[head] == pytest.approx(lost, abs=1e-4)
+    assert own.abs().max() > 1e-3
+    with pytest.raises(LensError, match="is of pictures; which heads matter says"):
+        lens.effect(model, task, lens.edits.Ablate("L0H0"), progress=False)
+
+
 def test_several_pictures_at_once_are_recorded_each():
     root, inputs = built("swin")
     model = lens.load(root)
