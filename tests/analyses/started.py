@@ -11,13 +11,22 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from multiprocessing import reduction
 from pathlib import Path
 from typing import Any, TextIO
 
 ROOT = Path(__file__).parents[2]
-_FORKING = multiprocessing.get_context("forkserver")
-_FORKING.set_forkserver_preload(["tests.analyses.imported"])
+FORKING = multiprocessing.get_context("forkserver")
+FORKING.set_forkserver_preload(["tests.analyses.imported"])
+
+
+def forked(function: Callable[..., object], *given: Any) -> Any:
+    """A process that calls the function, started."""
+    process = FORKING.Process(target=function, args=given)
+    with _found():
+        process.start()
+    return process
 
 
 class Started:
@@ -33,9 +42,7 @@ class Started:
         handles = [file.fileno() for file in self._files]
         if complaints is not None:
             handles[1] = complaints
-        self._process = _FORKING.Process(target=_run, args=([*map(str, words)], _Handles(handles)))
-        with _found():
-            self._process.start()
+        self._process = forked(_run, [*map(str, words)], _Handles(handles))
         self.pid = self._process.pid
 
     @property

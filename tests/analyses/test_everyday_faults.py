@@ -1,7 +1,6 @@
 """Full disks, closed outputs, two starts at once, and command lines of every kind: told in one line."""
 
 import errno
-import json
 import os
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from lens.runs import open_run
 from lens.runs.writer import RunWriter
 
 from .command_lines import lines, make_places, problem
+from .started import FORKING, forked
 
 SMALL = ["run", "--model", "induction-2l", "--copied", "2", "--quiet"]
 META = {
@@ -144,36 +144,26 @@ def test_a_run_goes_on_when_nobody_reads_its_log(spawn_lens, tmp_path):
     assert open_run(next(tmp_path.iterdir())).status == "success"
 
 
-START = """
-import json, sys
-from lens.common.errors import LensError, in_words
-from lens.runs.writer import RunWriter
-print("ready", flush=True)
-sys.stdin.readline()
-try:
-    RunWriter.start(sys.argv[1], {"a": 1}, json.loads(sys.argv[2]))
-    print("works", flush=True)
-except LensError as error:
-    print("refused" if "is writing" in str(error) else error, flush=True)
-sys.stdin.readline()
-"""
-
-
 def test_of_runs_that_start_at_once_one_works_and_the_others_say_so(tmp_path):
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "env": environment}
-    words = [sys.executable, "-c", START, str(tmp_path / "runs"), json.dumps(META)]
-    started = [subprocess.Popen(words, **pipes) for _ in range(4)]
-    for answer in ("ready", None):
-        said = [process.stdout.readline().strip() for process in started]
-        assert answer is None or set(said) == {answer}
-        for process in started:
-            process.stdin.write("\n")
-            process.stdin.flush()
+    starting = FORKING.Barrier(4), FORKING.Barrier(5), FORKING.Queue()
+    started = [forked(_start, tmp_path / "runs", META, *starting) for _ in range(4)]
+    said = [starting[2].get(timeout=100) for _ in started]
+    starting[1].wait(100)
     for process in started:
-        process.communicate()
+        process.join()
     assert sorted(said) == ["refused", "refused", "refused", "works"]
     assert len(list((tmp_path / "runs").iterdir())) == 1
+
+
+def _start(folder, meta, at_once, answered, said):
+    """Starts a run together with others, and ends when all have answered."""
+    at_once.wait(100)
+    try:
+        RunWriter.start(folder, {"a": 1}, meta)
+        said.put("works")
+    except LensError as error:
+        said.put("refused" if "is writing" in str(error) else str(error))
+    answered.wait(100)
 
 
 def test_starting_waits_for_one_that_starts(tmp_path):

@@ -6,7 +6,8 @@ from tests import shapes
 from tests.lens.room_shape_calls import RIGHT, WRONG
 
 CHECKED = (
-    *("plain transformers.masking_utils", "lens.passes.masks", "lens.passes.calls"),
+    *("plain transformers.masking_utils", "lens.passes.structures", "lens.passes.masks"),
+    "lens.passes.calls",
     *("plain lens.passes.bridge", "plain lens.passes.computed", "plain lens.passes.history"),
     *("lens.passes.sessions", "lens.passes.logits", "lens.passes.visit", "lens.passes.stream"),
     *("lens.passes.keys", "lens.passes.pieces", "plain lens.passes.sources"),
