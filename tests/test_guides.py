@@ -90,6 +90,17 @@ def test_ours_is_never_longer_and_the_table_counts_right(other):
     assert ";" not in code
 
 
+def test_the_page_for_serving_has_the_same_ten_tasks_their_counts_and_our_lines():
+    page = (ROOT / "docs/for-serving-engineers.md").read_text()
+    beside = [tasks(other) for other in OTHERS]
+    for title, (our, *_) in beside[0].items():
+        theirs = [sum(map(lines, codes[title][1:])) for codes in beside]
+        cells = " | ".join(str(count or "–") for count in theirs)
+        assert page.count(f"| {title} | {lines(our)} | {cells} |") == 1
+    every = "\n".join(codes[0].strip("\n") for codes in beside[0].values())
+    assert f"```python\n{every}\n```" in page
+
+
 def test_our_side_gives_what_the_page_says(ours):
     assert ours.tile.shape == (8, 8)
     assert "L1H3" in ours.page
