@@ -303,7 +303,7 @@ def deletion_curves(result: Faithfulness, **look: Unpack[Look]) -> go.Figure:
         )
     figure.update_xaxes(title="Tokens kept (share)", tickformat=".0%")
     figure.update_yaxes(title="Probability of the answer that is lost")
-    title = f"What the answer keeps with the highest tokens alone ({result.model})"
+    title = f"What the answer loses with the highest tokens alone ({result.model})"
     return named_below(style(figure, escaped(title), look, height=560))
 
 

@@ -21,6 +21,13 @@ if TYPE_CHECKING:
 KINDS = ("literal", "query", "output")
 
 
+_WORDS = {
+    "literal": "by where they look while the needle is written",
+    "query": "by how much more the question looks at it",
+    "output": "by what they bring from it to the answer",
+}
+
+
 @dataclass(frozen=True, repr=False, eq=False)
 class RetrievalKinds(Result):
     """Retrieval heads by three definitions; trials that the model answered count.
@@ -86,7 +93,8 @@ class RetrievalKinds(Result):
         """The first heads of each kind ("heads"), recall without them ("masked"), and how far they agree ("agreement")."""
         said = [
             Sentence(
-                f"{kind}: {', '.join(map(str, self.heads(kind, 3)))} come first.", kind="heads"
+                f"Retrieval heads {_WORDS[kind]} ({kind}): {', '.join(map(str, self.heads(kind, 3)))} come first.",
+                kind="heads",
             )
             for kind in KINDS
         ]

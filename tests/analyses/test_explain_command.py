@@ -62,8 +62,10 @@ def test_heads_that_are_none_are_refused_before_any_work(lens_command, tmp_path)
 
 
 def test_chosen_heads_and_pairs(lens_command, tmp_path):
-    chosen = ("--heads", "L1H1", "--pairs", "duplicate", "--out", tmp_path, "--json")
-    answer = lens_command(*COMMAND.split(), *chosen)
-    section = open_run(answer.json["path"]).section("explain")
+    chosen = ("--heads", "L1H1", "--pairs", "duplicate", "--sections", "explain")
+    answer = lens_command(*COMMAND.split(), *chosen, "--out", tmp_path, "--json")
+    run = open_run(answer.json["path"])
+    assert run.sections == ["explain"]
+    section = run.section("explain")
     assert section.configuration["heads"] == ["L1H1"]
     assert section.summary[0].startswith("L1H1 on 'duplicate' pairs")

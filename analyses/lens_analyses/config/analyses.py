@@ -9,11 +9,13 @@ from lens.circuits.scores.methods import Method
 from lens.common.files import shorten
 from lens_analyses.config.listed import (
     EDITS,
+    EXPLAIN_SECTIONS,
     MOVES,
     POLICY_SECTIONS,
     STREAMS,
     check_amounts,
     check_edits,
+    check_explained,
     check_heads,
     check_loss,
     check_measures,
@@ -207,6 +209,11 @@ class ExplainSettings(_OnTask):
     pairs: Literal["induction", "duplicate", "previous"] = setting(
         "induction",
         "Which keys: after earlier copies of the query's token, earlier copies, or the key before.",
+    )
+    sections: Annotated[str, AfterValidator(check_explained)] = setting(
+        ",".join(EXPLAIN_SECTIONS),
+        "Which analyses to make, with commas: explain what wrote the logits, removal of each part, retrieval_kinds, faithfulness of "
+        "attention (of a large model the longest by far).",
     )
 
 

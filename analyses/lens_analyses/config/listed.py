@@ -13,6 +13,7 @@ from lens.heads.measures import methods
 MEASURES: tuple[str, ...] = get_args(methods.Method)
 BASELINES: tuple[str, ...] = get_args(methods.Baseline)
 POLICY_SECTIONS = ("policies", "running", "stability", "search")
+EXPLAIN_SECTIONS = ("explain", "removal", "retrieval_kinds", "faithfulness")
 MOVES = ("var", "act", "pasta")
 STREAMS = ("residual", "attention", "mlp", "heads")
 EDITS = ("mask", "drop", "mean_value", "zero_value", "move", "transfer")
@@ -67,6 +68,14 @@ def check_sections(words: str) -> str:
         ValueError: otherwise.
     """
     return _some_of(words, POLICY_SECTIONS)
+
+
+def check_explained(words: str) -> str:
+    """The words, if each is a section of `lens explain`; errors as in `check_sections`."""
+    found = _some_of(words, EXPLAIN_SECTIONS)
+    if "removal" in listed(words) and "explain" not in listed(words):
+        raise ValueError(f"removal needs the section explain; got {words!r}")
+    return found
 
 
 def check_streams(words: str) -> str:

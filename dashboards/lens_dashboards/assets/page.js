@@ -161,8 +161,15 @@
     }
     const fitted = lines.join("<br>");
     plot.fitted = fitted;
-    const legend = plot.querySelector(".legend"), above = legend && layout.legend.orientation === "h" ? legend.getBBox().height : 0;
-    const top = Math.max(plot.top + 17 * (lines.length - 1) + (lines.length > 1 ? 6 : 0), above ? 14 + 17 * lines.length + Math.ceil(above) : 0);
+    const legend = plot.querySelector(".legend"), rows = legend && layout.legend.orientation === "h" ? Math.ceil(legend.getBBox().height) : 0;
+    const above = layout.legend && layout.legend.y < 0.5 ? 0 : rows;
+    if (rows && !above) { // names below take the room that a narrow plot needs
+      const box = plot.closest(".dash-graph");
+      plot.high ||= box.clientHeight;
+      const high = `${plot.high + Math.max(0, rows - 80)}px`;
+      if (box.style.height !== high) box.style.height = high;
+    }
+    const top = Math.max(plot.top + 17 * (lines.length - 1) + (lines.length > 1 ? 6 : 0), above ? 14 + 17 * lines.length + above : 0);
     // Plotly puts the baseline of the first of several lines where the top of a single one would be.
     const pad = lines.length > 1 ? 10 + 0.7 * layout.title.font.size : 10;
     if (fitted !== text || top > layout.margin.t) {

@@ -22,6 +22,7 @@ from lens_dashboards.pages.section_page import section_page
 from lens_dashboards.selection import Selection
 
 _PARTS = 12  # of each side, in the table
+_ROUNDING = 1e-6  # nats
 
 
 def page(library: Library, view: Selection) -> list[Any]:
@@ -44,7 +45,17 @@ def _cards(run: Run, view: Selection, known: dict[str, Section], notes: list[str
         select("head", "Head", {name: name for name in names}, head), className="controls"
     )
     return [
-        card(picker, "Head"),
+        card(
+            [
+                picker,
+                html.P(
+                    "Why does this head attend to these keys? Its attention is a softmax of logits, and each logit is a sum over what earlier "
+                    "parts of the model wrote at the query times what they wrote at the key.",
+                    className="definition",
+                ),
+            ],
+            "Head",
+        ),
         *_pair_cards(run, view, explained, head, notes),
         html.Div(
             [card(_sides(explained, head), f"What {head} looks there for, over all prompts")]
@@ -99,6 +110,11 @@ def _pair_cards(
                 card(
                     [
                         html.Div(select("pair", "Pair", words, given), className="controls"),
+                        html.P(
+                            "Each point is a pair of the first prompt: a query, down, that looks at a key, across. A click takes it "
+                            "apart.",
+                            className="definition",
+                        ),
                         graph({"points": "reading"}, figure, f"Pairs of {head} to pick", code),  # pyright: ignore[reportArgumentType]
                     ],
                     "Pick a pair",
@@ -106,6 +122,12 @@ def _pair_cards(
                 card(
                     [
                         html.Ul(said, className="findings", id="pair-said"),
+                        html.P(
+                            "Each cell is what one part of the model wrote at the query times what another wrote at the key, in "
+                            "nats, less its mean over the keys that the query sees (contrast). All cells together are the logit above that "
+                            "mean.",
+                            className="definition",
+                        ),
                         graph(
                             "pair-products", pair_products(cells), "Query parts by key parts", code
                         ),
@@ -134,9 +156,9 @@ def _sides(explained: Section, head: str) -> list[Any]:
         (
             str(row["side"]),
             str(row["part"]),
-            number(row["contrast"]),
-            f"{row['share']:.0%}",
-            f"{row['share_low']:.0%} to {row['share_high']:.0%}"
+            number(row["contrast"] if abs(row["contrast"]) > _ROUNDING else 0.0),
+            _percent(row["share"]),
+            f"{_percent(row['share_low'])} to {_percent(row['share_high'])}"
             if row["share_low"] == row["share_low"]
             else "–",
         )
@@ -144,6 +166,11 @@ def _sides(explained: Section, head: str) -> list[Any]:
     ]
     head_row = ("side", "part", "contrast, nats", "share", "95 %")
     return [data_table(f"What wrote the queries and keys of {head}", head_row, cells)]
+
+
+def _percent(share: float) -> str:
+    """Without a sign where it rounds to 0."""
+    return f"{round(share * 100) or 0:.0f}%"
 
 
 def _figures(known: dict[str, Section], head: str) -> list[tuple[Section, str, str]]:
