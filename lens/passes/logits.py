@@ -31,8 +31,8 @@ def labels_of(model: LoadedModel) -> int | None:
     return int(model.model.config.num_labels)
 
 
-def check_predicts_tokens(model: LoadedModel) -> None:
-    """Refuses classifiers where tokens are to be predicted, and models that have read the next token.
+def check_predicts_tokens(model: LoadedModel, *, next_tokens: bool = True) -> None:
+    """Refuses classifiers where tokens are to be predicted, and, of `next_tokens`, models that have read these.
 
     Raises:
         LensError: a classifier of prompts or of tokens, or a model whose tokens see later ones and that fills in no
@@ -50,7 +50,7 @@ def check_predicts_tokens(model: LoadedModel) -> None:
             "language model of the same weights, or a classifier of whole prompts"
         )
     reads = model.info.vocab is not None and not model.is_encoder_decoder
-    if model.info.sees_later and reads and predicts_next(model):
+    if next_tokens and model.info.sees_later and reads and predicts_next(model):
         raise LensError(
             f"{model.info.class_name} lets tokens see later ones, so that a next token was read before it is "
             "predicted; load a causal language model (of BERT with is_decoder=True), or the masked one of its weights"

@@ -119,3 +119,17 @@ def _pick(values: Tensor, ids: Tensor, filling: float) -> Tensor:
     """[rows, answers, tokens] of `values` [rows, answers, vocab] at the ids, `filling` at padding."""
     ids = ids.to(values.device)
     return values.gather(-1, ids.clamp(min=0)).masked_fill(ids == PADDING, filling)
+
+
+def follow(clean: Tensor, positions: Tensor, correct: Tensor) -> bool:
+    """Whether every answer inside of a prompt is the token behind the place where it is read, as those of programs are not.
+
+    Args:
+        clean: [prompts, tokens], or pictures.
+        positions, correct: [prompts, answers].
+    """
+    if clean.is_floating_point():
+        return False
+    inside = positions + 1 < clean.shape[1]
+    following = clean.roll(-1, 1).gather(1, positions)
+    return bool(inside.any()) and bool((following == correct)[inside].all())

@@ -328,7 +328,8 @@ class Task:
         """
         check_loaded(model)
         if self.labels is None:
-            check_predicts_tokens(model)
+            follows = metrics.follow(self.clean, self.positions, self.correct)
+            check_predicts_tokens(model, next_tokens=self.targets is None and follows)
         elif self.labels != labels_of(model):
             raise LensError(
                 f"the task {self.name!r} has {self.labels} labels and {model.info.class_name} chooses from "

@@ -131,3 +131,10 @@ def test_a_model_that_has_read_the_next_token_is_not_asked_for_it(kind):
         own = torch.nn.functional.cross_entropy(decoder.model(ids).logits[0, :-1], ids[0, 1:])
     task = language_modelling(decoder, ids.tolist())
     assert task.evaluate(decoder)[0] == pytest.approx(float(own))
+
+
+def test_answers_that_are_no_next_tokens_are_asked_of_a_model_that_sees_them():
+    known = lens.circuits.known.tracr("reverse")
+    assert known.model.info.sees_later
+    for task in known.tasks.values():
+        task.check(known.model)
