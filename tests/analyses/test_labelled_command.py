@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 from lens_analyses.config import make_config
 from lens_analyses.inputs import plan, read_sources
+from lens_analyses.steps.classes import _agreeing
 from lens_analyses.steps.subject import analysed, labelled_task
 from PIL import Image
 
@@ -66,6 +67,18 @@ def test_classes_stand_beside_chance(run, folder):
     assert section.configuration["chance"] == pytest.approx(3 / 8)
     assert "always naming the most frequent of 3 classes would 37.5%" in section.summary[0]
     assert {"classes", "probability", "js"} <= set(section.figures)
+    names = section.tables["classes"][["class", "label"]].drop_duplicates()
+    known = model.model.config.id2label
+    assert names["label"].tolist() == [known[number] for number in names["class"]]
+
+
+def test_metrics_that_no_head_changes_order_none():
+    """Of one that orders none (NaN) nothing is said, and of none that orders any that it is so."""
+    pairs = [("accuracy", "loss", np.nan), ("probability", "loss", 0.5), ("js", "loss", 0.25)]
+    table = pd.DataFrame(pairs, columns=["first", "second", "tau"])
+    assert "Kendall tau of 0.38 (median of 2 pairs" in _agreeing(table)
+    assert _agreeing(table).endswith("least js and loss: 0.25.")
+    assert "order none alike" in _agreeing(table[:1])
 
 
 def test_another_picture_is_noticed(lens_command, run, folder, tmp_path):

@@ -24,6 +24,8 @@ def classes(subject: Subject) -> Section:
     task = subject.task
     found = heads.pruning.metrics(subject.model, task, progress=subject.progress)
     table, by_class = found.table(seed=subject.seed), found.classes(seed=subject.seed)
+    named = getattr(subject.model.model.config, "id2label", None) or {}
+    by_class["label"] = [str(named.get(number, number)) for number in by_class["class"]]
     counts = pd.Series(found.labels).value_counts(normalize=True)
     chance = float(counts.max())
     figures = {metric: found.plot(metric) for metric in METRICS}
@@ -75,10 +77,13 @@ def _largest(table: pd.DataFrame, n: int) -> str:
 
 
 def _agreeing(agreement: pd.DataFrame) -> str:
-    least = agreement.iloc[int(agreement["tau"].to_numpy().argmin())]
+    known = agreement.dropna(subset="tau")  # a metric that no head changes orders none
+    if known.empty:
+        return "No two of the metrics tell heads apart, so that they order none alike."
+    least = known.iloc[int(known["tau"].to_numpy().argmin())]
     return (
-        f"The metrics order the heads alike to a Kendall tau of {agreement['tau'].median():.2f} (median of "
-        f"{len(agreement)} pairs; 0 is chance), least {least['first']} and {least['second']}: {least['tau']:.2f}."
+        f"The metrics order the heads alike to a Kendall tau of {known['tau'].median():.2f} (median of "
+        f"{len(known)} pairs; 0 is chance), least {least['first']} and {least['second']}: {least['tau']:.2f}."
     )
 
 
@@ -87,8 +92,8 @@ def _headline(apart: pd.DataFrame) -> Iterator[Headline]:
         return
     best = apart.iloc[int((apart["value"] - apart["all"]).to_numpy().argmax())]
     yield Headline(
-        f"Without {best['name']} the class {best['class']} loses {best['value']:.2f} of its {_CHIEF}, all classes "
-        f"together {best['all']:.2f}.",
+        f"Without {best['name']} the class {best['label']} loses {best['value']:.2g} of its {_CHIEF}, all classes "
+        f"together {best['all']:.2g}.",
         *(float(best[name]) for name in ("value", "low", "high")),
         baseline=float(best["all"]),
         against="all classes",
@@ -100,6 +105,7 @@ _COLUMNS = {
     "metric": "accuracy, probability (of the right class), loss (nats): what is lost without the head; js (nats), cosine, "
     "distance: how far outputs and embedding move.",
     "class": "Number of the label.",
+    "label": "Its name, as the model has it.",
     "layer": "Layer, from 0.",
     "head": "Head of the layer, from 0.",
     "name": "The head.",
