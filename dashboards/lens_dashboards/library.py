@@ -1,12 +1,15 @@
 """The runs that the dashboard shows: opened by id, kept while they do not change."""
 
+import threading
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
-from lens.runs import BrokenRun, Run, find_run, list_runs
-from lens.runs.folders import INDEX
+from lens.common.errors import LensError
+from lens.runs import BrokenRun, Run, find_run, open_run
+from lens.runs.folders import INDEX, listed
 from lens.runs.sections import FOLDER, Section
 from lens.runs.sections import INDEX as SECTION_INDEX
 from lens.traces.trace import AttentionTrace
@@ -49,13 +52,35 @@ class Library:
 
     def __init__(self, folder: str | Path, starts_jobs: bool = False) -> None:
         self.folder, self.starts_jobs = Path(folder), starts_jobs
+        self._finished: dict[Path, tuple[tuple[int, int], Run]] = {}
         self._open: dict[str, tuple[int, Run]] = {}
         self._trace = lru_cache(_OPEN_TRACES)(self._load_trace)
         self._atlas = lru_cache(_OPEN_ATLASES)(atlas)
 
     def runs(self) -> list[Run | BrokenRun]:
-        """All runs, newest first."""
-        return list_runs(self.folder)
+        """All runs, newest first; of those that are finished and did not change nothing is read again."""
+        return listed(self.folder, self._opened)
+
+    def read_ahead(self) -> None:
+        """Read all runs in a thread: who opens the page of runs later does not wait for it."""
+
+        def read() -> None:
+            with suppress(LensError, OSError):  # the page says so
+                self.runs()
+
+        threading.Thread(target=read, daemon=True).start()
+
+    def _opened(self, folder: Path) -> Run:
+        index = (folder / INDEX).lstat()
+        state = index.st_mtime_ns, index.st_size
+        kept = self._finished.get(folder)
+        if kept is None or kept[0] != state:
+            run = open_run(folder)
+            if run.status != "success":
+                self._finished.pop(folder, None)
+                return run
+            kept = self._finished[folder] = state, run
+        return kept[1]
 
     def run(self, run_id: str) -> Run:
         """One run.

@@ -39,7 +39,7 @@ _PAGE = """<!DOCTYPE html>
 
 
 def create_app(
-    runs: str | Path,
+    runs: str | Path | Library,
     *,
     hosts: tuple[str, ...] = LOOPBACK,
     token: str | None = None,
@@ -48,7 +48,7 @@ def create_app(
     """The app over a folder of runs.
 
     Args:
-        runs: folder of run folders.
+        runs: folder of run folders, or the library of one.
         hosts: names under which it may be asked for; another Host header gets 400.
         token: when given, a request must bring it once as `?token=`, or gets 403.
         jobs: starts analyses for the page /jobs; None: the dashboard only shows runs.
@@ -67,7 +67,7 @@ def create_app(
         add_log_handler=False,
         enable_mcp=False,
     )
-    library = Library(runs, starts_jobs=jobs is not None)
+    library = runs if isinstance(runs, Library) else Library(runs, starts_jobs=jobs is not None)
     answer_only(flask, hosts)
     if token is not None:
         ask_for_token(flask, token)
@@ -102,7 +102,9 @@ def serve(
     from lens_dashboards.listening import listen, make_server
 
     check_reach(host, token)
-    app = create_app(runs, hosts=names_of(host), token=token, jobs=jobs)
+    library = Library(runs, starts_jobs=jobs is not None)
+    library.read_ahead()
+    app = create_app(library, hosts=names_of(host), token=token, jobs=jobs)
     server = make_server(app.server, listen(host, port), threads)
     try:
         server.run()

@@ -300,6 +300,11 @@ def list_runs(folder: str | Path) -> list[Run | BrokenRun]:
         >>> len(lens.runs.list_runs(run.path.parent))
         2
     """
+    return listed(folder, open_run)
+
+
+def listed(folder: str | Path, opened: Callable[[Path], Run]) -> list[Run | BrokenRun]:
+    """`list_runs`, with what opens a run: who asks often keeps those that did not change."""
     folder = as_path("folder", folder)
     if not folder.is_dir():
         raise LensError(f"there is no folder {folder}; `lens demo` or `lens run` makes runs")
@@ -307,7 +312,7 @@ def list_runs(folder: str | Path) -> list[Run | BrokenRun]:
     for entry in folder.iterdir():
         try:
             if (entry / INDEX).exists() or (entry / INDEX).is_symlink():
-                runs.append(open_run(entry))
+                runs.append(opened(entry))
         except (LensError, OSError) as error:
             runs.append(BrokenRun(entry.absolute(), shown(str(error))))
     return sorted(runs, key=_newest_first)

@@ -1,6 +1,6 @@
 """Damage run folders and model folders from seeds, and do with them what a person would: nothing may fail raw.
 
-    python tests/benchmarks/damaged.py --folders 600 --models 60 [--first 1000]
+    python tests/benchmarks/damaged.py --folders 600 --models 60 [--first 1000] [--runs FOLDER]
 
 Each damaged run stands beside a good one: list, validation, report, comparison, exports, pages and routes.
 Each damaged model folder is captured by the library and by `lens run`. It prints at once what fails raw, hangs
@@ -51,6 +51,9 @@ COMMANDS = (
     f"redistribute {ON_TEXT} --task text --amounts 0,0.5,1",
     f"policies {ON_TEXT} --loss 0.05",
     "explain --model induction-2l --task induction --n 3 --copied 2",
+    "patch --model induction-2l --task induction --n 3 --copied 2",
+    "examples --model text-lm-3l --text-name moby-dick --tokens 64 --windows 4",
+    "generate --model text-lm-3l --text-name moby-dick --tokens 24 --new 8",
 )
 SMALL = "run --model induction-2l --copied 1 --copied-length 5 --keep-qk --block-size 4"
 SECONDS = 20
@@ -62,6 +65,11 @@ PAGES = (
     "/sinks",
     "/redistribution",
     "/circuits",
+    "/patching",
+    "/policies",
+    "/mixers",
+    "/reading",
+    "/vision",
     "/provenance",
     "/head/0/1",
     "/head/1/0",
@@ -239,12 +247,19 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folders", type=int, default=0)
     parser.add_argument("--models", type=int, default=0)
+    parser.add_argument(
+        "--runs",
+        type=Path,
+        help="a folder of good runs to damage, of vision, mixers, diffusion, ...",
+    )
     parser.add_argument("--first", type=int, default=1000, help="the first seed")
     given = parser.parse_args()
     count, valid = {"run folders": 0, "model folders": 0}, []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        made = bases(folder, COMMANDS) if given.folders else []
+        made = bases(folder, COMMANDS) if given.folders and not given.runs else []
+        if given.runs:
+            made = [path.parent for path in sorted(given.runs.glob("*/run.json"))]
         for failed, whole in tried(folder, made, range(given.first, given.first + given.folders)):
             count["run folders"] += _told(failed)
             valid += [whole] if whole else []

@@ -68,7 +68,7 @@ def make_many(folder: Path, count: int) -> None:
 
 
 def first_page(runs: Path) -> float:
-    """Seconds until the browser shows the list of runs that the server never read before."""
+    """Seconds until the browser shows the list of runs, which the server began to read when it started."""
     from playwright.sync_api import sync_playwright
 
     server, address, _ = _start(runs)

@@ -23,6 +23,7 @@ from waitress import wasyncore
 
 from lens.common.errors import LensError
 from lens.common.files import write_json
+from lens.runs import open_run
 from lens.runs.exchange.tables import csv_text
 
 
@@ -312,6 +313,25 @@ def test_a_run_that_changes_is_read_again(run, tmp_path):
     for title in ("one", "another title"):
         write_json(copy / "run.json", {**run.meta, "title": title})
         assert library.run(run.id).title == title
+
+
+def test_a_finished_run_is_listed_without_being_read_again(run, tmp_path, monkeypatch):
+    for name, status in (("whole", "success"), ("stopped", "partial")):
+        (tmp_path / name).mkdir()
+        write_json(tmp_path / name / "run.json", {**run.meta, "id": name, "status": status})
+    library, read = Library(tmp_path), []
+    monkeypatch.setattr(
+        "lens_dashboards.library.open_run",
+        lambda folder: read.append(folder.name) or open_run(folder),
+    )
+    for _ in range(2):
+        assert {one.path.name for one in library.runs()} == {"whole", "stopped"}
+    assert sorted(read) == ["stopped", "stopped", "whole"]
+    write_json(
+        tmp_path / "whole/run.json",
+        {**run.meta, "id": "whole", "title": "another title that is long"},
+    )
+    assert "another title" in str([one.title for one in library.runs()])
 
 
 def test_runs_are_found_by_their_words_and_put_in_order(run, tmp_path):
