@@ -309,9 +309,30 @@ static inline void hide_plane(const Rows *t, float *p, int64_t start, int64_t ke
   }
 }
 
-/* scale * Q K' of the keys from `at` on. */
-static inline void multiply_keys(Rows *t, float *p, int64_t at, int64_t keys) {
+/* How many of the keys from `start` on rows [lane, lane + LANES) reach at most; the others are hidden from them. */
+static inline int64_t reached(const Rows *t, int64_t lane, int64_t start, int64_t keys) {
+  if (t->all_high >= start + keys) return keys;
+  int32_t furthest = t->high[lane];
+  for (int r = 1; r < LANES; r++) furthest = t->high[lane + r] > furthest ? t->high[lane + r] : furthest;
+  return most(0, least(keys, furthest - start));
+}
+
+/* Q K' of the keys from `start` on for one panel; of keys that its first rows do not reach only for those behind them. */
+static inline void multiply_panel(Rows *t, float *p, int64_t lane, int64_t start, int64_t keys, const float *key) {
+  const int64_t dim = t->in->head_dim, width = least(PANEL, t->lanes - lane);
+  int64_t from = 0;
+  for (int64_t k = 0, stop; k < keys; k = stop) {
+    while (from < width && (stop = reached(t, lane + from, start, keys)) <= k) from += LANES;
+    if (from == width) return;
+    product(width - from, stop - k, dim, key + k * dim, dim, t->query + lane * dim + from, width,
+            p + lane * keys + k * width + from, width, NULL);
+  }
+}
+
+/* scale * Q K' of the keys from `start` on; what a row does not reach may be left as it was, if nothing asks for it. */
+static inline void multiply_keys(Rows *t, float *p, int64_t start, int64_t keys) {
   const Inputs *in = t->in;
+  int64_t at = t->batch * in->key.batch + t->kv_head * in->key.head + start * in->key.row;
 #if defined(__AVX512BF16__)
   if (t->brain) {
     const float scale = (float)in->scale;
@@ -329,15 +350,15 @@ static inline void multiply_keys(Rows *t, float *p, int64_t at, int64_t keys) {
   else
     for (int64_t lane = 0; lane < t->lanes; lane += PANEL) {
       int64_t width = least(PANEL, t->lanes - lane);
-      product(width, keys, in->head_dim, key, in->head_dim, t->query + lane * in->head_dim, width, p + lane * keys, width, NULL);
+      if (in->softcap == 0) multiply_panel(t, p, lane, start, keys, key); /* a cap's slope is read everywhere */
+      else product(width, keys, in->head_dim, key, in->head_dim, t->query + lane * in->head_dim, width, p + lane * keys, width, NULL);
     }
 }
 
 /* The logits of keys [start, start + keys), -inf where hidden; slope as in `cap`. */
 static inline void logits(Rows *t, float *p, int64_t start, int64_t keys, float *slope) {
   const Inputs *in = t->in;
-  int64_t at = t->batch * in->key.batch + t->kv_head * in->key.head + start * in->key.row;
-  multiply_keys(t, p, at, keys);
+  multiply_keys(t, p, start, keys);
   if (in->softcap > 0) cap(t, p, keys, slope);
   if (in->bias.data) add_plane(t, p, start, keys);
   if (in->slopes) add_slope(t, p, start, keys);

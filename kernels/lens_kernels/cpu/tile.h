@@ -247,8 +247,10 @@ static void accumulate_output(State *t, Sums *sums, float *p, int64_t start, int
   const float *value = read_rows(t->w->value, &in->value, at, keys, in->value_dim, width);
   for (int64_t lane = 0; lane < t->q.lanes; lane += PANEL) {
     int64_t panel = least(PANEL, t->q.lanes - lane), rows = least(panel, round_up(t->q.rows - lane, 2));
-    product_transposed(width, rows, keys, p + lane * keys, panel, value, width, sums->output + lane * width, width,
-                       t->alpha + lane);
+    const int64_t step = t->q.all_high >= start + keys ? panel : LANES; /* rows that reach as many keys */
+    for (int64_t r = 0; r < rows; r += step)
+      product_transposed(width, least(step, rows - r), reached(&t->q, lane + r, start, keys), p + lane * keys + r, panel, value,
+                         width, sums->output + (lane + r) * width, width, t->alpha + lane + r);
   }
 }
 
