@@ -9,6 +9,7 @@ import torch
 import transformers
 
 import lens
+from lens.circuits.scores import attribution
 from lens.circuits.scores.methods import EapIg
 from lens.circuits.scores.scoring import score_edges
 from lens.tasks import Task
@@ -63,3 +64,13 @@ def test_activations_are_as_published_and_stages_are_not(kind):
     assert np.abs(found.values - published).max() < 1e-4 * np.abs(published).max()
     ours = score_edges(model, task, method=EapIg(5, "left", "stages"))
     assert np.abs(ours.values - published).max() > 0.1 * np.abs(published).max()
+
+
+@pytest.mark.parametrize("name", ["_KEPT", "_NUMBERS"])
+def test_in_little_memory_the_scores_are_the_same(monkeypatch, name):
+    """Writers' outputs made anew where they are met; one row at a time."""
+    model, task, method = the_model("llama"), the_task(), EapIg(2, "left")
+    whole = score_edges(model, task, method=method).values
+    monkeypatch.setattr(attribution, name, 0)
+    again = score_edges(model, task, method=method).values
+    assert np.abs(again - whole).max() < 1e-5 * np.abs(whole).max()

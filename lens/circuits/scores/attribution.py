@@ -24,6 +24,7 @@ from lens.models.parts import Norm
 from lens.passes.calls import LayerCall
 
 _NUMBERS = 2**22  # in one tensor while gradients meet differences
+_KEPT = 2**23  # of what all writers write, that is made once; more is made anew where it is met
 Stage = tuple[str, int]
 """("input", 0), ("heads", layer) or ("mlp", layer)."""
 Objective = Callable[[Tensor], Tensor]
@@ -202,6 +203,8 @@ class _Meeting(_Tracing):
         self._layers = 0  # layers that write to those who wait
         self._waiting: list[tuple[slice, _Read, bool]] = []  # the last: between heads and MLP
         self._read: dict[tuple[int, str], Tensor] = {}  # what the norms between have read
+        self._keeps = differences.input.numel() * len(graph.writers) <= _KEPT
+        self._outputs: dict[int, Tensor] = {}  # of the writers of each layer, where they are kept
 
     def project(self, layer: int, residual: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = super().project(layer, residual)
@@ -284,17 +287,23 @@ class _Meeting(_Tracing):
         at_once = max(1, _NUMBERS // max(1, readers * inputs[0].numel()))
         for start in range(0, len(inputs) if self._waiting else 0, at_once):
             rows = slice(start, start + at_once)
-            own = self._differences.rows(rows)
             slopes = [read(rows) for _, read, _ in self._waiting]
             for layer in reversed(range(self._layers)):
-                first, output = graph.heads_of(layer).start, written(self.nodes, own, layer)
+                first, output = graph.heads_of(layer).start, self._written(layer, rows)
                 for number, (places, _, between) in enumerate(self._waiting):
                     found = self._found[:, rows, places, first : first + output.shape[1]]
                     is_last = between and layer == self._layers - 1
                     slopes[number] = self._pass(layer, rows, slopes[number], output, found, is_last)
             for (places, _, _), slope in zip(self._waiting, slopes, strict=True):
-                self._found[:, rows, places, :1] = self._products(slope, own.input[:, None], rows)
+                self._found[:, rows, places, :1] = self._products(slope, inputs[rows, None], rows)
         self._waiting.clear()
+
+    def _written(self, layer: int, rows: slice) -> Tensor:
+        if not self._keeps:
+            return written(self.nodes, self._differences.rows(rows), layer)
+        if layer not in self._outputs:
+            self._outputs[layer] = written(self.nodes, self._differences, layer)
+        return self._outputs[layer][rows]
 
     def _products(self, slope: Tensor, output: Tensor, rows: slice) -> Tensor:
         """[spans, rows, readers, writers]: of [rows, readers, tokens * d_model] and [rows, writers, tokens, d_model]."""
