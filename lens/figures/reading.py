@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Unpack
+from typing import TYPE_CHECKING, Literal, TypeAlias, Unpack
 
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from lens.common.choices import check_counts
+from lens.common.choices import check_choice, check_counts
 from lens.common.colors import ACCENT, BASELINE, CLASSES, DIVERGING, LINE, VIRIDIS, scale
 from lens.common.plots import draws
 from lens.figures.rows import bars
-from lens.figures.style import Look, escaped, named_below, style
+from lens.figures.style import Look, band, escaped, named_below, style
+from lens.stats.intervals import columns, interval
 
 if TYPE_CHECKING:
     from lens.reading.attributing_blocks import BlockScores
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from lens.reading.robustness import Robustness
     from lens.reading.shares import ComponentShares
 
+Curve: TypeAlias = Literal["sufficiency", "comprehensiveness"]
+_RANDOM, _ORACLE = "random", "leave_one_out"
 _NEAR = 0.05  # of the attention with all parts: such points have their name only under the pointer
 
 
@@ -279,31 +282,49 @@ def masked_recall(result: RetrievalKinds, **look: Unpack[Look]) -> go.Figure:
 
 
 @draws("Faithfulness")
-def deletion_curves(result: Faithfulness, **look: Unpack[Look]) -> go.Figure:
-    """Probability lost with the highest tokens alone, for each method, beside random order and leave-one-out.
+def deletion_curves(
+    result: Faithfulness, measure: Curve = "sufficiency", **look: Unpack[Look]
+) -> go.Figure:
+    """Probability lost with the highest tokens alone, or without them, for each method.
+
+    Random order has the band of 95 % of its draws, leave-one-out that of its 95 % bootstrap interval over prompts.
+
+    Args:
+        measure: "sufficiency" (with them alone) or "comprehensiveness" (without them).
+
+    Raises:
+        LensError: another measure.
 
     Example:
         >>> found = lens.reading.faithfulness(small, lens.tasks.copied(small, 8), ["raw"], draws=2)
-        >>> figure = found.plot()
+        >>> figure = found.plot("comprehensiveness")
     """
+    alone = check_choice("measure", measure, Curve) == "sufficiency"
+    curves, shares = getattr(result, measure), list(result.shares)
     figure = go.Figure()
-    for place, (name, curve) in enumerate(
-        zip(result.methods, result.sufficiency.mean(1), strict=True)
-    ):
+    figure.add_trace(
+        band(shares, *interval(result.drawn[:, :, int(alone)].mean(1)), BASELINE, opacity=0.2)
+    )
+    if _ORACLE in result.methods and curves.shape[1] > 1:
+        own = columns("it", curves[result.methods.index(_ORACLE)].T, result.seed)
+        figure.add_trace(band(shares, own["it_low"], own["it_high"], LINE, opacity=0.15))
+    for place, (name, curve) in enumerate(zip(result.methods, curves.mean(1), strict=True)):
         again, color = divmod(place, len(CLASSES))  # 12 methods
         own = {"color": CLASSES[color], "dash": "dashdot" if again else "solid"}
-        bound = {"random": (BASELINE, "dash"), "leave_one_out": (LINE, "dot")}.get(name)
+        bound = {_RANDOM: (BASELINE, "dash"), _ORACLE: (LINE, "dot")}.get(name)
         figure.add_scatter(
-            x=list(result.shares),
+            x=shares,
             y=curve,
             name=name,
             mode="lines+markers",
             line=own if bound is None else {"color": bound[0], "dash": bound[1], "width": 3},
-            hovertemplate=f"{name}: %{{x:.0%}} kept, %{{y:.3f}} lost<extra></extra>",
+            hovertemplate=f"{name}: %{{x:.0%}}, %{{y:.3f}} lost<extra></extra>",
         )
-    figure.update_xaxes(title="Tokens kept (share)", tickformat=".0%")
+    done = "kept" if alone else "deleted"
+    figure.update_xaxes(title=f"Tokens {done} (share)", tickformat=".0%")
     figure.update_yaxes(title="Probability of the answer that is lost")
-    title = f"What the answer loses with the highest tokens alone ({result.model})"
+    words = "with the highest tokens alone" if alone else "without the highest tokens"
+    title = f"What the answer loses {words} ({result.model})"
     return named_below(style(figure, escaped(title), look, height=560))
 
 

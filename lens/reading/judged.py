@@ -34,7 +34,7 @@ class Faithfulness(Result):
             an expected share of kept tokens that is the same for all methods; NaN where the answer does not
             depend on the tokens.
         agreement: [method, prompt, reference], rank correlation with leave-one-out and with integrated gradients.
-        drawn: [draw, prompt], comprehensiveness of random scores, mean over the shares.
+        drawn: [draw, prompt, curve, share], comprehensiveness and sufficiency of random scores.
         block: tokens that are scored, deleted and kept together; None: one by one.
         left_out: method -> why it could not be computed for this model.
         seed: of the draws.
@@ -48,7 +48,7 @@ class Faithfulness(Result):
     soft_comprehensiveness: Float[np.ndarray, "methods prompts shares"]
     soft_sufficiency: Float[np.ndarray, "methods prompts shares"]
     agreement: Float[np.ndarray, "methods prompts references"]
-    drawn: Float[np.ndarray, "draws prompts"]
+    drawn: Float[np.ndarray, "draws prompts curves shares"]
     left_out: dict[str, str]
     seed: int
     model: str
@@ -71,7 +71,7 @@ class Faithfulness(Result):
             total = np.where(scored, some, 0).sum(1)
             found[name] = np.where(scored.any(1), total / scored.sum(1).clip(1), np.nan)
         means = self.comprehensiveness.mean((1, 2))
-        found["above_random"] = (self.drawn.mean(1) < means[:, None]).mean(1)
+        found["above_random"] = (self.drawn[:, :, 0].mean((1, 2)) < means[:, None]).mean(1)
         return pd.DataFrame(found).assign(n=self.comprehensiveness.shape[1])
 
     def findings(self) -> tuple[Sentence, ...]:

@@ -140,7 +140,7 @@ def _judged(
     means = [np.mean([one[part] for one in hard], 0) for part in range(2)]
     means += [np.mean([one[part] for one in soft], 0) for part in range(2)]
     found[RANDOM] = [*means, np.array(agreement)]
-    found["drawn"] = [np.array([one[0].mean() for one in hard])]
+    found["drawn"] = [np.array(hard)]
     return found
 
 

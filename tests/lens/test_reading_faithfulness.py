@@ -318,6 +318,17 @@ def test_what_carries_the_answer_is_found(copying):
     names = {trace.name: trace for trace in figure.data}
     assert list(names["rollout"].y) == found.sufficiency[1].mean(0).tolist()
     assert {"random", "leave_one_out"} <= set(names)
+    random, oracle = (trace for trace in figure.data if trace.fill == "toself")
+    for band, name in ((random, "random"), (oracle, "leave_one_out")):
+        high, low = np.split(np.asarray(band.y), 2)
+        curve = np.asarray(names[name].y)
+        assert (low[::-1] <= curve + 1e-9).all()
+        assert (curve <= high + 1e-9).all()
+        assert (high > low[::-1]).any()
+    np.testing.assert_allclose(found.drawn.mean(0)[:, 0], found.comprehensiveness[-1])
+    assert found.plot("comprehensiveness").data[-1].name == "random"
+    with pytest.raises(LensError, match="measure must be"):
+        found.plot("completeness")
 
 
 def test_methods_without_rules_are_named_and_the_rest_is_scored(models):

@@ -264,7 +264,10 @@ def faithfulness(subject: Subject) -> Section:
             "seed": subject.seed,
         },
         tables={"faithfulness": table},
-        figures={"sufficiency": found.plot()},
+        figures={
+            "sufficiency": found.plot(),
+            "comprehensiveness": found.plot("comprehensiveness"),
+        },
     )
 
 

@@ -180,7 +180,16 @@ def _figures(known: dict[str, Section], head: str) -> list[tuple[Section, str, s
         ("removal", f"removal_{head.lower()}", "Without a part: predicted and measured"),
         ("explain", f"components_{head.lower()}", "Singular components"),
         ("retrieval_kinds", "recall", "Needles without retrieval heads"),
-        ("faithfulness", "sufficiency", "Does attention explain the answer"),
+        (
+            "faithfulness",
+            "sufficiency",
+            "Does attention explain the answer: the highest tokens alone",
+        ),
+        (
+            "faithfulness",
+            "comprehensiveness",
+            "Does attention explain the answer: without the highest tokens",
+        ),
     )
     return [
         (known[name], figure, title)
