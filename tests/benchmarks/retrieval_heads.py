@@ -19,6 +19,7 @@ from pathlib import Path
 import lens
 from lens.models.loaded import LoadedModel
 from lens.reading.retrieved import KINDS, RetrievalKinds
+from lens.stats.intervals import columns
 
 _TABLE = Path(__file__).with_name("RETRIEVAL_HEADS.md")
 _LISTED = 10
@@ -47,7 +48,7 @@ def main() -> None:
     model = lens.load(given.model)
     head = f"""# Retrieval heads on needles in real text
 
-`python tests/benchmarks/retrieval_heads.py --model {given.model} --tokens {" ".join(map(str, given.tokens))}`: `{model.name}`, float32, CPU. Needles
+`python tests/benchmarks/retrieval_heads.py --model {given.model} --tokens {" ".join(map(str, given.tokens))}`: `{model.name}`, float32, CPU. {len(NEEDLES)} needles
 in {", ".join(BOOKS)}, at depths of {", ".join(map(str, given.depths))}. **literal** (Wu), **query** (QRHead), **output** (LOCOS): `lens.reading.retrieval`.
 Masked heads give nothing; random ones are drawn from those in no list ({given.draws} draws). Recall: share of the needle's tokens, with a 95 % bootstrap
 interval over needles."""
@@ -104,7 +105,8 @@ def recalls(found: RetrievalKinds) -> str:
     """Recall by list and number of masked heads."""
     table = found.recall()
     lines = ["| masked | " + " | ".join([*KINDS, "random"]) + " |", "|--:" + "|--:" * 4 + "|"]
-    clean = f"{found.clean.mean():.2f}"
+    (mean,), (low,), (high,) = columns("clean", found.clean[None], found.seed).values()
+    clean = f"{mean:.2f} [{low:.2f}, {high:.2f}]"
     lines.append(f"| 0 | {' | '.join([clean] * 4)} |")
     for count in found.masked:
         cells = [
