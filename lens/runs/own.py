@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
 
-from lens.common.choices import check_counts
+from lens.common.choices import check_counts, is_number
 from lens.common.errors import LensError
 from lens.common.given import given_as
-from lens.common.head_ids import head_columns
+from lens.common.head_ids import AnyHead, head_columns, head_id, layers_in_words
 from lens.common.results import ends
 from lens.figures.columns import column_grid
 from lens.runs.folders import Run, open_run
@@ -26,7 +28,7 @@ _TAKEN = ("name", "layer", "head", "n")
 def add(
     run: Run,
     name: str,
-    values: ArrayLike,
+    values: ArrayLike | Mapping[AnyHead, float],
     definition: str,
     *,
     title: str = "",
@@ -39,7 +41,7 @@ def add(
         run: a finished run of the model that they are of.
         name: of the section and of the column: small letters, digits and underscores.
         values: [layer, head], or [layer, head, prompt] for means with 95 % intervals over prompts; a row for each
-            layer with heads; NaN: not known.
+            layer with heads; NaN: not known. Or by head, such as {"L1H3": 0.4}; what is not named is not known.
         definition: what the number says, in a sentence with its unit.
         title: heading of its page; made of the name if "".
         unit: such as "nats".
@@ -69,6 +71,8 @@ def add(
             raise LensError(f"{word} must be a text, got {text!r}")
     run = open_run(run.path)  # what was added since it was opened counts
     layers = _layers(run)
+    if isinstance(values, Mapping):
+        values = _by_head(values, layers, run.meta["model"]["heads"])
     numbers = _checked(run, name, values, definition, len(layers))
     heads = head_columns((layer, head) for layer in layers for head in range(numbers.shape[1]))
     table = pd.DataFrame({**heads, **columns(name, numbers, seed), "n": numbers.shape[2]})
@@ -101,6 +105,25 @@ def _layers(run: Run) -> list[int]:
     return list(map(int, model.get("attending") or range(model["layers"])))
 
 
+def _by_head(values: Mapping[AnyHead, float], layers: list[int], heads: int) -> np.ndarray:
+    """[layer, head] of numbers by head.
+
+    Raises:
+        LensError: a head that the model has not, or no number.
+    """
+    found = np.full((len(layers), heads), np.nan)
+    for given, value in values.items():
+        head = head_id(given)
+        if head.layer not in layers or head.head >= heads:
+            raise LensError(
+                f"there is no {head}: the model has heads 0 to {heads - 1} in the {layers_in_words(layers)}"
+            )
+        if not is_number(value):
+            raise LensError(f"values[{given!r}] must be a number, got {value!r}")
+        found[layers.index(head.layer), head.head] = value
+    return found
+
+
 def _checked(run: Run, name: str, values: ArrayLike, definition: str, layers: int) -> np.ndarray:
     """The numbers as [layer, head, prompt].
 
@@ -120,7 +143,9 @@ def _checked(run: Run, name: str, values: ArrayLike, definition: str, layers: in
     try:
         numbers = np.asarray(values, dtype=float)
     except (TypeError, ValueError, OverflowError):
-        raise LensError("values must be numbers, [layer, head] or [layer, head, prompt]") from None
+        raise LensError(
+            'values must be numbers, [layer, head] or [layer, head, prompt], or by head such as {"L1H3": 0.4}'
+        ) from None
     heads = run.meta["model"]["heads"]
     if numbers.ndim not in (2, 3) or numbers.shape[:2] != (layers, heads):
         raise LensError(

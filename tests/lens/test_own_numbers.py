@@ -67,9 +67,19 @@ def test_one_number_a_head_has_no_interval_and_replaces_what_was_added_before(ru
     assert not back.headlines[0].is_sure
 
 
+def test_numbers_may_be_given_by_head_and_the_others_are_not_known(run):
+    table = add(run, "doubt", {"L2H3": 0.5, "0.1": 2, (0, 4): 1.5}, "Doubt.").tables["heads"]
+    known = table.dropna(subset=["doubt"]).set_index("name")["doubt"]
+    assert known.to_dict() == {"L0H1": 2.0, "L0H4": 1.5, "L2H3": 0.5}
+    assert len(table) == 2 * HEADS
+
+
 @pytest.mark.parametrize(
     ("name", "values", "definition", "said"),
     [
+        ("doubt", {"L1H0": 1.0}, "Doubt.", "there is no L1H0: the model has heads 0 to 4"),
+        ("doubt", {"L0H5": 1.0}, "Doubt.", "there is no L0H5"),
+        ("doubt", {"L0H1": "much"}, "Doubt.", r"values\['L0H1'\] must be a number, got 'much'"),
         (
             "doubt",
             np.zeros((3, HEADS)),

@@ -106,7 +106,7 @@ def _map_card(run: Run, prompt: str, trace: AttentionTrace, layer: int, head: in
         [
             html.Div(id="map", className="map"),
             html.P(
-                "Wheel zooms, drag pans, double click shows everything; with the map in "
+                "Wheel zooms with Ctrl or after a click, drag pans, double click shows everything; with the map in "
                 "focus the arrow keys move, + and - zoom. Click a row to shade its keys "
                 "below.",
                 className="small",
