@@ -40,7 +40,7 @@ def adapter_base(folder: Path) -> str:
     It is looked for where `adapter_config.json` says, then beside the folder under the same name.
 
     Raises:
-        LensError: peft is not installed, or the file says no model.
+        LensError: peft is not installed, or the file says no model, or another adapter.
     """
     if importlib.util.find_spec("peft") is None:
         raise LensError(f"{folder} holds an adapter, which peft reads: pip install peft")
@@ -56,7 +56,12 @@ def adapter_base(folder: Path) -> str:
         )
     beside = [on_disk(base), folder / base, folder.parent / base]
     beside += [folder.parent / Path(base).name]
-    return next((str(one) for one in beside if (one / "config.json").is_file()), base)
+    found = next((str(one) for one in beside if (one / "config.json").is_file()), base)
+    if found == base and (beside[0] / CONFIG).is_file():
+        raise LensError(
+            f"{folder / CONFIG} names {base} as its base, which is an adapter and no model; put the model's folder there"
+        )
+    return found
 
 
 def adapted(model: Any, folder: Path) -> Any:

@@ -1,30 +1,26 @@
 """A name, a folder, a hub id, a model object or a bridge becomes a `LoadedModel`: `lens.load` before its check."""
 
 import inspect
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import huggingface_hub
 import torch
 import transformers
-from safetensors import SafetensorError
-from torch.nn import ModuleList
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from lens.common.errors import LensError, first_line, told
 from lens.common.files import on_disk
 from lens.common.head_ids import PARTS
-from lens.common.results import few
 from lens.models import dinov2, smollm2, whisper
 from lens.models.adapters import CONFIG, adapted, adapter_base, unwrapped
 from lens.models.attention_only import AttentionOnlyConfig, AttentionOnlyModel
 from lens.models.catalogue import DEFAULT_MODEL, KNOWN, is_hub_id, unknown_model
+from lens.models.checkpoints import check_layers, trained
 from lens.models.loaded import LoadedModel, ModelInfo, is_bridge
 from lens.models.processors import check_given, read_processor
 from lens.models.quantised import class_of, names_tokens, readable_weights
@@ -51,7 +47,6 @@ _TOKENIZER_FILES = (
 )
 
 _PACKAGED = {one.name: one for one in (smollm2.MODEL, dinov2.MODEL, whisper.MODEL)}
-_NUMBERED = re.compile(r"(?:.*\.)?([A-Za-z_]+\.)\d+\..*")
 _KERNELS = {"use_mamba_kernels": False, "disable_custom_kernels": True}
 
 
@@ -236,6 +231,8 @@ def _pretrained(
     """The class that the checkpoint names, in eval mode on `device`."""
     more = {} if gguf_file is None else {"gguf_file": gguf_file}
     with _quiet():
+        if gguf_file is None:
+            check_layers(name, revision=revision, local_files_only=local)
         config = AutoConfig.from_pretrained(
             name, revision=revision, local_files_only=local, trust_remote_code=False, **more
         )
@@ -256,7 +253,7 @@ def _pretrained(
         if dtype is None:
             dtype = torch.float32 if device.type == "cpu" else None
         with readable_weights(config, name):
-            model: Any = _trained(
+            model: Any = trained(
                 model_class,
                 name,
                 config=config,
@@ -275,53 +272,6 @@ def _forget_kernels(config: Any) -> None:
     for name, value in _KERNELS.items():
         if hasattr(config, name):
             setattr(config, name, value)
-
-
-def _trained(model_class: Any, name: str, **options: Any) -> PreTrainedModel:
-    """The model with its weights, all of them: what a checkpoint lacks, transformers makes random and goes on.
-
-    Raises:
-        LensError: weights are damaged, missing, of another shape, or a pickle of more than tensors.
-    """
-    try:
-        model, found = model_class.from_pretrained(
-            name, ignore_mismatched_sizes=True, output_loading_info=True, **options
-        )
-    except UnpicklingError as error:
-        raise LensError(
-            f"the weights of {name} are a pickle that holds more than tensors, and could run code: refused; save "
-            "the model with save_pretrained, which writes safetensors"
-        ) from error
-    except (SafetensorError, KeyError, EOFError) as error:
-        raise LensError(
-            f"the weights of {name} are damaged or not all there ({first_line(error)}); get the files again"
-        ) from error
-    if mismatched := sorted(found["mismatched_keys"]):
-        weight, has, needs = mismatched[0]
-        raise LensError(
-            f"{weight} of {name} is {tuple(has)} where config.json makes {tuple(needs)}: config.json is of another model"
-        )
-    if missing := sorted(found["missing_keys"]):
-        raise LensError(
-            f"the checkpoint of {name} lacks {few(missing, 1)}, which "
-            "would be random; get all of it, or, if this does not matter, load it yourself and pass the model"
-        )
-    if beyond := _beyond(model, sorted(found["unexpected_keys"])):
-        raise LensError(
-            f"the checkpoint of {name} has {few(beyond, 1)}, which config.json makes no layer for: "
-            "config.json is of another model"
-        )
-    return model
-
-
-def _beyond(model: Any, unexpected: list[str]) -> list[str]:
-    """Weights of layers whose numbers go on where those of the model end."""
-    lists = {f"{name}." for name, module in model.named_modules() if isinstance(module, ModuleList)}
-    return [
-        key
-        for key in unexpected
-        if (found := _NUMBERED.fullmatch(key)) and any(one.endswith(found[1]) for one in lists)
-    ]
 
 
 def _described(

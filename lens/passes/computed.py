@@ -267,7 +267,8 @@ class _Following(TorchFunctionMode):
             batch = lead[0] // heads
             noted = reshaped(noted, (batch, heads, *noted.shape[-2:]))
             values = unfolded(values, batch)
-        query, key, value = noted.query, noted.key, values
+        # Some models compute scores in float32 whatever their own type is (GPT-J); values follow, as probabilities do.
+        query, key, value = noted.query, noted.key, values.to(noted.query.dtype)
         if (
             len({query.shape[0], key.shape[0], value.shape[0]}) > 1
             or key.shape[1] != value.shape[1]
@@ -280,7 +281,7 @@ class _Following(TorchFunctionMode):
                 allowed = allowed & (mask.spelled_out() >= HIDDEN)
             mask = allowed.expand(-1, -1, -1, key.shape[2])
         found = self._attend(self._module, query, key, value, mask, noted.scale, noted.bias, False)
-        return found.transpose(1, 2).reshape(*lead, *found.shape[1:2], -1)
+        return found.to(values.dtype).transpose(1, 2).reshape(*lead, *found.shape[1:2], -1)
 
 
 def _heads(module: nn.Module) -> int | None:

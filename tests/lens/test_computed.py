@@ -72,6 +72,26 @@ def test_attention_that_a_model_computes_itself_is_captured(name):
     assert not any("forward" in vars(part) for part in model.modules())
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_scores_in_float32_of_a_model_of_another_type(dtype):
+    """GPT-J takes queries and keys to float32 and leaves values as they are."""
+    torch.manual_seed(0)
+    config = transformers.GPTJConfig(
+        n_embd=48, n_layer=2, n_head=6, rotary_dim=4, vocab_size=97, n_positions=64
+    )
+    model = transformers.GPTJForCausalLM(config).eval().to(dtype)
+    loaded = lens.load(model)
+    ids = torch.arange(20)[None]
+    own = model(ids, output_attentions=True)
+    with lens.traces.capturing(loaded, block_size=1) as recorder:
+        found = model(ids).logits
+    assert found.dtype == dtype
+    assert (found - own.logits).abs().max() <= 2e-2 * own.logits.abs().max()
+    for record, weights in zip(recorder.records, own.attentions, strict=True):
+        assert (record.variables["block_mass"] - weights.float()).abs().max() < 5e-3
+
+
 class _Attention(nn.Module):
     """Its own attention, with something done to scores or probabilities."""
 

@@ -222,6 +222,30 @@ def test_a_checkpoint_of_other_layers_than_its_configuration_is_refused(tmp_path
         lens.load(tmp_path)
 
 
+@pytest.mark.parametrize("more", [{"n_layer": 10**9}, {"text_config": {"n_layer": 10**9}}])
+def test_a_configuration_of_more_layers_than_any_model_has_is_refused_at_once(tmp_path, more):
+    make_model(tmp_path, 0)
+    configured(tmp_path, **more)
+    with pytest.raises(LensError, match=r"says n_layer 1,000,000,000, and no model has"):
+        lens.load(tmp_path)
+
+
+def test_a_checkpoint_of_integers_without_their_scales_is_refused(checkpoint):
+    folder, file, weights = checkpoint
+    codes = {name: (100 * one).to(torch.int8) for name, one in weights.items()}
+    save_file(codes, file, {"format": "pt"})
+    with pytest.raises(LensError, match=r"holds integers for .*no weights without the scales"):
+        lens.load(folder)
+
+
+def test_an_adapter_of_an_adapter_is_refused(tmp_path):
+    (tmp_path / "adapter_config.json").write_text(
+        json.dumps({"base_model_name_or_path": str(tmp_path), "peft_type": "LORA"})
+    )
+    with pytest.raises(LensError, match="which is an adapter and no model"):
+        lens.load(tmp_path)
+
+
 def test_code_and_kernels_of_a_folder_are_not_used(tmp_path, monkeypatch):
     """Nobody is asked on the terminal, nothing is imported from the folder, no kernel is fetched."""
     model = build("llama")
