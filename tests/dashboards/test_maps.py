@@ -46,6 +46,21 @@ def test_a_selection_of_heads_opens_and_shares_zoom_and_row(page, address, run):
     assert _ready(page) == now
 
 
+def test_full_screen_fills_the_screen(page, address, run):
+    page.goto(f"{address}/run/{run.id}/maps?heads=L1H3,L0H2")
+    page.locator("#maps .map[data-ready]").nth(1).wait_for(timeout=60_000)
+    canvas = page.locator("#maps canvas").nth(1)
+    before = canvas.bounding_box()["height"]
+    page.locator("#maps .map").nth(1).get_by_role("button", name="full screen").click()
+    page.wait_for_function("document.fullscreenElement")
+    page.wait_for_timeout(500)
+    assert canvas.bounding_box()["height"] > 0.75 * 900 > before
+    page.evaluate("document.exitFullscreen()")
+    page.wait_for_function("!document.fullscreenElement")
+    page.wait_for_timeout(500)
+    assert canvas.bounding_box()["height"] == before
+
+
 def _ready(page):
     """What the maps show: the level and the rectangle of each."""
     return {one.get_attribute("data-ready") for one in page.locator("#maps .map").all()}

@@ -95,6 +95,7 @@
         if (this.data && this.cells > this.asked) this.later();
       };
       window.addEventListener("resize", this.onResize);
+      document.addEventListener("fullscreenchange", this.onResize); // a window that was as large before is not resized
     }
 
     async start() {
@@ -604,6 +605,7 @@
 
     close() {
       window.removeEventListener("resize", this.onResize);
+      document.removeEventListener("fullscreenchange", this.onResize);
       this.request += 1;
     }
   }
