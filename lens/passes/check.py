@@ -327,7 +327,7 @@ def _noise(model: LoadedModel, name: str) -> tuple[int, ...]:
     )
 
 
-_FRAMES = 64
+_FRAMES = 128  # of fewer the streaming encoder of Nemotron leaves rows without a key
 _PICTURE = 64
 _CHANNELS = "feature_projection_input_dim"
 _SOUND = 4000  # a quarter of a second
