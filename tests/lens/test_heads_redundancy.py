@@ -53,6 +53,7 @@ def test_clusters_that_depend_on_the_prompt_are_not_stable():
     one = clusters(of_distances(near), count=3)
     assert np.isnan(one.stability).all()
     assert len(one.rand) == 0
+    assert "on prompts drawn again" not in one.findings()[0]
 
 
 def test_redundancy_is_the_closeness_to_the_nearest_head():

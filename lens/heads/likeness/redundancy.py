@@ -104,9 +104,9 @@ class HeadClusters(Result):
         """The groups, or that there are none ("groups")."""
         several = [heads for heads in self.members if len(heads) > 1]
         shown = "; ".join(" ".join(heads[:6]) for heads in several[:3]) or "no two heads"
-        prompts = f"; adjusted Rand {self.rand.mean():.2f} on prompts drawn again" * len(
-            self.rand[:1]
-        )
+        prompts = ""
+        if len(self.rand):
+            prompts = f"; adjusted Rand {self.rand.mean():.2f} on prompts drawn again"
         if self.groups.apart:
             text = f"{shown} ({len(self.members)} groups; {self.groups.in_words}{prompts})."
         else:
