@@ -24,7 +24,7 @@ from lens.traces.store import remove_trace, trace_files
 from lens_analyses.analysing import analyse
 from lens_analyses.config import RunConfig
 from lens_analyses.config.analyses import GenerateSettings
-from lens_analyses.console import Output, log, progress_bar, refused_as_usage
+from lens_analyses.console import Output, UsageError, log, progress_bar, refused_as_usage
 from lens_analyses.estimate import expect, refuse_excess, work
 from lens_analyses.inputs import load_model, plan, read_sources
 from lens_analyses.making import Making, making, prompt_row
@@ -110,6 +110,11 @@ def execute(
         UsageError: the input makes no sense; then no folder is left.
         LensError: the model cannot be loaded, or another process is at this run.
     """
+    there = next(one for one in (runs, *runs.absolute().parents) if one.exists())
+    if not there.is_dir():  # told before the model is loaded
+        raise UsageError(
+            f"--out {runs}: {there} is a file where a folder should be; choose another"
+        )
     with refused_as_usage():
         config, sources = read_sources(config)
     mapping = config.as_mapping()

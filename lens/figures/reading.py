@@ -10,6 +10,7 @@ import plotly.graph_objects as go
 
 from lens.common.choices import check_choice, check_counts
 from lens.common.colors import ACCENT, BASELINE, CLASSES, DIVERGING, LINE, VIRIDIS, scale
+from lens.common.errors import LensError
 from lens.common.plots import draws
 from lens.figures.rows import bars
 from lens.figures.style import Look, band, escaped, named_below, style
@@ -134,7 +135,12 @@ def pair_products(products: pd.DataFrame, **look: Unpack[Look]) -> go.Figure:
 
     Args:
         products: of one head and pair: `query_part`, `key_part`, `contrast`.
+
+    Raises:
+        LensError: it has no rows, as in a damaged run.
     """
+    if products.empty:
+        raise LensError("the parts of this pair are not there: the table of products lacks them")
     cells = products.pivot_table(index="query_part", columns="key_part", values="contrast")
     rows = cells.abs().sum(axis=1).sort_values(ascending=False, kind="stable").index
     columns = cells.abs().sum(axis=0).sort_values(ascending=False, kind="stable").index

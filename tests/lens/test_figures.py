@@ -12,6 +12,7 @@ from plotly.subplots import make_subplots
 import lens
 from lens import figures
 from lens.common.errors import LensError
+from lens.figures.reading import pair_products
 from lens.figures.roles import share_grid
 from lens.figures.style import Look, _set, _set_axes
 from lens.traces.profiles import prompt_table
@@ -352,3 +353,9 @@ def test_a_layout_set_at_once_is_the_one_that_plotly_updates_to():
     slow.update_yaxes(ticks="")
     assert quick.to_dict() == slow.to_dict()
     assert quick.layout.title.font.to_plotly_json() == {"color": "red", "size": 13}
+
+
+def test_a_pair_without_parts_is_refused_in_words():
+    products = pd.DataFrame(columns=["query_part", "key_part", "contrast"])
+    with pytest.raises(LensError, match="parts of this pair are not there"):
+        pair_products(products)
