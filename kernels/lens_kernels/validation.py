@@ -133,6 +133,8 @@ def _check_inputs(query: Tensor, key: Tensor, value: Tensor) -> None:
         if tensor.dtype not in DTYPES:
             known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
             raise TypeError(f"{name} must be one of {known}, got {tensor.dtype}")
+    if query.is_meta:
+        raise ValueError("query is on the meta device and holds no numbers; load it first")
     for name in ("key", "value"):
         if named[name].dtype != query.dtype:
             raise TypeError(

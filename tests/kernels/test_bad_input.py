@@ -52,6 +52,11 @@ CASES = {
     "no head dim": ({"query": rand(2, 4, 5, 0)}, ValueError, r"query has an empty axis: .*5, 0\]"),
     "no value dim": ({"value": rand(2, 2, 7, 0)}, ValueError, r"value has an empty axis: .*, 0\]"),
     "no queries": ({"query": rand(2, 4, 0, 8)}, ValueError, r"query has an empty axis: \[2, 4, 0"),
+    "query without numbers": (
+        {"query": rand(2, 4, 7, 8).to("meta")},
+        ValueError,
+        "query is on the meta device and holds no numbers",
+    ),
     "integer query": (
         {"query": ints(2, 4, 7, 8)},
         TypeError,
