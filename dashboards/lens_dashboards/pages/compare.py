@@ -45,7 +45,7 @@ def page(library: Library, view: Selection) -> list[Any]:
                 className="empty",
             ),
         ]
-    names = {run.id: f"{run.title} ({run.id})" for run in runs}
+    names = {run.id: f"{run.id}: {run.title}" for run in runs}
     b = view.option("b") or next(run.id for run in runs if run.id != view.option("a"))
     a = view.option("a") or _beside(runs, b)
     choose = card(
