@@ -72,7 +72,7 @@ class Answer:
                 f"the prompt has {len(ids)} tokens; attributions hold the maps of every head, for at most "
                 f"{LONGEST}; score blocks of tokens (block=64)"
             )
-        self.block = block or 1
+        self.block = min(block or 1, len(ids))  # a longer one is the whole prompt
         self.ids = read[0].inputs["input_ids"]
         causal: list[bool] = []
 

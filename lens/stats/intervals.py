@@ -15,7 +15,7 @@ from lens.common.errors import LensError
 if TYPE_CHECKING:
     from jaxtyping import Float, Shaped
 
-_MOST = 2**30  # numbers of a drawing
+_MOST = 2**27  # numbers of a drawing
 LEVEL = 0.95  # of every interval: this share of the draws lies inside
 _ENDS = ((1 - LEVEL) / 2, (1 + LEVEL) / 2)
 _RESAMPLES = 1000
