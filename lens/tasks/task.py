@@ -328,8 +328,8 @@ class Task:
         """
         check_loaded(model)
         if self.labels is None:
-            follows = metrics.follow(self.clean, self.positions, self.correct)
-            check_predicts_tokens(model, next_tokens=self.targets is None and follows)
+            own = self.clean, self.positions, self.correct  # with targets positions are in these
+            check_predicts_tokens(model, next_tokens=self.targets is None and metrics.follow(*own))
         elif self.labels != labels_of(model):
             raise LensError(
                 f"the task {self.name!r} has {self.labels} labels and {model.info.class_name} chooses from "
