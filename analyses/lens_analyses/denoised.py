@@ -26,7 +26,7 @@ from lens.traces.profiles import prompt_table
 from lens.traces.store import trace_files
 from lens_analyses.config.paths import local
 from lens_analyses.console import Output, UsageError, log, refused_as_usage, stoppable
-from lens_analyses.making import Making, making, prompt_row
+from lens_analyses.making import Making, check_place, making, prompt_row
 from lens_analyses.provenance import versions
 from lens_analyses.report import render
 from lens_analyses.runner import Finished, readable
@@ -48,6 +48,7 @@ def execute(
     """
     import torch
 
+    check_place(runs)
     with refused_as_usage():
         folder = _folder(given["name"])
     settings = {**given, "name": str(folder), "sha256": _digest(folder)}
@@ -80,7 +81,7 @@ def execute(
         if made.run.status != "success":
             break
     last = done[-1]
-    return Finished(last.run, last.headline, beside=tuple(one.run.path for one in done[:-1]))
+    return Finished(last.run, last.headline, beside=tuple(one.run for one in done[:-1]))
 
 
 def load(folder: Path) -> Any:

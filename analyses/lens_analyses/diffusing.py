@@ -58,6 +58,7 @@ def diffusion(
     """Run a diffusion model, and profile its attention step by step: maps of words, quadrants, entropy."""
     output = Output(json, quiet, debug)
     with output.session():
+        from lens_analyses.config.paths import local
         from lens_analyses.denoised import execute
 
         given: dict[str, Any] = {"name": str(model), "steps": steps, "seed": seed}
@@ -65,7 +66,7 @@ def diffusion(
         given["capture"] = _numbers(capture, steps)
         given["command"] = shlex.join(
             [
-                *("lens", "diffusion", "--model", str(model), "--steps", str(steps)),
+                *("lens", "diffusion", "--model", str(local(str(model))), "--steps", str(steps)),
                 *("--capture", ",".join(map(str, given["capture"])), "--seed", str(seed)),
                 *(("--prompt", prompt) if prompt else ()),
                 *(("--words", words) if words else ()),

@@ -135,7 +135,7 @@ def _row(run: Run | BrokenRun) -> tuple[str, str, str, str]:
     note = error.get("message", "") if run.status == "error" else run.title
     if run.status == "partial":
         failed = f"{error['message']}; " if error else ""
-        note = f"{failed}complete it: {again(run.path)}"
+        note = f"{failed}complete it: {again(run.path, run.meta)}"
     return (run.status, f"{prompts['done']}/{prompts['total']}", run.id, note)
 
 

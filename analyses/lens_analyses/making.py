@@ -12,7 +12,7 @@ from lens.common.errors import LensError, in_words
 from lens.runs import Run
 from lens.runs.manifest import remove_own
 from lens.runs.writer import RunWriter
-from lens_analyses.console import LogFile, log, stoppable
+from lens_analyses.console import LogFile, UsageError, log, stoppable
 
 
 @dataclass
@@ -36,6 +36,19 @@ class Making:
         """The run folder."""
         assert self._run is not None
         return self._run
+
+
+def check_place(runs: Path) -> None:
+    """Before a model is loaded: whether runs can have this folder.
+
+    Raises:
+        UsageError: it, or one above it, is a file.
+    """
+    there = next(one for one in (runs, *runs.absolute().parents) if one.exists())
+    if not there.is_dir():
+        raise UsageError(
+            f"--out {runs}: {there} is a file where a folder should be; choose another"
+        )
 
 
 @contextmanager

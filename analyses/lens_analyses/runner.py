@@ -24,10 +24,10 @@ from lens.traces.store import remove_trace, trace_files
 from lens_analyses.analysing import analyse
 from lens_analyses.config import RunConfig
 from lens_analyses.config.analyses import GenerateSettings
-from lens_analyses.console import Output, UsageError, log, progress_bar, refused_as_usage
+from lens_analyses.console import Output, log, progress_bar, refused_as_usage
 from lens_analyses.estimate import expect, refuse_excess, work
 from lens_analyses.inputs import load_model, plan, read_sources
-from lens_analyses.making import Making, making, prompt_row
+from lens_analyses.making import Making, check_place, making, prompt_row
 from lens_analyses.planned import PlannedPrompt
 from lens_analyses.provenance import versions
 from lens_analyses.report import render
@@ -54,29 +54,39 @@ class Finished:
     run: Run
     headline: list[str]
     computed: bool = True
-    beside: tuple[Path, ...] = ()
+    beside: tuple[Run, ...] = ()
 
     @property
     def status(self) -> str:
-        """Of the run."""
-        return self.run.status
+        """Of the first run that is not whole; "success" if all are."""
+        return self._worst.status
+
+    @property
+    def was_stopped(self) -> bool:
+        """Whether it ended before its time, by no error."""
+        return self.status == "partial" and not self._worst.meta["error"]
+
+    @property
+    def _worst(self) -> Run:
+        return next((one for one in (self.run, *self.beside) if one.status != "success"), self.run)
 
     def text(self) -> str:
         """A few lines for people."""
-        prompts = self.run.meta["prompts"]
-        goes_on = f"the same command, or `{again(self.run.path)}`,"
-        failed = (self.run.meta["error"] or {}).get("message")
-        if self.status == "partial" and not failed:
-            sections = "".join(f", {name}" for name in self.run.sections)
+        worst = self._worst
+        prompts = worst.meta["prompts"]
+        goes_on = f"the same command, or `{again(worst.path, worst.meta)}`,"
+        failed = (worst.meta["error"] or {}).get("message")
+        if self.was_stopped:
+            sections = "".join(f", {name}" for name in worst.sections)
             return (
                 f"stopped after {prompts['done']} of {prompts['total']} prompts{sections}; {goes_on} "
-                f"completes {self.run.path}"
+                f"completes {worst.path}"
             )
         lines = [] if self.computed else ["finished before (--again computes it anew)"]
         lines += [f"not whole: {failed}; {goes_on} tries it again"] if failed else []
         lines += self.headline
         lines += [f"run:    {self.run.path}", f"report: {self.run.path / 'report.html'}"]
-        lines += [f"beside: {path}" for path in self.beside]
+        lines += [f"beside: {one.path}" for one in self.beside]
         return "\n".join(lines)
 
     def as_json(self) -> dict[str, Any]:
@@ -90,9 +100,9 @@ class Finished:
             "prompts": self.run.meta["prompts"],
             "seconds": self.run.meta["seconds"],
             "findings": self.headline,
-            "error": self.run.meta["error"],
+            "error": self._worst.meta["error"],
             "report": str(report) if report.exists() else None,
-            "beside": [str(path) for path in self.beside],
+            "beside": [str(one.path) for one in self.beside],
         }
 
 
@@ -110,11 +120,7 @@ def execute(
         UsageError: the input makes no sense; then no folder is left.
         LensError: the model cannot be loaded, or another process is at this run.
     """
-    there = next(one for one in (runs, *runs.absolute().parents) if one.exists())
-    if not there.is_dir():  # told before the model is loaded
-        raise UsageError(
-            f"--out {runs}: {there} is a file where a folder should be; choose another"
-        )
+    check_place(runs)
     with refused_as_usage():
         config, sources = read_sources(config)
     mapping = config.as_mapping()
@@ -142,12 +148,17 @@ def execute(
 def _every_part(
     config: RunConfig, model: "LoadedModel", runs: Path, output: Output, again: bool
 ) -> Finished:
-    """A run for each attention of an encoder-decoder, or stage; the last one (cross-attention) with the others beside it."""
-    done = []
+    """A run for each attention of an encoder-decoder, or stage; the last one (cross-attention) with the others beside it.
+
+    Where one was stopped the others are not begun.
+    """
+    done: list[Finished] = []
     for part in model.parts:
         one = config.model_copy(update={"model": config.model.model_copy(update={"part": part})})
         done.append(execute(one, runs, output, again=again, model=model.part(part)))
-    return replace(done[-1], beside=tuple(one.run.path for one in done[:-1]))
+        if done[-1].was_stopped:
+            break
+    return replace(done[-1], beside=tuple(one.run for one in done[:-1]))
 
 
 def readable(folder: Path | None) -> Run | None:

@@ -14,13 +14,22 @@ from typing import Any
 from lens.common.errors import LensError
 
 CONFIG = "config.toml"
+DIFFUSION = "diffusion"
+"""What a run is whose configuration no other command takes."""
 NEED_TEXT = ("sinks", "redistribute", "policies", "mixers", "examples", "generate")
 """Analyses that copied prompts alone do not do for."""
 _SOURCES = ("text", "text_name", "batch")
 
 
-def again(run: Path) -> str:
-    """The command that completes a run, or makes what failed once more."""
+def again(run: Path, meta: Mapping[str, Any]) -> str:
+    """The command that completes a run, or makes what failed once more.
+
+    Args:
+        run: folder of the run.
+        meta: what its `run.json` says.
+    """
+    if meta.get("what") == DIFFUSION and meta.get("command"):
+        return f"{meta['command']} {shlex.join(['--out', str(run.parent)])}"
     return _command("run", run)
 
 
@@ -33,7 +42,7 @@ def analysis(run: Path, config: Mapping[str, Any], what: str) -> str:
         what: "heads", "sinks", "redistribute", "policies", "mixers", "patch", "circuit" or "explain".
 
     Raises:
-        LensError: it needs text, and the run has copied prompts alone.
+        LensError: it needs text, and the run has copied prompts alone, or it takes no such model.
     """
     _check(config, what)
     return _command(what, run)
@@ -53,6 +62,8 @@ def settings(config: Mapping[str, Any], what: str) -> dict[str, Any]:
 
 
 def _check(config: Mapping[str, Any], what: str) -> None:
+    if config.get("what") == DIFFUSION:
+        raise LensError(f"`lens {what}` takes no diffusion model; `lens diffusion` is for these")
     prompts = config.get("prompts", {})
     if what in NEED_TEXT and not any(prompts.get(name) for name in _SOURCES):
         raise LensError(

@@ -230,7 +230,7 @@ class Run:
         if not self.door.has(name):
             raise LensError(
                 f"{self.path / name} is missing: the run is {self.status}; "
-                f"complete it with `{again(self.path)}`"
+                f"complete it with `{again(self.path, self.meta)}`"
             )
         return self.door.table(name, kinds, most_rows=most_rows)
 

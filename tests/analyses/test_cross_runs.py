@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from lens_analyses import runner
 from lens_dashboards.library import Library
 from lens_dashboards.views import render
 from PIL import Image
@@ -17,6 +18,7 @@ from scipy.io import wavfile
 from scipy.signal import resample_poly
 
 import lens
+from lens.common.errors import LensError
 from lens.runs import open_run
 from lens.runs.validation import _layer, validate
 from tests.lens.encoder_decoders import MAKE, SIZES, made
@@ -59,6 +61,28 @@ def runs(folder, tmp_path_factory, lens_command):
     assert answer.err.count("loading ") == 1, "all parts are of one model"
     found = [open_run(path) for path in (*answer.json["beside"], answer.json["path"])]
     return {run.meta["model"]["part"]: run for run in found}
+
+
+@pytest.mark.parametrize("end", ["stopped", "failed"])
+def test_a_part_that_is_not_whole_makes_the_whole_partial(
+    folder, tmp_path, lens_command, monkeypatch, end
+):
+    def analyse(subject, writer):
+        if subject.model.chosen != "encoder":
+            return None
+        if end == "stopped":
+            raise KeyboardInterrupt
+        return LensError("no section")
+
+    monkeypatch.setattr(runner, "analyse", analyse)
+    answer = lens_command(
+        "run", "--model", folder / "t5", "--prompts", folder / "sources.txt", "--target",
+        folder / "targets.txt", "--out", tmp_path, "--json",
+    )  # fmt: skip
+    assert (answer.code, answer.json["status"]) == (3, "partial"), answer.err
+    made = {open_run(path.parent).meta["model"]["part"] for path in tmp_path.glob("*/run.json")}
+    assert made == ({"encoder"} if end == "stopped" else {"encoder", "decoder", "cross"})
+    assert (answer.json["error"] is None) == (end == "stopped")
 
 
 def test_each_part_has_a_whole_run_whose_traces_are_those_of_the_library(runs, folder):

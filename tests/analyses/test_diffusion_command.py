@@ -3,6 +3,7 @@
 import base64
 import json
 import os
+import shlex
 import signal
 import time
 from pathlib import Path
@@ -16,7 +17,8 @@ from lens_dashboards.library import Library
 from lens_dashboards.views import render
 
 import lens
-from lens.runs import open_run
+from lens.common.errors import LensError
+from lens.runs import commands, open_run
 from lens.runs.validation import validate
 
 pytest.importorskip("diffusers")
@@ -112,9 +114,24 @@ def test_a_run_that_is_stopped_is_partial_and_the_same_command_makes_it(
     with monkeypatch.context() as patch:
         patch.setattr(denoised, "run_steps", stop)
         assert lens_command(*command).code == 1
-    again = lens_command(*command)
+    run = open_run(stopped.json["path"])
+    told = commands.again(run.path, run.meta)
+    assert told in lens_command("list", tmp_path).out.replace("\n", "")
+    with pytest.raises(LensError, match="takes no diffusion model"):
+        commands.analysis(run.path, run.config, "heads")
+    again = lens_command(*shlex.split(told)[1:], "--json")
     assert (again.code, again.json["status"]) == (0, "success")
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_file_where_runs_should_be_is_told_before_any_step(
+    folder, tmp_path, lens_command, monkeypatch
+):
+    monkeypatch.setattr(denoised, "load", lambda _: pytest.fail("the model is loaded"))
+    (tmp_path / "file").touch()
+    answer = lens_command("diffusion", "--model", folder, "--out", tmp_path / "file")
+    assert answer.code == 2
+    assert "is a file where a folder should be" in " ".join(answer.err.split())
 
 
 def test_the_same_command_finds_its_run(folder, answer, lens_command):

@@ -102,7 +102,7 @@ def test_a_command_makes_its_run_beside_the_other(folder, what, lens_command):
 
 
 def test_a_run_is_completed_by_the_command_that_is_told(folder, lens_command):
-    answer = lens_command(*shlex.split(commands.again(folder))[1:], "--json")
+    answer = lens_command(*shlex.split(commands.again(folder, open_run(folder).meta))[1:], "--json")
     assert answer.code == 0, answer.err
     assert answer.json["path"] == str(folder)
 

@@ -38,7 +38,9 @@ def page(library: Library, view: Selection) -> list[Any]:
     run = library.run(view.run)
     traces = run.traces
     if not traces:
-        raise LensError(f"run {run.id} has no finished trace; complete it: {again(run.path)}")
+        raise LensError(
+            f"run {run.id} has no finished trace; complete it: {again(run.path, run.meta)}"
+        )
     notes: list[str] = []
     prompt = known_prompt(view, traces, notes)
     trace = library.trace(run.id, prompt)

@@ -112,7 +112,7 @@ def run_banner(run: Run) -> list[html.Div]:
                 [
                     f"This run {state}: {prompts['done']} of {prompts['total']} prompts are done."
                     f"{left} Complete it with ",
-                    html.Code(again(run.path)),
+                    html.Code(again(run.path, run.meta)),
                 ],
                 className="banner partial",
                 role="status",
