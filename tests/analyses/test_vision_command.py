@@ -222,6 +222,11 @@ def test_a_model_of_several_grids_makes_a_run_of_each_stage(
         assert len(run.section("overlays").tables["maps"]["map"].unique()) >= 3
         assert not run.unsupported
         assert {"flow", "rates", "segments", "tree"} == set(run.section("structure").tables)
+    bare = lens_command(*given, "--no-keep-qk", "--part", "stage0", "--out", tmp_path / "bare")
+    assert bare.code == 0, bare.err
+    overlays = open_run(bare.json["path"]).section("overlays")
+    assert overlays.headlines == ()
+    assert "which patch stands out is not told: " in overlays.summary[0]
     again = lens_command(*given, "--part", "stage7", "--out", tmp_path / "others")
     assert again.code != 0
     assert "part must be one of 'stage0', 'stage1'" in again.err

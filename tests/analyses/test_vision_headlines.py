@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 from lens_analyses.steps.vision_headlines import crossing, strongest
 
+import lens
 from lens.runs.headlines import those_that_stand
 from tests.lens.pictures import planted
+from tests.lens.test_windows import built
 
 MAPS = ["L0", "L0H0", "L0H1", "L0H2", "mean"]
 
@@ -35,6 +37,16 @@ def test_the_patch_that_rows_look_at_is_one():
     assert "L0H2: 18 patches look at the patch (1, 2)" in one.text
     assert one.value == pytest.approx(37 * patterns[2, 2::2, 9].mean(), rel=1e-4)
     assert 1 < one.low < one.value < one.high
+
+
+def test_where_keys_are_a_smaller_grid_all_rows_of_the_larger_one_count():
+    root, inputs = built("segformer")
+    trace = lens.capture(lens.load(root), inputs, keep_qk=True, progress=False).stage0
+    (one,) = strongest("a picture", "p000", trace, ["L0H1"], 0)
+    own = trace.tile(0, 1, (0, 36), (0, 9)) * 9
+    place = int(own[::2].mean(0).argmax())
+    assert f"18 positions look at the patch {divmod(place, 3)}" in one.text
+    assert one.value == pytest.approx(own[1::2, place].mean(), rel=1e-5)
 
 
 def test_a_head_is_said_to_keep_to_its_cross_where_it_does():

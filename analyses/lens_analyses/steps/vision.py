@@ -65,8 +65,14 @@ def overlays(subject: Subject) -> Section:
                 end = "" if variant == "raw" else "_without_sinks"
                 figures[f"{name}{end}"] = one.titled(found.plot(path=variant == "raw"))
             if variant == "raw":
-                stands = those_that_stand(strongest(title, name, trace, found.names, subject.seed))
                 none = f"{title}: no patch is told apart from uniform attention in these maps."
+                try:
+                    stands = those_that_stand(
+                        strongest(title, name, trace, found.names, subject.seed)
+                    )
+                except LensError as reason:  # rows that are not kept, or not exact, or too many
+                    stands = ()
+                    none = f"{title}: which patch stands out is not told: {reason}."
                 said.append(stands[0].text if stands else none)
                 headlines += stands if name in figures else []
                 regions += [

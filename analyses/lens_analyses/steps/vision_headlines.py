@@ -24,8 +24,11 @@ def strongest(
     """
     grid = grid_of(trace)
     start, end = grid.span
-    is_text = trace.attrs["segments"] is not None and end < trace.length
-    rows = (end, trace.length) if is_text else grid.span
+    rows, who = grid.span, "patches"
+    if trace.cross:
+        rows, who = (0, trace.queries), "positions"
+    elif trace.attrs["segments"] is not None and end < trace.length:
+        rows, who = (end, trace.length), "rows of text"
     if rows[1] - rows[0] < 2:
         return
     even = {layer: _of_rows(trace, layer, rows)[:, start:end] for layer in trace.layers}
@@ -49,7 +52,7 @@ def strongest(
         return
     row, column = divmod(int(grid.order[best]), grid.width)
     yield Headline(
-        f"{title}, {one}: {seen} {'rows of text' if is_text else 'patches'} look at the patch ({row}, {column}) {value:.2f} "
+        f"{title}, {one}: {seen} {who} look at the patch ({row}, {column}) {value:.2f} "
         f"[{low:.2f}, {high:.2f}] times as much as uniform attention does.",
         *(value, low, high),
         baseline=1.0,
