@@ -46,6 +46,25 @@ def test_a_selection_of_heads_opens_and_shares_zoom_and_row(page, address, run):
     assert _ready(page) == now
 
 
+def test_maps_that_wait_for_their_numbers_take_pointer_and_keys(page, serve, run, tmp_path):
+    shutil.copytree(run.path, tmp_path / "HEADS")  # a name that stands in no address
+    held = []
+    page.route("**/tokens/**", lambda route: held.append(route))
+    page.goto(f"{serve(tmp_path)}/run/HEADS/maps?heads=L1H3,L0H2")
+    canvas = page.locator("#maps canvas").first
+    canvas.wait_for()
+    while not held:
+        page.wait_for_timeout(20)
+    canvas.hover(position={"x": 90, "y": 90})
+    canvas.press("+")
+    page.locator("#maps .map").first.get_by_role("button", name="CSV").click()
+    page.locator("#maps .map").first.get_by_role("button", name="show everything").click()
+    for route in held:
+        route.continue_()
+    page.locator("#maps .map[data-ready]").nth(1).wait_for(timeout=60_000)
+    assert page.problems == []
+
+
 def test_full_screen_fills_the_screen(page, address, run):
     page.goto(f"{address}/run/{run.id}/maps?heads=L1H3,L0H2")
     page.locator("#maps .map[data-ready]").nth(1).wait_for(timeout=60_000)

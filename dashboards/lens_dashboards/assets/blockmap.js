@@ -238,6 +238,7 @@
     x(key) { return this.left + ((key - this.view.k0) / (this.view.k1 - this.view.k0)) * this.shape.side; }
     y(query) { return TOP + ((query - this.view.q0) / (this.view.q1 - this.view.q0)) * this.shape.side; }
     at(event) {
+      if (!this.shape) return { inside: false }; // nothing is drawn yet
       const box = this.canvas.getBoundingClientRect();
       const { side } = this.shape;
       const px = event.clientX - box.left, py = event.clientY - box.top;
@@ -483,6 +484,7 @@
 
     onKey(event) {
       const v = this.view;
+      if (!v) return;
       const step = (v.k1 - v.k0) / 8, down = (v.q1 - v.q0) / 8;
       const moves = { ArrowLeft: [-step, 0], ArrowRight: [step, 0], ArrowUp: [0, -down], ArrowDown: [0, down] };
       if (moves[event.key]) {
@@ -521,7 +523,7 @@
       this.tell();
     }
 
-    showAll() { this.show(0, this.rows, 0, this.length); }
+    showAll() { if (this.view) this.show(0, this.rows, 0, this.length); }
 
     show(q0, q1, k0, k1) {
       this.view = { q0, q1, k0, k1 };
@@ -530,8 +532,8 @@
       this.fetchAll();
     }
 
-    /* All maps of the group at the same time, which are one request. */
-    fetchAll() { for (const map of this.group) map.fetch(); }
+    /* All maps of the group at the same time, which are one request; one without its tokens asks when it has them. */
+    fetchAll() { for (const map of this.group) if (map.view) map.fetch(); }
 
     later() {
       window.clearTimeout(this.group.timer);
@@ -569,6 +571,7 @@
 
     saveTable() {
       const d = this.data;
+      if (!d) return;
       const lines = [`query_start,key_start,cell,${isExact(d) ? "probability" : "block_mass"}`];
       for (let r = 0; r < d.rows; r += 1) {
         for (let c = 0; c < d.columns; c += 1) {
@@ -581,6 +584,7 @@
 
     /* The rectangle as it was asked for; what no query may see is null. */
     saveNumbers() {
+      if (!this.data) return;
       const { values, ...header } = this.data;
       const rows = Array.from({ length: header.rows }, (_, r) => Array.from(
         values.subarray(r * header.columns, (r + 1) * header.columns), (value) => (Number.isNaN(value) ? null : value)));
@@ -769,7 +773,7 @@
         return all.map(() => tokens);
       }),
       raster: (asked) => together(
-        `${url("raster")}/HEADS?${new URLSearchParams({ ...asked, variant: c.variant })}`, `L${c.layer}H${c.head}`, rasters),
+        `${url("raster")}/{heads}?${new URLSearchParams({ ...asked, variant: c.variant })}`, `L${c.layer}H${c.head}`, rasters),
       row: async (query) => new Float32Array(await (await ask(row(query))).arrayBuffer()),
     };
   }
@@ -791,7 +795,7 @@
       window.setTimeout(async () => {
         waiting.delete(address);
         try {
-          const found = await read(await ask(address.replace("HEADS", all.map((one) => one.head).join(","))), all);
+          const found = await read(await ask(address.replace("{heads}", all.map((one) => one.head).join(","))), all);
           all.forEach((one, at) => one.resolve(found[at]));
         } catch (error) {
           for (const one of all) one.reject(error);
