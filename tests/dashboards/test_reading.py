@@ -1,8 +1,14 @@
-"""The page Reading in a real browser, wide and narrow: a pair is picked, and taken apart in words and numbers."""
+"""The page Reading, with any of its sections; in a real browser a pair is picked, and taken apart in words and numbers."""
 
+import pandas as pd
+import plotly.graph_objects as go
 import pytest
+from lens_dashboards.library import Library
+from lens_dashboards.pages import reading, section_page
+from lens_dashboards.pages.tabs import NEEDS
+from lens_dashboards.selection import Selection
 
-pytestmark = pytest.mark.browser
+from lens.runs.sections import Section
 
 
 @pytest.fixture(scope="module")
@@ -10,6 +16,27 @@ def where(serve, explain_run):
     return f"{serve(explain_run.path.parent)}/run/{explain_run.id}/reading"
 
 
+@pytest.mark.parametrize(
+    ("name", "figure", "told"),
+    [
+        ("faithfulness", "sufficiency", "the highest tokens alone"),
+        ("retrieval_kinds", "recall", "Needles without retrieval heads"),
+        ("removal", "removal_l1h0", "predicted and measured"),
+    ],
+)
+def test_a_run_with_one_of_its_sections_has_the_page(explain_run, monkeypatch, name, figure, told):
+    tables = {name: pd.DataFrame({"name": ["L1H0"]})}
+    one = Section(name, "One", columns={"name": "Head."}, tables=tables, figures={figure: go.Figure()})  # fmt: skip
+    monkeypatch.setattr(section_page, "sections", lambda _: {name: one})
+    view = Selection(page="reading", run=explain_run.id)
+    said = str(reading.page(Library(explain_run.path.parent), view))
+    assert told in said
+    assert "no explained heads" not in said
+    assert name in NEEDS["reading"]
+    assert ("Why does this head attend" in said) == (name == "removal")
+
+
+@pytest.mark.browser
 def test_a_pair_is_picked_on_the_map_and_taken_apart(page, where, explain_run):
     pairs = explain_run.section("explain").tables["pairs"].query("name == 'L1H2'")
     one = pairs.sort_values(["query", "key"]).iloc[0]
@@ -29,6 +56,7 @@ def test_a_pair_is_picked_on_the_map_and_taken_apart(page, where, explain_run):
     page.wait_for_selector(f"h2:has-text('at {last['query']} to')")
 
 
+@pytest.mark.browser
 @pytest.mark.parametrize("width", [1440, 430])
 def test_axe_is_content_and_nothing_scrolls_sideways(browser, where, width):
     from axe_playwright_python.sync_playwright import Axe

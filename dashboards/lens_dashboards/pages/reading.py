@@ -38,34 +38,43 @@ def page(library: Library, view: Selection) -> list[Any]:
 
 
 def _cards(run: Run, view: Selection, known: dict[str, Section], notes: list[str]) -> list[Any]:
-    explained = known["explain"]
-    names = list(dict.fromkeys(explained.tables["sides"]["name"]))
-    head = choice(view, "head", names, names[0], notes)
-    picker = html.Div(
-        select("head", "Head", {name: name for name in names}, head), className="controls"
-    )
-    return [
-        card(
-            [
-                picker,
-                html.P(
-                    "Why does this head attend to these keys? Its attention is a softmax of logits, and each logit is a sum over what earlier "
-                    "parts of the model wrote at the query times what they wrote at the key.",
-                    className="definition",
-                ),
-            ],
-            "Head",
-        ),
-        *_pair_cards(run, view, explained, head, notes),
-        html.Div(
-            [card(_sides(explained, head), f"What {head} looks there for, over all prompts")]
-            + [
-                card(section_figure(run, one, name), title)
-                for one, name, title in _figures(known, head)
-            ],
-            className="halves",
-        ),
+    """Of a head that was chosen, as far as the run has sections of heads, and of the whole model."""
+    explained = known.get("explain")
+    head, parts, halves = "", [], []
+    if names := _heads(known):
+        head = choice(view, "head", names, names[0], notes)
+        parts = [_head_card(names, head)]
+    if explained is not None:
+        parts += _pair_cards(run, view, explained, head, notes)
+        halves = [card(_sides(explained, head), f"What {head} looks there for, over all prompts")]
+    halves += [
+        card(section_figure(run, one, name), title) for one, name, title in _figures(known, head)
     ]
+    return [*parts, html.Div(halves, className="halves")]
+
+
+def _heads(known: dict[str, Section]) -> list[str]:
+    """Heads that were taken apart, or of which parts were taken out."""
+    for name, table in (("explain", "sides"), ("removal", "removal")):
+        if name in known:
+            return list(dict.fromkeys(known[name].tables[table]["name"]))
+    return []
+
+
+def _head_card(names: list[str], head: str) -> html.Section:
+    return card(
+        [
+            html.Div(
+                select("head", "Head", {name: name for name in names}, head), className="controls"
+            ),
+            html.P(
+                "Why does this head attend to these keys? Its attention is a softmax of logits, and each logit is a sum over what earlier "
+                "parts of the model wrote at the query times what they wrote at the key.",
+                className="definition",
+            ),
+        ],
+        "Head",
+    )
 
 
 def _pair_cards(

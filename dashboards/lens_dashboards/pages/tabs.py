@@ -29,7 +29,7 @@ NEEDS = {
     "mixers": {"mixers"},
     "patching": {"patching"},
     "circuits": {"edges"},
-    "reading": {"explain"},
+    "reading": {"explain", "removal", "retrieval_kinds", "faithfulness"},
     "vision": {"overlays"},
 }
 """Page -> sections of which it needs one."""
