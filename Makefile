@@ -76,9 +76,9 @@ $(VENV)/.triton-3.6: $(BIN)/python
 # Types are checked beside them, and fail the command too. What pytest made of the test files is kept for the next time.
 unexport PYTHONDONTWRITEBYTECODE
 test: lint browser $(VENV)/.triton-3.6
-	@$(MAKE) --no-print-directory types & types=$$!; \
+	@mkdir -p build; $(BIN)/pyright > build/types.txt & types=$$!; \
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder; tests=$$?; \
-	wait $$types && exit $$tests
+	wait $$types || { cat build/types.txt; echo 'types: pyright failed, see above'; exit 1; }; exit $$tests
 
 exhaustive: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m exhaustive
