@@ -8,9 +8,9 @@ LRP's rules are put into the captured model as changes of its gradient, so that 
     attention   AttnLRP: half to the attention and half to the values; of the first, half to queries and half to
                 keys, behind the softmax's own gradient. CP-LRP: attention is held, all goes to the values.
 
-These are the rules of the published code (lxt): scores of both agree to 4e-7 of the largest. CP-LRP makes the model linear: the score of
-a token is its logit with all attention, gates and sizes held and every other token at 0. What decides where attention
-lies has no part in it: of an induction head the copied token gets all, and the tokens that are matched get nothing.
+These are the rules of the published code (lxt). CP-LRP makes the model linear: the score of a token is its
+logit with all attention, gates and sizes held and every other token at 0. What decides where attention lies has
+no part in it: of an induction head the copied token gets all, and the tokens that are matched get nothing.
 
 With held attention and without biases relevance sums to the logit. The softmax of AttnLRP passes
 `sum s A (g - mean g)` on of `sum A g`: what it keeps is reported, and so is the rest, which biases take.

@@ -179,6 +179,10 @@ def test_cp_lrp_does_not_see_what_an_induction_head_matches(copying):
         assert abs(float(scores[matched])) < 0.1 * float(scores.max())
         assert float(attributing.scored(answer, "leave_one_out")[matched]) > 0.3
         assert float(attributing.scored(answer, "attnlrp")[matched]) > 0.05 * float(scores.max())
+    found = lens.reading.faithfulness(model, prompts, ["cp_lrp"], draws=5, progress=False)
+    rows = found.table().set_index("method")
+    assert rows.loc["cp_lrp", "comprehensiveness"] > rows.loc["random", "comprehensiveness"]
+    assert rows.loc["cp_lrp", "sufficiency"] > rows.loc["random", "sufficiency"]  # more is lost
 
 
 def test_mlps_that_lrp_has_no_rules_for_are_refused(models):
