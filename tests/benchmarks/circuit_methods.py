@@ -4,7 +4,7 @@
 
 prints CIRCUIT_METHODS.md, and writes it with `--write`. With `--smollm2` alone the rows of that model are made, the others stay: it
 says about how long that takes, writes after every row, and what stopped goes on where it was (rows are kept in `--work`,
-runs/circuit-methods if not given). On known circuits: area under the curve of the edges that show on each
+runs/circuit-methods if not given, until all are there). On known circuits: area under the curve of the edges that show on each
 task, and of edges at single tokens. On `induction-2l` and, with `--smollm2`, on indirect objects with `smollm2-135m`: edges are
 scored on 16 prompts and circuits run on 16 others; a circuit's size is the smallest of 12 with a faithfulness of 0.85 there,
 and the overlap that of two halves of the prompts at that size.
@@ -63,6 +63,9 @@ def main() -> None:
             put(text)
     put(large)
     print(f"{small}\n\n{_MARK}\n{large}")
+    if given.smollm2:  # the page is whole: the next call computes its rows anew
+        for method in _LARGE:
+            (given.work / f"{method}.npz").unlink(missing_ok=True)
 
 
 def known_models() -> str:

@@ -4,7 +4,7 @@
 
 The text is bigrams after a first token; behind five of sixteen symbols comes the symbol before them once more, so that a head has
 work at these and none elsewhere (bigram-backcopy, Guo et al. 2024, arXiv 2410.13835). Writes a folder for each checkpoint,
-a run of each, and `series.html`, and prints its sentences. How strong the sink gets differs from seed to seed (of 0, 1 and 2 most with 2).
+a run of each, and `series.html`, in a folder for the seed, and prints its sentences. How strong the sink gets differs from seed to seed (of 0, 1 and 2 most with 2).
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=2, help="Of the weights and batches.")
     parser.add_argument("--out", type=Path, default=Path("runs/sink-checkpoints"))
     given = parser.parse_args()
+    given.out = given.out / f"seed-{given.seed}"
     given.out.mkdir(parents=True, exist_ok=True)
     prompts = given.out / "prompts.txt"
     prompts.write_text("\n".join(texts(16, seed=1)) + "\n", encoding="utf-8")
