@@ -179,8 +179,8 @@ def part_of(call: LayerCall, heads: Int[torch.Tensor, "some"], start: int = 0) -
     if bias is not None:
         bias = bias if bias.shape[1] == 1 else bias[:, heads]
         bias = bias if bias.shape[2] == 1 else bias[:, :, start:]
-    if mask.allowed is not None:
-        mask = replace(mask, allowed=mask.allowed[:, :, start:])
+    if mask.allowed is not None and start:
+        mask = mask.with_allowed(mask.allowed[:, :, start:])
     everything = len(heads) == call.query.shape[1]
     return replace(
         call,

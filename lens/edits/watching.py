@@ -170,7 +170,7 @@ def _stretches(call: LayerCall, rows: Tensor | None) -> Iterator[LayerCall]:
         mask, bias = call.mask, call.position_bias
         last = end if mask.causal else call.key.shape[2]
         if mask.allowed is not None:
-            mask = replace(mask, allowed=mask.allowed[:, :, first:end, :last])
+            mask = mask.with_allowed(mask.allowed[:, :, first:end, :last])
         if mask.padding is not None:
             mask = replace(mask, padding=mask.padding[:, :last])
         if bias is not None:

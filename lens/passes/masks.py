@@ -115,7 +115,10 @@ def structured_mask(
     if parts is not None and parts.blocks is not None:
         if padding is None and not kv_offset:
             bounds = bounds_of(parts.blocks, kv_length)
-        parts = None
+        if bounds is not None and bool((bounds.diff(dim=1) <= 1).all()):  # blocks of one token
+            parts, bounds = _Parts(causal=True), None
+        else:
+            parts = None
 
     def allowed() -> torch.Tensor:
         found = sdpa_mask(*arguments, allow_is_causal_skip=False, use_vmap=use_vmap, device=device)
@@ -125,9 +128,9 @@ def structured_mask(
     if bounds is not None:
         stub = torch.zeros((), dtype=torch.bool, device=device)
         structure = BlockStructure(
-            causal=bool((bounds.diff(dim=1) <= 1).all()),
+            causal=False,
             allowed=_stub(stub, (batch_size, 1, q_length, kv_length), allowed),
-            bounds=bounds.expand(batch_size, -1),
+            bounds=bounds.to(device).expand(batch_size, -1),
             queries=q_length,
         )
     elif parts is not None and not has_holes:

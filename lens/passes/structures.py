@@ -37,6 +37,10 @@ class MaskStructure:
     placed: bool = True
     cross: bool = False
 
+    def with_allowed(self, allowed: Bool[Tensor, "batch 1 queries keys"]) -> MaskStructure:
+        """The mask of some of these queries and keys, as `allowed` says."""
+        return replace(self, allowed=allowed)
+
     def for_kernel(self, queries: int) -> AttentionMask:
         """The mask as `lens_kernels` takes it; padded queries see nothing."""
         if self.padding is None or self.allowed is not None:
@@ -142,6 +146,12 @@ class BlockStructure(MaskStructure):
 
     bounds: Int[Tensor, "batch bounds"]
     queries: int
+
+    def with_allowed(self, allowed: Bool[Tensor, "batch 1 queries keys"]) -> MaskStructure:
+        """See `MaskStructure`; spelled out."""
+        return MaskStructure(
+            self.causal, allowed=allowed, start=self.start, first=self.first, placed=self.placed
+        )
 
     def for_kernel(self, queries: int) -> AttentionMask:
         """See `MaskStructure`."""

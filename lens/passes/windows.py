@@ -109,7 +109,7 @@ class Windows:
 
     def parted(self, output: Tensor) -> Tensor:
         """[batch, heads, positions, value_dim] as [batch × windows, heads, positions of one, value_dim]."""
-        if self.places.shape == (1, output.shape[2]):
+        if self.keys is None and self.places.shape == (1, output.shape[2]):
             return output
         return output[:, :, self.places.to(output.device)].transpose(1, 2).flatten(0, 1)
 

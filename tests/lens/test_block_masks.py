@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from lens_kernels import AttentionMask, attention
-from transformers import LlamaConfig, LlamaModel
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 from transformers.masking_utils import (
     blockwise_overlay,
     causal_mask_function,
@@ -65,6 +65,12 @@ def test_a_block_with_others_between_its_own_is_spelled_out():
     assert torch.equal(structure.allowed[:, 0], spelled)
 
 
+def test_blocks_of_one_token_are_a_causal_mask():
+    structure, spelled = made(torch.tensor([[-1, 0, 3, -1, -1]]), 5)
+    assert (structure.causal, structure.allowed) == (True, None)
+    assert torch.equal(spelled[0], torch.ones(5, 5).tril() > 0)
+
+
 def in_frames(monkeypatch, frames, tokens, width):
     """A Llama of one layer that reads frames of tokens, each of which sees its own frame whole."""
     ids = torch.arange(tokens)[None] // frames
@@ -89,6 +95,27 @@ def test_a_model_that_reads_frames_is_captured_as_eager_attention_sees_it(monkey
     entropy = -(expected * np.log(np.where(expected > 0, expected, 1))).sum(-1)
     assert np.abs(trace.dataset["entropy"][0] - entropy).max() < 1e-5
     assert np.abs(trace.tile(0, 1, (3, 12), (0, 23)) - expected[1, 3:12]).max() < 1e-5
+
+
+def test_some_rows_of_a_block_mask_see_what_they_saw(monkeypatch):
+    module, ids = in_frames(monkeypatch, 5, 23, 16)
+    head = LlamaForCausalLM(module.config).eval()
+    head.model = module
+    edits = (
+        lens.edits.Knockout([11, 12, 20], [0, 2, 3]),
+        lens.edits.Sparse(lens.policies.AShape(2, 4), block_size=2, first_row=9),
+    )
+
+    def measured():
+        model, found = lens.load(head), []
+        for edit in edits:
+            with lens.edit(model, edit):
+                found.append(model.logits(ids))
+        return torch.stack(found)
+
+    compact = measured()
+    monkeypatch.setattr("lens.passes.masks.bounds_of", lambda *_: None)  # spelled out
+    torch.testing.assert_close(compact, measured())
 
 
 @pytest.mark.exhaustive

@@ -65,10 +65,10 @@ def _hiera():
         "patch_padding": [1, 1],
         "patch_stride": [2, 2],
     }
-    sizes |= {"embed_dim": 12, "depths": [2, 2, 2], "num_heads": [1, 2, 3], "num_query_pool": 2}
+    sizes |= {"embed_dim": 12, "depths": [2] * 4, "num_heads": [1, 2, 3, 3], "num_query_pool": 3}
     sizes |= {
-        "masked_unit_size": [4, 4],
-        "masked_unit_attention": [True, True, False],
+        "masked_unit_size": [8, 8],
+        "masked_unit_attention": [True, True, False, False],
         "mlp_ratio": 2.0,
     }
     return transformers.HieraConfig(**sizes)
@@ -257,7 +257,10 @@ def test_mask_units_pool_their_queries():
     root, inputs = built("hiera")
     model = lens.load(root)
     assert model.check < 1e-5
-    assert list(model.parts) == ["stage0", "pool1", "stage1", "pool2", "stage2"]
+    assert list(model.parts) == [
+        "stage0",
+        *(f"{kind}{n}" for n in (1, 2, 3) for kind in ("pool", "stage")),
+    ]
     traces = lens.capture(model, inputs, block_size=1, progress=False)
     own = {}
     for number, stage in enumerate(root.encoder.stages):
@@ -271,7 +274,7 @@ def test_mask_units_pool_their_queries():
         trace = traces[f"{'pool' if pools else 'stage'}{number}"]
         found = trace.block_mass.values[0 if pools else layer - (number > 0)]
         level = number - pools  # of the keys
-        height, width, side = 16 // 2**level, 24 // 2**level, 4 // 2**level
+        height, width, side = 16 // 2**level, 24 // 2**level, 8 // 2**level
         assert trace.attrs["patches"] == {"first": 0, "height": height, "width": width}
         assert trace.tokens[width] == "1,0"
         # in the order of the picture, then by hand: a row, and the positions of its unit

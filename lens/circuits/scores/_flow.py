@@ -259,18 +259,18 @@ def _shares(
 
 def _row(call: LayerCall, place: int) -> Tensor:
     """[heads, keys up to the query], its probabilities."""
-    bias, allowed = call.position_bias, call.mask.allowed
+    bias, mask = call.position_bias, call.mask
     until = place + 1
     if bias is not None:
         bias = bias[:, :, place:until, :until]
-    if allowed is not None:
-        allowed = allowed[:, :, place:until, :until]
+    if mask.allowed is not None:
+        mask = mask.with_allowed(mask.allowed[:, :, place:until, :until])
     alone = replace(
         call,
         query=call.query[:, :, place:until],
         key=call.key[:, :, :until],
         value=call.value[:, :, :until],
-        mask=replace(call.mask, padding=None, allowed=allowed),
+        mask=replace(mask, padding=None),
         position_bias=bias,
         tokens=None,
     )
