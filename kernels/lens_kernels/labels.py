@@ -21,7 +21,9 @@ Made = TypeVar("Made")
 
 _LARGEST = 1 << 20
 """Numbers of the tensors of one entry."""
-_entries: deque[tuple[tuple[object, ...], Sequence[Tensor], object]] = deque(maxlen=8)
+_entries: deque[tuple[tuple[object, ...], Sequence[Tensor], Sequence[Tensor], object]] = deque(
+    maxlen=8
+)
 """What it was made of, the tensors (so that no other takes their place in memory), and what was made."""
 
 
@@ -128,10 +130,16 @@ def _made_of(tensors: Sequence[Tensor], also: tuple[object, ...], make: Callable
     if any(one.is_inference() for one in tensors):  # they do not count their changes
         return make()
     key = (*also, *((id(one), one._version) for one in tensors))
-    for known, _, made in tuple(_entries):
-        if known == key:
+    for known, own, copies, made in tuple(_entries):
+        if known == key and all(map(_unchanged, own, copies)):
             return made  # type: ignore[return-value]  # the key names who made it
     made = make()
     if sum(one.numel() for one in tensors) <= _LARGEST:
-        _entries.append((key, tuple(tensors), made))
+        copies = [one.clone() if one.device.type == "cpu" else one for one in tensors]
+        _entries.append((key, tuple(tensors), copies, made))
     return made
+
+
+def _unchanged(own: Tensor, copy: Tensor) -> bool:
+    """On the CPU numpy writes without torch's count; a device is not waited for."""
+    return own.device.type != "cpu" or torch.equal(own, copy)

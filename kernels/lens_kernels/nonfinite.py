@@ -92,7 +92,8 @@ def _hidden_keys(plan: MaskPlan) -> Tensor:
 
 @torch.no_grad()
 def _finite(problem: Problem, result: BackendResult) -> bool:
-    """Whether queries, keys and what is made of them and the values hold neither NaN nor infinity.
+    """Whether queries, keys and values hold neither NaN nor infinity; where the backend did not look, by sums of them and
+    of the output.
 
     A sum is finite only where every number in it is; finite ones that overflow are told apart later. An
     infinity in a key may leave none in the output: its logits are -inf where the query is negative.

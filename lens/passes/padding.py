@@ -16,7 +16,7 @@ from lens.common.errors import LensError
 from lens.models.loaded import LoadedModel
 from lens.passes.sessions import run
 
-_BY_LENGTH = ("dynamic", "longrope", "block_sparse", "attention_window", "global_block_size")
+_BY_LENGTH = ("dynamic", "longrope", "block_sparse", "attention_window", "block_size", "compress_r")
 """In a configuration: what a token reads depends on how long its row is, or on where blocks begin."""
 _proved: WeakKeyDictionary[nn.Module, dict[Any, int]] = WeakKeyDictionary()
 
