@@ -9,6 +9,7 @@ import importlib.util
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import lazy_loader
@@ -31,6 +32,8 @@ def attach(
     def get(name: str) -> Any:
         if name in known:
             found = checked(load(name))
+            if isinstance(found, FunctionType):
+                found.__module__ = module  # where pickle finds it
             if name in vars(sys.modules[module]):  # its file has the same name
                 setattr(sys.modules[module], name, found)
             return found

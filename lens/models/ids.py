@@ -75,6 +75,7 @@ def check_ids(ids: Any, name: str, vocab: int | None, context: int | None) -> No
             f"the prompt has {len(ids):,} tokens and {name} takes {context:,}; "
             f"shorten it: lens.tasks.take(model, text, {context})"
         )
-    least, most = int(min(ids)), int(max(ids))
+    ends = ids.aminmax() if isinstance(ids, torch.Tensor) else (min(ids), max(ids))
+    least, most = map(int, ends)
     if vocab is not None and not 0 <= least <= most < vocab:
         raise LensError(f"token ids of {name} go from 0 to {vocab - 1}, got {least} to {most}")

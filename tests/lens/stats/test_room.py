@@ -4,6 +4,9 @@ import doctest
 import subprocess
 import sys
 
+import numpy as np
+
+import lens
 from lens import stats
 from tests import shapes
 
@@ -16,7 +19,7 @@ def test_every_name_is_seen_and_there():
 
 
 def test_the_examples_are_true():
-    outcome = doctest.testmod(stats)
+    outcome = doctest.testmod(stats, extraglobs={"lens": lens, "np": np})
     assert outcome.attempted > 1
     assert outcome.failed == 0
 
