@@ -27,10 +27,13 @@ class LayerArrays:
         count = self._count
         for name, array in variables.items():
             held = self._arrays.get(name)
-            if held is None or count == len(held):
-                wider = np.empty((max(2 * count, self._expected), *array.shape), array.dtype)
+            kind = array.dtype if held is None else np.result_type(held, array)
+            is_full = held is None or count == len(held)
+            if held is None or is_full or kind != held.dtype:
+                room = max(2 * count, self._expected) if held is None or is_full else len(held)
+                wider = np.empty((room, *array.shape), kind)
                 if held is not None:
-                    wider[:count] = held
+                    wider[:count] = held[:count]
                 held = self._arrays[name] = wider
             held[count] = array
         self._count += 1

@@ -7,6 +7,7 @@ all of a window, so two rows of a head are recomputed and held against what was 
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +18,7 @@ from lens_kernels import tile
 from lens.common.head_ids import HeadId
 
 _TOLERANCE = 1e-2
+_arrays: deque[tuple[Any, np.ndarray]] = deque(maxlen=8)
 
 
 def exact_tile(
@@ -100,7 +102,16 @@ def mask_number(dataset: xr.Dataset, layer: int) -> tuple[Any, ...]:
 def _noted(attributes: Mapping[str, Any], name: str, each: str, position: int) -> np.ndarray | None:
     if (noted := attributes.get(name)) is None or (number := noted["of"][position]) is None:
         return None
-    return np.array(noted[each][number])
+    return _array(noted[each][number])
+
+
+def _array(given: Any) -> np.ndarray:
+    """A list of attributes; kept, since whole rows are asked for strip by strip."""
+    for known, array in tuple(_arrays):
+        if known is given:
+            return array
+    _arrays.append((given, array := np.array(given)))
+    return array
 
 
 def noted_bias(
@@ -110,7 +121,7 @@ def noted_bias(
     if "bias" not in dataset:
         return None
     table = read(dataset, "bias", layer=position_of(dataset, head.layer), head=head.head)
-    cells = np.array(dataset.attrs["cells"])
+    cells = _array(dataset.attrs["cells"])
     down, across = np.moveaxis(cells[queries, None] - cells[keys], -1, 0)
     height, width = table.shape
     return np.nan_to_num(table[down + height // 2, across + width // 2])
