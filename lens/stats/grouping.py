@@ -7,9 +7,9 @@ groups that hold at least 5 % of them: a straggler is no group, counts 0 and sep
 
 Any cloud can be cut, and into some counts better than into others. So the product of the two stands beside that of single clouds,
 normal and as long in each direction as the members are (the null of Liu et al. 2008, J. Am. Stat. Assoc. 103, "SigClust"), cut in
-the same way: the count is the one that exceeds their mean by most of their standard deviations (as the gap statistic of Tibshirani
-et al. 2001 takes it), and there are groups where that is more than any of the clouds has at its own best count. A skewed cloud
-is no normal one and may stand above them: what is told is that the members are not one normal cloud, and where they come apart.
+the same way: the count is the one that exceeds the mean of all of these, its own with them, by most of their standard deviations
+(as the gap statistic of Tibshirani et al. 2001 takes it), and there are groups where that is more than any of the clouds has at
+its own best count: of members that are such a cloud themselves once in 21 times. A skewed cloud is no normal one and may stand above them: what is told is that the members are not one normal cloud, and where they come apart.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ class Groups:
         merges: [members - 1, 3], the tree.
         silhouette: of the groups, as this module has it.
         rand: [draws] adjusted Rand index of the groups of 80 % of the members with these: 1 the same, 0 by chance. The
-            count is chosen by its mean, so that it flatters a little.
-        best: by how many standard deviations of single clouds the product of the two exceeds their mean (of at most 400
-            members, drawn); clouds: the same of each of 20 of them, at the count where it exceeds most.
+            count is chosen by its mean times the silhouette, so that both flatter a little.
+        best: by how many standard deviations of these members and single clouds together the product of the two exceeds their
+            mean (of at most 400 members, drawn; at most 4.5); clouds: the same of each of 20 of them, at the count where it exceeds most.
     """
 
     labels: np.ndarray = field(repr=False)
@@ -67,7 +67,7 @@ class Groups:
         beside = "above" if self.apart else "not above"
         return (
             f"adjusted Rand {self.rand.mean():.2f} on {KEPT:.0%} of them, silhouette {self.silhouette:.2f}; together "
-            f"{self.best:.1f} standard deviations over single normal clouds, {beside} the {self.clouds.max():.1f} that one of {CLOUDS} has"
+            f"{self.best:.1f} standard deviations over the mean of these and of single normal clouds, {beside} the {self.clouds.max():.1f} that one of {CLOUDS} has"
         )
 
 
@@ -93,26 +93,27 @@ def grouped(
         (3, True)
     """
     check_counts(draws=draws)
+    check_counts(0, seed=seed)
+    merges = ward_tree(distances)
     members = len(distances)
-    tried = [count] if count else list(range(2, max(3, min(MOST, members // 2) + 1)))
+    tried = list(range(2, max(3, min(MOST, members // 2) + 1))) if count is None else [count]
     random = np.random.default_rng(seed)
-    some = np.sort(random.permutation(members)[:_MOST_MEMBERS])
+    some = np.sort(random.permutation(members)[: max(_MOST_MEMBERS, count or 0)])
     fewer = distances[np.ix_(some, some)]
     sides = _sides(fewer)
     places = (random.normal(size=(len(some), len(sides))) * sides for _ in range(CLOUDS))
     products = np.array([_product(_between(cloud), tried, random) for cloud in places])
-    mean, spread = products.mean(0), np.maximum(products.std(0), _FINEST)
-    over = (_product(fewer, tried, random) - mean) / spread
-    count = tried[int(over.argmax())]
-    merges = ward_tree(distances)
+    both = np.vstack([_product(fewer, tried, random), products])
+    over = (both - both.mean(0)) / np.maximum(both.std(0), _FINEST)
+    count = tried[int(over[0].argmax())]
     rand, apart = _scores(distances, merges, [count], draws, random)
     return Groups(
         labels=cut_tree(merges, count),
         merges=merges,
         silhouette=float(apart[0]),
         rand=rand[:, 0],
-        best=float(over.max()),
-        clouds=((products - mean) / spread).max(1),
+        best=float(over[0].max()),
+        clouds=over[1:].max(1),
     )
 
 

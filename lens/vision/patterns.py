@@ -4,7 +4,7 @@ Li et al., "How Does Attention Work in Vision Transformers? A Visual Analytics A
 the attention of one head on one picture, patch by patch [patches, patches] in rows from the top left on, each row as a
 share of what it has on patches, times their number: uniform attention is 1 all over. Block means of it, [side, side], go
 through the square root into a convolutional autoencoder with a narrow middle, whose numbers are grouped as
-`lens.stats.grouping` says: Ward's method, the count that comes back best, and whether there are groups at all. Beside it stand as many principal components, grouped alike: what
+`lens.stats.grouping` says: Ward's method, the count that stands out most beside single clouds, and whether there are groups at all. Beside it stand as many principal components, grouped alike: what
 the autoencoder finds that these do not, and how far the two groupings agree, is part of the result. A prototype is what the
 middle of a group is decoded to.
 """
@@ -191,7 +191,7 @@ def patterns(
 
     Args:
         traces: of pictures through one model, with q and k (`keep_qk`); one or several.
-        count: of the groups; None: the most stable one, of 2 to 12.
+        count: of the groups; None: of 2 to 12 the one that stands out most beside single clouds (`lens.stats.grouping`).
         size: numbers that a map is summarised by.
         steps: of the training, each on at most 256 maps.
         draws: of 80 % of the maps, grouped again.

@@ -175,7 +175,7 @@ class HeadSimilarity(Result):
         """Heads grouped by Ward's method, whether there are groups at all, and how stable they are on prompts drawn again.
 
         Args:
-            count: clusters; None: the number that stands out most beside single clouds of heads (`lens.stats.grouping`).
+            count: clusters; None: of 2 to 12 the number that stands out most beside single clouds of heads (`lens.stats.grouping`).
             resamples: draws for the stability.
             seed: of the draws.
 
