@@ -24,6 +24,7 @@ from lens.common.given import given_traces
 from lens.common.head_ids import HeadId
 from lens.common.results import Result, Sentence, described
 from lens.stats import over_units
+from lens.stats.intervals import LEVEL
 from lens.vision._patches import SMALLEST, head_table, uniform_maps
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 _LONGEST = 4096
 _FEWEST = 16  # rows that see a key, for it to be the one with most: the last keys of a causal mask have few
+_FEWEST_PICTURES = 5  # of fewer, all lie on one side by chance more often than an interval allows
 _DIGITS = 6  # of a Gini: single precision is no finding
 _NAMES = ("largest", "gini", "entropy", "exclusive")
 
@@ -79,8 +81,8 @@ class Flow(Result):
     def findings(self) -> tuple[Sentence, ...]:
         """Heads whose rows have a key in common, where the interval lies above uniform attention ("flow"); how unequal keys
         are in the last layer beside the first, where it tells them apart ("rises"); else what is not told ("limit")."""
-        if self.n < 2:
-            few = "Of one picture flow has no interval: nothing is said of it beside uniform attention."
+        if self.n < _FEWEST_PICTURES:
+            few = f"Of fewer than {_FEWEST_PICTURES} pictures (here {self.n}) nothing is said of flow beside uniform attention."
             return (Sentence(few, kind="limit"),)
         found = []
         above = self.low["largest"] > self.uniform["largest"] + SMALLEST
@@ -88,8 +90,9 @@ class Flow(Result):
             place = np.unravel_index(int(np.where(above, self.largest, 0).argmax()), above.shape)
             name = HeadId(self.layers[int(place[0])], int(place[1]))
             low, high = (ends["largest"][place] for ends in (self.low, self.high))
+            by_chance = (1 - LEVEL) / 2 * above.size
             more = (
-                f"In {int(above.sum())} of {above.size} heads rows have a key in common, most in {name}: it receives "
+                f"In {int(above.sum())} of {above.size} heads rows have a key in common ({by_chance:.0f} by chance), most in {name}: it receives "
                 f"{self.largest[place]:.2f} [{low:.2f}, {high:.2f}] times what it has under uniform attention, over {self.n} pictures."
             )
             found.append(Sentence(more, kind="flow"))

@@ -15,7 +15,6 @@ import pandas as pd
 from lens.common.choices import check_counts
 from lens.common.results import Result, Sentence, described
 from lens.stats import over_rows
-from lens.traces.tiles import notes_mask
 from lens.vision._patches import grid_of, offsets, uniform_maps
 
 if TYPE_CHECKING:
@@ -108,25 +107,18 @@ def receptive_field(trace: AttentionTrace, *, image: int = 0, seed: int = 0) -> 
     whole = (0, trace.length)
     start, end = grid.span
     rollout = np.eye(trace.length)
-    own_masks = any(notes_mask(trace.attrs, place) for place in range(len(trace.layers)))
-    evenly = (one for _, one, _ in uniform_maps(trace, whole)) if own_masks else None
     fair = np.eye(trace.length)
     distance, alike, half, middle = [], [], [], []
     centre = grid.position(grid.height // 2, grid.width // 2) - start
-    for layer in trace.layers:
+    for layer, even, _ in uniform_maps(trace, whole):
         mean = np.mean([trace.tile(layer, head, whole, whole) for head in range(trace.heads)], 0)
         rollout = _rolled(mean, rollout)
         part = rollout[start:end, start:end]
         part = part / part.sum(-1, keepdims=True)
         distance.append((part * far).sum(-1))
-        if evenly is not None:
-            fair = _rolled(next(evenly), fair)
-            there = fair[start:end, start:end]
-            alike.append((there * far).sum(-1) / there.sum(-1))
-        else:  # the same in closed form
-            own = 0.5 ** len(distance)  # of a patch that uniform attention leaves where it is
-            shared = (1 - own) / trace.length
-            alike.append(shared * far.sum(-1) / (own + shared * len(part)))
+        fair = _rolled(even, fair)
+        there = fair[start:end, start:end]
+        alike.append((there * far).sum(-1) / there.sum(-1))
         strongest = np.sort(part, -1)[:, ::-1].cumsum(-1)
         half.append(((strongest < 0.5).sum(-1) + 1).mean() / len(part))
         middle.append(grid.laid(part[centre]))

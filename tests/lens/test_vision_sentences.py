@@ -94,13 +94,17 @@ def test_how_unequal_keys_are():
     one_key = np.zeros((COUNT, COUNT))
     one_key[:, 7] = 1
     sink = looking(one_key, 1 - 1e-9)
-    found = lens.vision.flow([trace_of(UNIFORM, sink), trace_of(UNIFORM, looking(one_key, 0.8))])
-    assert "In 1 of 2 heads rows have a key in common, most in L1H0: it receives 32.5" in said(
-        found, "flow"
+    both = [trace_of(UNIFORM, sink), trace_of(UNIFORM, looking(one_key, 0.8))]
+    assert "Of fewer than 5 pictures (here 2)" in said(lens.vision.flow(both), "limit")
+    found = lens.vision.flow(3 * both)
+    assert (
+        "In 1 of 2 heads rows have a key in common (0 by chance), most in L1H0: it receives 32.5"
+        in said(found, "flow")
     )
     assert "more unequal in layer 1 than in layer 0: Gini 0.88 and 0.00" in said(found, "rises")
     assert "(uniform attention 0.00 and 0.00)" in said(found, "rises")
-    back = lens.vision.flow([trace_of(one, UNIFORM) for one in (sink, looking(one_key, 0.8))])
+    turned = [trace_of(one, UNIFORM) for one in (sink, looking(one_key, 0.8))]
+    back = lens.vision.flow(3 * turned)
     assert "less unequal in layer 1 than in layer 0" in said(back, "rises")
 
 
@@ -117,7 +121,7 @@ def test_nothing_is_said_of_flow_where_uniform_attention_explains_it():
     assert "not told apart from uniform attention" in str(found.findings()[0])
     alone = lens.vision.flow(pictures[0])
     assert np.isnan(alone.low["largest"]).all()
-    assert "nothing is said of it" in said(alone, "limit")
+    assert "nothing is said of flow" in said(alone, "limit")
     assert found.table()["largest_uniform"].tolist() == pytest.approx([1, 1])
 
 
@@ -200,7 +204,10 @@ def test_one_pattern_that_holds_nearly_all_is_said_to_tell_few_apart(sizes, alon
     none = replace(one, groups=of_labels(labels, best=0.1))
     other = said(PatternSummary(none, none, picture, layer, head, 8), "groups")
     assert "are in no groups that are told apart" in other
-    assert "0.1 standard deviations over single normal clouds, not above the 0.2" in other
+    assert (
+        "0.1 standard deviations over the mean of these and of single normal clouds, not above the 0.2"
+        in other
+    )
 
 
 def test_heads_that_keep_one_pattern_are_counted():
