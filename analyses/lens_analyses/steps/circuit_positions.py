@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from lens import circuits
-from lens.circuits.checks._positions import PositionEvaluation
+from lens.circuits.checks._positions import ENOUGH, PositionEvaluation
 from lens.circuits.scores.methods import named
 from lens.common.results import of_kind
 from lens.runs.headlines import Headline
@@ -85,7 +85,8 @@ def _headlines(judged: PositionEvaluation) -> tuple[Headline, ...]:
     if np.isnan(size):
         return ()
     table = judged.table()
-    share = table.loc[(table["by"] == "places and ways") & (table["kept"] == size), "share"].min()
+    is_best = (table["by"] == "places and ways") & (table["kept"] == size)
+    share = table.loc[is_best & (table["faithfulness"] >= ENOUGH), "share"].min()
     rows = table[table["share"] == share].to_dict("records")
     one, chance = (
         next(row for row in rows if row["by"] == by)
@@ -94,7 +95,8 @@ def _headlines(judged: PositionEvaluation) -> tuple[Headline, ...]:
     return (
         beside(
             f"With {size:.1%} of the edges' tokens and {one['ways']:.1%} of the ways between spans, the rest cut, a circuit "
-            f"has a faithfulness of {one['faithfulness']:.2f} [{one['low']:.2f}, {one['high']:.2f}] on held-out prompts; a "
+            f"has a faithfulness of {one['faithfulness']:.2f} [{one['low']:.2f}, {one['high']:.2f}] on held-out prompts, by "
+            f"which its size was chosen (the smallest with {ENOUGH}); a "
             f"random one of this size has {chance['faithfulness']:.2f}.",
             "faithfulness",
             one,

@@ -25,6 +25,7 @@ from lens.common.results import Result, Sentence, described
 from lens.models.loaded import LoadedModel
 from lens.tasks.task import Task
 
+ENOUGH = 0.85  # faithfulness of a circuit that does most of the task
 KINDS = ("at places", "everywhere", "random at places", "places and ways", "random places and ways")
 
 
@@ -74,7 +75,7 @@ class PositionEvaluation(Result):
             )
         return pd.concat(tables, ignore_index=True)
 
-    def smallest(self, faithfulness: float = 0.85) -> dict[str, float]:
+    def smallest(self, faithfulness: float = ENOUGH) -> dict[str, float]:
         """Of each kind the share of pairs of the smallest circuit that reaches a faithfulness; NaN where none does."""
         table = self.table()
         enough = table[table["faithfulness"] >= faithfulness]
@@ -89,7 +90,7 @@ class PositionEvaluation(Result):
         said = ", ".join(f"{kind} {sizes[kind]}" for kind in KINDS[:3])
         return (
             Sentence(
-                f"Share of the edges' tokens that circuits of a faithfulness of 0.85 keep: {said}; with as large a share of "
+                f"Share of the edges' tokens that circuits of a faithfulness of {ENOUGH} keep: {said}; with as large a share of "
                 f"the ways across spans and the others cut {sizes[KINDS[3]]}, random ones {sizes[KINDS[4]]}.",
                 kind="size",
             ),
@@ -145,7 +146,7 @@ def evaluate_positions(
     )
     spread &= spread.all(1, keepdims=True)  # an edge everywhere, or nowhere
     across = np.abs(scores.across.mean(0))
-    pairs = np.broadcast_to(_pairs(where), across.shape).ravel()
+    pairs = np.broadcast_to(_pairs(where, bool(model.info.sees_later)), across.shape).ravel()
     ways, random_ways = (
         _best(values, pairs, shares) for values in (across, draw.random(across.shape))
     )
@@ -187,10 +188,12 @@ def _best(values: np.ndarray, cost: np.ndarray, shares: Sequence[float]) -> np.n
     return found.reshape(len(shares), *values.shape)
 
 
-def _pairs(where: np.ndarray) -> np.ndarray:
-    """[query spans, key spans], mean number of pairs of a query and a key that is not behind it."""
-    before = np.tril(np.ones((where.shape[2],) * 2))
-    return np.einsum("spi,ij,tpj->st", where, before, where) / where.shape[1]
+def _pairs(where: np.ndarray, ahead: bool) -> np.ndarray:
+    """[query spans, key spans], mean number of pairs of a query and a key that it sees; `ahead`: later ones too."""
+    seen = np.ones((where.shape[2],) * 2)
+    seen = seen if ahead else np.tril(seen)
+    own = where.astype(float)
+    return np.einsum("spi,ij,tpj->st", own, seen, own, optimize=True) / where.shape[1]
 
 
 def _where(task: Task, scores: PositionScores, spans: Given | None) -> np.ndarray:

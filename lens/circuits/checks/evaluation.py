@@ -261,6 +261,8 @@ def run_circuits(
             f"{graph.n:,}; evaluate them on the model that they were made for"
         )
     masks = torch.as_tensor(graph.dense((~_with_ends(kept)).astype(np.float32)))
+    if ways is not None and where is None:
+        raise LensError("ways are between spans; give where")
     cut = None if ways is None else torch.as_tensor(~_with_ends(ways))
     references: Any
     if isinstance(nodes, Mixed):
