@@ -1,7 +1,8 @@
 """First-token mass over a series of runs: at which of them heads rest on the first key, beyond what chance gives.
 
 Of each prompt the mean over heads of `sink_mass`, alpha_0, and of `sink_rate`, whether it is above 0.3 (Gu et al. 2024, arXiv
-2410.10781); intervals are over prompts. Chance is the larger of uniform attention and the same architecture with random weights.
+2410.10781); intervals are over prompts. Chance is the larger of uniform attention and the highest
+head of the same architecture with random weights, which is above the mean of its heads.
 """
 
 from __future__ import annotations
@@ -59,10 +60,17 @@ def emerged(table: pd.DataFrame) -> Iterator[Sentence]:
             f"On {KIND_WORDS[str(kind)]} the first token gets {_mass(first)} of the attention of all heads at {first['run']} and "
             f"{_mass(last)} at {last['run']}"
         )
-        known = {"uniform attention": last["uniform"], "random weights": last["random_weights"]}
-        by_chance = [f"{words} {value:.0%}" for words, value in known.items() if value == value]
-        if not by_chance:
-            when = "what chance gives is not in these runs"
+        known = {
+            "uniform attention": "uniform",
+            "the highest head with random weights": "random_weights",
+        }
+        by_chance = [
+            f"{words} {last[column]:.0%}"
+            for words, column in known.items()
+            if last[column] == last[column]
+        ]
+        if chance.isna().any():
+            when = "what chance gives is not in all of these runs"
         elif rows["mass_low"].isna().all():
             when = "whether that is beyond chance cannot be said of one prompt"
         elif sure.empty:

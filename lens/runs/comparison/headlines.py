@@ -10,12 +10,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pandas as pd
 
 from lens.common.head_ids import HeadId
 from lens.figures.small import small
 from lens.runs.comparison.pairing import SEEN, SHARES
 from lens.runs.comparison.pictures import difference_grid, series_lines
+from lens.runs.comparison.words import loss_on
 from lens.runs.first_screen import MOST, OF_ONE, PROFILE, Shown
 from lens.runs.headlines import Headline, highest
 from lens.runs.schema import KIND_WORDS
@@ -24,6 +26,7 @@ from lens.traces.metrics import METRICS
 if TYPE_CHECKING:
     from lens.runs.comparison.comparing import Comparison
     from lens.runs.comparison.series import RunSeries
+    from lens.runs.folders import Run
 
 _LOSS = "loss"
 
@@ -55,11 +58,19 @@ def of_series(series: RunSeries) -> list[Shown]:
         rows = series.heads[series.heads["place"] == place]
         steps = {"since_last": "difference", "since_last_low": "low", "since_last_high": "high"}
         rows = rows.rename(columns=steps).rename(columns={"value": "b"})
-        found += _of_heads(rows.assign(a=rows["b"] - rows["difference"]), *ends)
+        before, now = (_tokens(run) for run in series.runs[place - 1 : place + 1])
+        a = (
+            rows["b"] - rows["difference"] if before == now else np.nan
+        )  # else means over other prompts
+        found += _of_heads(rows.assign(a=a), *ends)
         found += _of_losses(series.losses[series.losses["place"] == place], *ends)
     return _shown(
         found, lambda one: series_lines(series, one.metric, "raw", one.prompts, heads=(one.head,))
     )
+
+
+def _tokens(run: Run) -> list[tuple[str, ...]]:
+    return sorted(map(tuple, run.prompts["token_strings"]))
 
 
 def _of_heads(heads: pd.DataFrame, a: str, b: str) -> Iterator[_Change]:
@@ -77,7 +88,10 @@ def _of_heads(heads: pd.DataFrame, a: str, b: str) -> Iterator[_Change]:
         best, fields = highest(size, low, high)
         row = part.iloc[best]
         head = str(HeadId(int(row["layer"]), int(row["head"])))
-        ends = f"from {row['a']:.2f} in {a} to {row['b']:.2f} in {b}"
+        known = row["a"] == row["a"]
+        ends = (
+            f"from {row['a']:.2f} in {a} to {row['b']:.2f} in {b}" if known else f"from {a} to {b}"
+        )
         text = (
             f"{head} {METRICS[str(metric)].label.lower()} on {KIND_WORDS[str(prompts)]} {_moves(row, ends)}; "
             f"the median head's changes by {fields['baseline']:.2g}."
@@ -90,13 +104,12 @@ def _of_heads(heads: pd.DataFrame, a: str, b: str) -> Iterator[_Change]:
 
 def _of_losses(losses: pd.DataFrame, a: str, b: str) -> Iterator[_Change]:
     for row in losses.dropna(subset=["low"]).to_dict("records"):
-        what = "the second copy of random tokens" if row["what"] == "loss_repeat" else "text"
         ends = f"from {row['a']:.2f} nats a token in {a} to {row['b']:.2f} in {b}"
         low, high = sorted((abs(row["low"]), abs(row["high"])))
-        if row["low"] * row["high"] <= 0:
+        if row["low"] * row["high"] <= 0 or abs(row["difference"]) < SEEN:
             continue
         told = Headline(
-            f"The loss on {what} {_moves(row, ends)}.",
+            f"The loss on {loss_on(row)} {_moves(row, ends)}.",
             *(abs(row["difference"]), low, high, 0.0, "no change"),
             unit="nats",
         )

@@ -303,7 +303,7 @@ def series_lines(
 
 
 def first_token_curves(series: RunSeries, **look: Unpack[Look]) -> go.Figure:
-    """What the first token gets of the attention of all heads, run by run, beside uniform attention and random weights.
+    """What the first token gets of the attention of all heads, run by run, beside uniform attention and the highest head with random weights.
 
     Args:
         series: of `lens.runs.compare_series`.
@@ -318,7 +318,7 @@ def first_token_curves(series: RunSeries, **look: Unpack[Look]) -> go.Figure:
         for column, name, dash in (
             ("mass", words, "solid"),
             ("uniform", f"{words}, uniform attention", "dot"),
-            ("random_weights", f"{words}, random weights", "dash"),
+            ("random_weights", f"{words}, highest head with random weights", "dash"),
         ):
             if rows[column].isna().all():
                 continue

@@ -221,10 +221,15 @@ def _ordered(row: pd.Series) -> str:
     )
 
 
+def loss_on(row: Mapping[Any, Any]) -> str:
+    """What a loss is of."""
+    is_copy = row["what"] == "loss_repeat"
+    return "the second copy of random tokens" if is_copy else KIND_WORDS[row["prompts"]]
+
+
 def _loss(row: Mapping[Any, Any]) -> str:
-    what = "the second copy of random tokens" if row["what"] == "loss_repeat" else "text"
     return (
-        f"On {what} the loss is {row['a']:.2f} nats a token in A and {row['b']:.2f} in B: "
+        f"On {loss_on(row)} the loss is {row['a']:.2f} nats a token in A and {row['b']:.2f} in B: "
         f"{signed(row['difference'])}{bracket(row['low'], row['high'])} over {row['n']} shared prompts."
     )
 
