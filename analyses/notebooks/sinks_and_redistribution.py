@@ -303,7 +303,8 @@ for rule, kind in {"move": lens.edits.Move, "mask": lens.edits.Mask}.items():
 after = lens.tasks.loss(model, prompts[0])
 for (rule, amount), loss in losses.items():
     print(f"{rule:>8}, amount {amount}: loss {loss:.4f} (before {before:.4f})")
-assert losses["move", 0.0] == losses["mask", 0.0] == before == after  # nothing moved, nothing left
+assert before == after  # nothing left
+assert max(abs(losses[rule, 0.0] - before) for rule in ("move", "mask")) < 1e-5  # nothing moved
 
 # %%
 side = lens.effect(

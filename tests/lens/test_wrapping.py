@@ -105,7 +105,8 @@ def test_attention_that_can_be_followed_is_captured(way):
         assert (found - expected[0]).abs().max() < 1e-5
     assert trace.attrs["causal"]
     assert (loaded.logits(IDS) - own[0]).abs().max() == 0
-    assert trace.tile(1, 2, (0, 9), (0, 9)).sum(-1) == pytest.approx(np.ones(9), abs=1e-6)
+    rows = trace.tile(1, 2, (0, 9), (0, 9)).sum(-1)
+    assert rows == pytest.approx(np.ones(9), abs=2e-6)  # an LSE of 19 in single precision
 
 
 @torch.no_grad()

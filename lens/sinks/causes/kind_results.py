@@ -130,7 +130,8 @@ def _beside(row: Mapping[Any, Any]) -> str:
     low, high = row["excess_low"], row["excess_high"]
     apart = "more" if low > 0 else "less" if high < 0 else "not told apart"
     apart = "" if low != low else f", {apart}"
-    return f" (random keys with {row['control_mass']:.0%} of the attention, {row['mass']:.0%} here, {row['control']:+.4f}{apart})"
+    here = f"{row['mass']:.0%}" + (" of the output held back" if row["test"] == "open" else "")
+    return f" (random keys with {row['control_mass']:.0%} of the attention, {here} here, {row['control']:+.4f}{apart})"
 
 
 _ORIGIN = {
