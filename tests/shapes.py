@@ -8,6 +8,7 @@ import neither; here `TYPE_CHECKING` is True while the modules are imported.
 """
 
 import functools
+import hashlib
 import importlib
 import json
 import os
@@ -26,6 +27,21 @@ checked = beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))
 
 
 PLAIN = "plain "
+
+
+def checker(name: str) -> typing.Callable:
+    """The same whatever the name, by which the import hook names its bytecode."""
+    return checked
+
+
+def hook(modules: typing.Sequence[str]) -> typing.Any:
+    """Checks what these modules define, in a `with` block that imports them.
+
+    What a checked module imports keeps its bytecode by the name of the hook's checker too, checked or not. So
+    each list of modules has a name: one list would run what another list left unchecked.
+    """
+    name = hashlib.md5(" ".join(modules).encode()).hexdigest()
+    return jaxtyping.install_import_hook(modules, f"tests.shapes.checker('{name}')")
 
 
 @functools.cache
@@ -50,7 +66,7 @@ def outcomes(calls: str, *modules: str) -> dict[str, str | None]:
 def main(calls: str, modules: list[str]) -> None:
     """Makes the calls in this process and prints their outcomes as JSON."""
     checked = [module for module in modules if not module.startswith(PLAIN)]
-    with jaxtyping.install_import_hook(checked, "tests.shapes.checked"):
+    with hook(checked):
         for module in ("plain torch", "plain numpy", "plain lens", *modules):
             typing.TYPE_CHECKING = module in checked
             importlib.import_module(module.removeprefix(PLAIN))
