@@ -30,8 +30,9 @@ def check_names(name: str, given: Any) -> frozenset[str]:
     found = (
         [given] if isinstance(given, str) else [*given] if isinstance(given, Iterable) else [None]
     )
-    if all(isinstance(one, str) for one in found):
-        return frozenset(found)
+    names = [one for one in found if isinstance(one, str)]
+    if len(names) == len(found):
+        return frozenset(names)
     raise TypeError(f"{name} must be a list of names, got {type(given).__name__}")
 
 

@@ -9,6 +9,7 @@ makes the denominator `exp(SINK) + sum P`, which is `exp(SINK)` to `exp(-SINK)` 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 

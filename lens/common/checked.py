@@ -42,14 +42,18 @@ def checked(call: _Public) -> _Public:
         >>> checked(2.5)
         2.5
     """
-    if isinstance(call, types.FunctionType):
-        return typing.cast(_Public, _function(call))
-    if isinstance(call, type) and dataclasses.is_dataclass(call):
-        made: Any = call.__init__
-        if not hasattr(made, "__wrapped__"):
-            names = ChainMap(*(vars(sys.modules[one.__module__]) for one in call.__mro__))
-            call.__init__ = _looking(made, names)
+    given: Any = call
+    if isinstance(given, types.FunctionType):
+        return _function(given)
+    if isinstance(given, type) and dataclasses.is_dataclass(given):
+        _look_whenever_made(given)
     return call
+
+
+def _look_whenever_made(record: Any) -> None:
+    if not hasattr(record.__init__, "__wrapped__"):
+        names = ChainMap(*(vars(sys.modules[one.__module__]) for one in record.__mro__))
+        record.__init__ = _looking(record.__init__, names)
 
 
 @functools.cache

@@ -104,8 +104,8 @@ def tests_of(
             )
             row = {"kind": kind, "heads": len(heads), "test": test, "mass": taken.mean()}
             row |= {"control": control.mean(), "control_mass": mass}
-            for name, values in (("delta_loss", changed), ("excess", changed - control)):
-                cells = columns(name, values[None], seed)
+            for name, each in (("delta_loss", changed), ("excess", changed - control)):
+                cells = columns(name, each[None], seed)
                 row |= {column: float(cell[0]) for column, cell in cells.items()}
             found.append(row)
     names = ["kind", "heads", "test", "mass", "delta_loss", "delta_loss_low", "delta_loss_high"]
