@@ -136,13 +136,13 @@ class PolicyScores(Result):
             return []
         best = rivals.iloc[int(rivals["loss_change"].to_numpy().argmin())]
         beside = "; ".join(
-            f"{row['policy']} {row['loss_change']:+.4f} at {row['density']:.1%}"
+            f"{row['policy']} {row['loss_change']:+z.4f} at {row['density']:.1%}"
             for _, row in others.iterrows()
         )
         return [
             Sentence(
                 f"Of {len(rivals)} policies in all heads {best['policy']} costs least: "
-                f"{best['loss_change']:+.4f}{_ends(best, 'loss_change', '.4f')} nats per token with "
+                f"{best['loss_change']:+z.4f}{_ends(best, 'loss_change', 'z.4f')} nats per token with "
                 f"{best['density']:.1%} of the blocks and {best['recall']:.1%} of the attention"
                 f"{f' (beside it: {beside})' if beside else ''}. They differ in density: the figure has both.",
                 kind="best",
@@ -176,7 +176,7 @@ class PolicyScores(Result):
             said.append(
                 Sentence(
                     f"With {row['policy']} in all heads the loss changes by "
-                    f"{row['loss_change']:+.4f}{_ends(row, 'loss_change', '.4f')} nats per token from "
+                    f"{row['loss_change']:+z.4f}{_ends(row, 'loss_change', 'z.4f')} nats per token from "
                     f"{self.dense_loss.mean():.4f}.",
                     kind="loss",
                 )

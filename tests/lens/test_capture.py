@@ -361,7 +361,7 @@ def test_prompts_that_cannot_be_captured(prompt, expected, tmp_path):
     [
         ({"block_size": 0}, "block_size must be a positive integer, got 0; e.g. 64"),
         ({"block_size": True}, "block_size must be a positive integer, got True"),
-        ({"block_size": "64"}, "block_size must be a positive integer, got '64'"),
+        ({"block_size": "64"}, "block_size must be an integer, got '64'"),
         ({"statistics": ["lse", "entropie"]}, "unknown statistics entropie; known: lse, max_logit"),
         (
             {"statistics": "lse"},

@@ -371,7 +371,8 @@ def test_a_capture_inside_is_refused_because_it_would_show_the_attention_unedite
         (lambda: edits.Mask([-1]), "keys must be 'first', positions from 0"),
         (lambda: edits.Mask(torch.ones(1, 29) > 0), r"as a mask must be .positions., got \[1, 29\]"),
         (lambda: edits.Mask(amount=1.5), "amount of Mask is a fraction 0..1, got 1.5"),
-        (lambda: edits.Drop(amount="all"), "amount of Drop must be a number, got 'all'"),
+        (lambda: edits.Drop(amount="all"), "amount must be a number, got 'all'"),  # pyright: ignore[reportArgumentType]
+        (lambda: edits.Drop(amount=True), "amount of Drop must be a number, got True"),
         (lambda: edits.Bias([0], math.inf), "amount of Bias .* cannot be .inf"),
         (lambda: edits.LearnedSink(-1), "is exp.its logit., 0 or more, got -1"),
         (lambda: edits.Move([0], "bos"), "to by name can only be 'first'"),

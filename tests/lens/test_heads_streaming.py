@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+import transformers
 
 import lens
 from lens.common.errors import LensError
@@ -134,6 +135,11 @@ def test_what_cannot_stream_is_said():
         streaming(model, prompt_of(model), first=0, last=0)
     with pytest.raises(LensError, match="steps must be a positive integer, got 0"):
         streaming_gate(model, prompt_of(model), steps=0)
-    encoder = lens.load(build("bert"))
-    with pytest.raises(LensError, match="layer 0 has attention that is not plain causal"):
-        streaming(encoder, [5, 6, 7, 8, 9], first=1, last=2, progress=False)
+    encoder = build("bert")
+    masked = transformers.BertForMaskedLM(encoder.config).eval()
+    for network, said in (
+        (encoder, "BertModel lets tokens see later ones.* load a causal language model"),
+        (masked, "layer 0 has attention that is not plain causal"),
+    ):
+        with pytest.raises(LensError, match=said):
+            streaming(lens.load(network), [5, 6, 7, 8, 9], first=1, last=2, progress=False)

@@ -176,12 +176,10 @@ def test_importance_and_its_figure_have_the_models_numbers(both):
     assert {head.layer for head in curve.order} == set(model.info.attending)
 
 
-def test_circuits_refuse_a_hybrid_with_the_reason():
+def test_retrieval_refuses_a_hybrid_with_the_reason():
+    """Circuits of hybrids are found: test_circuits_mixers.py."""
     model = lens.load(hybrids.hybrid("qwen3_next"))
     words = "softmax attention in every layer; layers 0 and 2 of Qwen3NextForCausalLM have none"
-    task = lens.tasks.induction(model, n=2, length=8)
-    with pytest.raises(LensError, match=words):
-        lens.circuits.find(model, task, progress=False)
     with pytest.raises(LensError, match=words):
         lens.heads.retrieval(model, lens.tasks.needles.copied(model))
 

@@ -178,7 +178,7 @@ def test_what_cannot_be_taken_out_is_refused():
         (lambda: mixers.Ablate("L0H0", "pooled_mean").start(loaded, "auto"), "needs the prompts"),
         (lambda: mixers.Ablate("L0H0").start(lens.load("induction-2l"), "auto"), "no mixer that is known"),
         (lambda: mixers.Ablate("L0H0").start(zamba, "auto"), "in several calls"),
-        (lambda: lens.circuits.find(loaded, lens.tasks.language_modelling(loaded, TEXTS)), "have none"),
+        (lambda: lens.heads.retrieval(loaded, lens.tasks.needles.copied(loaded)), "layers 0 and 2 of .* have none"),
     ]:  # fmt: skip
         with pytest.raises(lens.LensError, match=said):
             run()

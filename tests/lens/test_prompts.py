@@ -113,9 +113,11 @@ def test_a_head_that_does_more_is_refused_in_pieces(monkeypatch):
 
 
 def test_models_without_a_next_token_have_no_loss():
-    with pytest.raises(
-        LensError, match="BertModel has no next-token loss: it has no language-model"
-    ):
+    with pytest.raises(LensError, match="BertModel has no next-token loss: its tokens see later"):
         prompts.loss(lens.load(build("bert")), [3, 4, 5])
+    with pytest.raises(
+        LensError, match="LlamaModel has no next-token loss: it has no language-model"
+    ):
+        prompts.loss(lens.load(build("llama").model), [3, 4, 5])
     with pytest.raises(LensError, match="the prompt has 129 tokens and text-lm-3l takes 128"):
         prompts.loss(lens.load(), [5] * 129)

@@ -75,9 +75,18 @@ def test_what_no_judgement_is_made_of_is_refused(small, prompts, name, options, 
         getattr(lens.reading, name)(small, prompts, progress=False, **options)
 
 
-@pytest.mark.parametrize("answer", [True, 1.5, "a", -1])
-def test_an_answer_is_a_token(small, prompts, answer):
-    with pytest.raises(LensError, match="answer must be an integer of at least 0"):
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        *(
+            (given, f"answer must be an integer of at least 0, got {given}")
+            for given in (True, 1.5, -1)
+        ),
+        ("a", "answer must be an integer, got 'a'"),
+    ],
+)
+def test_an_answer_is_a_token(small, prompts, answer, message):
+    with pytest.raises(LensError, match=message):
         lens.reading.attribute(small, prompts[0], "raw", answer=answer)
 
 

@@ -262,7 +262,7 @@ def test_other_metrics_are_of_the_labels(bert, metric):
         (pd.DataFrame({"text": ["w1"], "label": [None]}), None, "lacks its text or its label"),
         ([[1, 400]], [0], "go from 0 to"),
         ([" ".join(["w1"] * 90)], [0], "takes 40"),
-        (torch.zeros(1, 3, 16, 16), [0], "does not take these prompts"),
+        (torch.zeros(1, 3, 16, 16), [0], "BertForSequenceClassification cannot run these prompts"),
     ],
 )
 def test_what_cannot_be_classified_is_refused(bert, prompts, labels, said):
@@ -276,7 +276,7 @@ def test_models_without_labels_are_refused(bert, vit):
         classification(llama, [[3, 4, 5]], [0])
     with pytest.raises(LensError, match="has 3 labels and LlamaForCausalLM chooses from none"):
         a_task(bert).evaluate(llama)
-    with pytest.raises(LensError, match="does not take these prompts"):
+    with pytest.raises(LensError, match=r"cannot run these prompts: Input image size \(20\*20\)"):
         classification(vit, torch.zeros(2, 3, 20, 20), [0, 1])
 
 

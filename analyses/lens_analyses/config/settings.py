@@ -136,7 +136,7 @@ def settings_of(model: type[BaseModel], prefix: str = "") -> Iterator[Setting]:
     Example:
         >>> from lens_analyses.config.analyses import CircuitSettings
         >>> [setting.name for setting in settings_of(CircuitSettings)][-3:]
-        ['steps', 'edges', 'compare']
+        ['edges', 'compare', 'spans']
     """
     for name, info in model.model_fields.items():
         inner = _alternatives(info.annotation)
