@@ -65,7 +65,7 @@ EXAMPLES = [
 
 
 PUBLIC = {
-    (value.__module__, value.__qualname__): value
+    (inspect.unwrap(value).__module__, value.__qualname__): value
     for room, names in rooms().items()
     for name in names
     if callable(value := getattr(importlib.import_module(room), name))
@@ -113,6 +113,10 @@ def _marks(example: Docstring) -> list[pytest.MarkDecorator]:
             pytest.mark.skipif(not smollm2.available(), reason=reason),
         ]
     return marks
+
+
+def test_public_functions_are_known_by_their_examples():
+    assert sum((example.module, example.owner) in PUBLIC for example in EXAMPLES) > 150
 
 
 @pytest.mark.parametrize(

@@ -273,12 +273,14 @@ def test_a_look_that_no_figure_has_is_named(trace):
 OF_TRACES_AND_HEADS = [
     name
     for name in figures.__all__
-    if getattr(figures, name).__module__.rpartition(".")[2] in ("head", "heads", "tokens")
+    if inspect.unwrap(getattr(figures, name)).__module__.rpartition(".")[2]
+    in ("head", "heads", "tokens")
 ]
 
 
 @pytest.mark.parametrize("name", OF_TRACES_AND_HEADS)
 def test_figures_of_traces_and_heads_say_where_they_are_from(name, trace, table):
+    assert len(OF_TRACES_AND_HEADS) > 5
     draw = getattr(figures, name)
     parameters = inspect.signature(draw).parameters
     given = {"head_scatter": (table, "induction", "entropy")}

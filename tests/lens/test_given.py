@@ -3,7 +3,6 @@
 import contextlib
 import importlib
 import inspect
-import sys
 import typing
 from types import ModuleType
 from typing import Literal, get_args, get_origin
@@ -92,7 +91,7 @@ def words():
         if name in others:
             continue
         for one in inspect.signature(function).parameters.values():
-            names = vars(typing) | vars(sys.modules[function.__module__])
+            names = vars(typing) | inspect.unwrap(function).__globals__
             with contextlib.suppress(
                 NameError, TypeError
             ):  # what is imported for types alone is no word
