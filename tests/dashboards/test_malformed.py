@@ -110,14 +110,18 @@ def _request(draw: random.Random, run: str) -> tuple[str, str, str | None]:
             f"{path}?{query}",
             None,
         )
-    given = [draw.choice([page, f"?{query}", _junk(draw)]) for _ in range(2)]
-    inputs = [{"id": "url", "property": "pathname", "value": value} for value in given]
+    whole = draw.choice([*(f"/run/{run}/{name}" for name in PAGES), f"/run/{run}/head/0/1"])
+    given = {
+        "pathname": draw.choice([whole, whole, page, _junk(draw)]),
+        "search": draw.choice([f"?{query}", f"?{query}", _junk(draw)]),
+    }
+    inputs = [{"id": "url", "property": name, "value": value} for name, value in given.items()]
     sent = {
         "output": "page.children",
         "outputs": {"id": "page", "property": "children"},
         "inputs": inputs,
     }
-    for name in draw.sample([*sent, "state"], draw.randrange(3)):
+    for name in draw.sample([*sent, "state"], max(0, draw.randrange(-2, 3))):
         sent[name] = _junk(draw)
     return "POST", DASH, json.dumps(sent)
 
@@ -125,7 +129,7 @@ def _request(draw: random.Random, run: str) -> tuple[str, str, str | None]:
 def test_malformed_requests_are_refused_by_a_live_server(live, run, capfd, caplog):
     draw = random.Random(0)
     answers = set()
-    for _ in range(150):
+    for _ in range(250):
         method, path, body = _request(draw, run.id)
         connection = http.client.HTTPConnection(*live, timeout=20)
         connection.request(method, path, body, {"Content-Type": "application/json"})
