@@ -46,10 +46,11 @@ def main() -> None:
     parser.add_argument("--write", action="store_true")
     given = parser.parse_args()
     model = lens.load(given.model)
+    depths = " ".join(map(str, given.depths))
     head = f"""# Retrieval heads on needles in real text
 
-`python tests/benchmarks/retrieval_heads.py --model {given.model} --tokens {" ".join(map(str, given.tokens))}`: `{model.name}`, float32, CPU. {len(NEEDLES)} needles
-in {", ".join(BOOKS)}, at depths of {", ".join(map(str, given.depths))}. **literal** (Wu), **query** (QRHead), **output** (LOCOS): `lens.reading.retrieval`.
+`python tests/benchmarks/retrieval_heads.py --model {given.model} --tokens {" ".join(map(str, given.tokens))} --depths {depths}`: `{model.name}`, float32,
+CPU. {len(NEEDLES)} needles in {", ".join(BOOKS)}, each at {len(given.depths)} depth{"s" * (len(given.depths) > 1)}. **literal** (Wu), **query** (QRHead), **output** (LOCOS): `lens.reading.retrieval`.
 Masked heads give nothing; random ones are drawn from those in no list ({given.draws} draws). Recall: share of the needle's tokens, with a 95 % bootstrap
 interval over needles."""
     print(head)
