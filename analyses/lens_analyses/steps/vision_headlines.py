@@ -52,8 +52,8 @@ def strongest(
         return
     row, column = divmod(int(grid.order[best]), grid.width)
     yield Headline(
-        f"{title}, {one}: {seen} {who} look at the patch ({row}, {column}) {value:.2f} "
-        f"[{low:.2f}, {high:.2f}] times as much as uniform attention does.",
+        f"{title}, {one}: {who} look at the patch ({row}, {column}) {value:.2f} [{low:.2f}, {high:.2f}] times as much as "
+        f"uniform attention does, over the {seen} by which it was not chosen.",
         *(value, low, high),
         baseline=1.0,
         against="uniform attention",
