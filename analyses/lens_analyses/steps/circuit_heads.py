@@ -1,7 +1,5 @@
 """The heads of a circuit beside their attention: role, sink, what they look at, pattern and value."""
 
-import torch
-
 import lens
 from lens import circuits
 from lens.circuits.graph.head_sets import heads_of
@@ -9,7 +7,7 @@ from lens.circuits.patches.head_parts import ROLES
 from lens.common.head_ids import HeadId, head_of_node
 from lens.common.results import of_kind
 from lens.runs.sections import Section
-from lens_analyses.steps.circuits import HELD_OUT, halves, largest
+from lens_analyses.steps.circuits import halves, largest
 from lens_analyses.steps.columns import defined
 from lens_analyses.steps.headlines import of_highest, of_sink_check
 from lens_analyses.steps.run_circuits import circuit_of
@@ -57,8 +55,7 @@ COLUMNS = {
 
 def joined(subject: Subject) -> Section:
     """What each head of the circuit looks at, through what it acts, and whether the sink is part of it."""
-    _, others = halves(subject)
-    task = others.take(torch.arange(min(others.n, HELD_OUT)))
+    _, task = halves(subject)
     chosen, scores = circuit_of(subject.run)
     heads = _largest_heads(largest(chosen, scores))
     check = circuits.checks.sink_check(
@@ -105,8 +102,7 @@ def joined(subject: Subject) -> Section:
 
 def reading(subject: Subject) -> Section:
     """What each head of the circuit looks at, because of whom, and what cutting each edge costs, in sentences."""
-    _, others = halves(subject)
-    task = others.take(torch.arange(min(others.n, HELD_OUT)))
+    _, task = halves(subject)
     chosen, scores = circuit_of(subject.run)
     read = chosen if chosen.n <= _EDGES else scores.top(_EDGES)
     found = lens.reading.circuit(

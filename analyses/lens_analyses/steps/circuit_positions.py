@@ -1,7 +1,6 @@
 """Where in the prompt a circuit works: edges in spans, what heads carry from span to span, and circuits of both."""
 
 import numpy as np
-import torch
 
 from lens import circuits
 from lens.circuits.checks._positions import ENOUGH, PositionEvaluation
@@ -10,7 +9,7 @@ from lens.common.results import of_kind
 from lens.runs.headlines import Headline
 from lens.runs.sections import Section
 from lens_analyses.config.listed import spans_of
-from lens_analyses.steps.circuits import HELD_OUT, halves
+from lens_analyses.steps.circuits import halves
 from lens_analyses.steps.columns import defined
 from lens_analyses.steps.headlines import beside
 from lens_analyses.steps.subject import Subject
@@ -36,8 +35,7 @@ COLUMNS = {
 
 def positions(subject: Subject) -> Section:
     """Edges at places on half of the prompts, and circuits of them on the others."""
-    task, others = halves(subject)
-    held_out = others.take(torch.arange(min(others.n, HELD_OUT)))
+    task, held_out = halves(subject)
     settings, spans = subject.settings, spans_of(subject.settings.spans)
     word, _ = named(settings.method)
     method = word if word in _METHODS else "eap-ig"

@@ -117,8 +117,7 @@ def edges(subject: Subject) -> Section:
 
 def circuit(subject: Subject) -> Section:
     """The circuit on prompts that it was not made from, beside others of its size."""
-    _, others = halves(subject)
-    task = others.take(torch.arange(min(others.n, HELD_OUT)))
+    _, task = halves(subject)
     file = subject.run.path / CIRCUITS / f"{_name(task)}.json"
     scores = circuits.exports.from_mib(subject.run.path / IMPORTANCES)
     chosen = circuits.load_circuit(file)
@@ -180,7 +179,7 @@ def circuit(subject: Subject) -> Section:
 
 
 def halves(subject: Subject) -> tuple[Task, Task]:
-    """Prompts to make the circuit from, `analysis.n` of them, and as many others.
+    """Prompts to make the circuit from, `analysis.n` of them, and at most 16 others to try it on.
 
     Raises:
         LensError: fewer than 4 prompts.
@@ -192,7 +191,7 @@ def halves(subject: Subject) -> tuple[Task, Task]:
             "tried on; raise --n"
         )
     rows = torch.arange(task.n)
-    return task.take(rows[::2]), task.take(rows[1::2])
+    return task.take(rows[::2]), task.take(rows[1::2][:HELD_OUT])
 
 
 def _doubled(subject: Subject) -> RunConfig:
