@@ -16,6 +16,7 @@ import lens
 from lens.common.errors import LensError
 from lens.passes import interface, masks
 from lens.passes.interface import lens_attention
+from lens.traces.arrays import LayerArrays
 from tests.lens import naive
 from tests.lens.architectures import build
 
@@ -530,3 +531,10 @@ def test_a_gpu_gives_the_same_trace():
     for variable in expected.dataset.data_vars:
         values = expected.dataset[variable].values
         assert naive.rms_ratio(found.dataset[variable].values, values) < 1e-3, variable
+
+
+def test_a_layer_of_a_wider_type_than_the_first_keeps_it():
+    arrays = LayerArrays(2)
+    for value, kind in ((1.0, np.float16), (1e5, np.float32), (2.0, np.float16)):
+        arrays.add({"q": np.full(2, value, kind)})
+    assert arrays.in_order([0, 1, 2])["q"].tolist() == [[1.0] * 2, [1e5] * 2, [2.0] * 2]

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import lens
+from lens.circuits.checks._positions import _pairs
 from lens.circuits.checks.evaluation import run_circuits
 from lens.circuits.graph.activations import read_activations
 from lens.circuits.graph.masked_forward import masked_logits
@@ -357,3 +358,9 @@ def test_what_has_no_scores_is_refused(case):
         model, other, found, [0.3], spans=places, progress=False
     )
     assert (judged.table()["kept"] <= 0.3).all()
+
+
+def test_ways_from_later_keys_cost_where_a_model_looks_ahead():
+    where = np.array([[[1, 1, 0]], [[0, 0, 1]]])
+    assert _pairs(where, False).tolist() == [[3, 0], [2, 1]]
+    assert _pairs(where, True).tolist() == [[4, 2], [2, 1]]

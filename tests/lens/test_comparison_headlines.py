@@ -69,7 +69,16 @@ def test_a_loss_is_told_where_its_interval_leaves_out_nothing(pair, low, high, s
     ][:said]
 
 
-def test_a_series_tells_its_steps_and_no_head_twice(tmp_path):
+def test_a_loss_is_called_by_its_prompts_and_not_told_below_rounding(pair):
+    losses = pair.losses.iloc[:1].assign(what="loss", prompts="sound", a=2.0, b=2.5)
+    for change, said in ((0.5, ["The loss on sounds rises by 0.5"]), (1e-6, [])):
+        ends = {"difference": change, "low": 0.9 * change, "high": 1.1 * change}
+        found = of_comparison(replace(pair, heads=pair.heads[:0], losses=losses.assign(**ends)))
+        assert [one.headline.text[:31] for one in found] == said
+
+
+def jumped(tmp_path):
+    """A series of three runs in which one head changes from the second to the third."""
     runs = [make_run(tmp_path, seed) for seed in range(3)]
     series = compare_series(runs)
     heads = series.heads.copy()
@@ -77,7 +86,23 @@ def test_a_series_tells_its_steps_and_no_head_twice(tmp_path):
     heads[steps] = 0.0
     jump = (heads["place"] == 2) & heads["name"].eq("L1H0") & (heads["variant"] == "raw")
     heads.loc[jump, steps] = [0.4, 0.35, 0.45]
-    found = of_series(replace(series, heads=heads, losses=series.losses.iloc[:0]))
+    return replace(series, heads=heads, losses=series.losses.iloc[:0])
+
+
+def test_a_step_to_other_prompts_has_no_ends(tmp_path):
+    """What the last run has is a mean over its own prompts, and the change one over those that both have."""
+    series = jumped(tmp_path)
+    last = series.runs[2]
+    vars(last)["prompts"] = last.prompts.assign(
+        token_strings=[[*row, "more"] for row in last.prompts["token_strings"]]
+    )
+    (one,) = of_series(series)
+    assert f"[0.35, 0.45], from {series.names[1]} to {series.names[2]}; " in one.headline.text
+
+
+def test_a_series_tells_its_steps_and_no_head_twice(tmp_path):
+    series = jumped(tmp_path)
+    found = of_series(series)
     assert len(found) == 1
     assert found[0].headline.text.startswith("L1H0 ")
     assert f"in {series.names[1]} to " in found[0].headline.text

@@ -6,6 +6,7 @@ import pytest
 from lens.common.errors import LensError
 from lens.common.results import of_kind
 from lens.runs import compare_runs, compare_series
+from lens.runs.comparison.first_token import emerged
 from lens.runs.comparison.pictures import first_token_curves
 from tests.lens.test_comparison import METRICS, TEXTS, make_run
 
@@ -114,6 +115,13 @@ def test_the_first_token_is_beyond_chance_where_its_interval_is(tmp_path):
     (said,) = of_kind(series.findings(), "sinks")
     assert f"for the first time at {series.names[2]}, where it gets 40% [40%, 41%]" in said
     assert len(first_token_curves(series).data) == 3
+
+
+def test_beyond_chance_is_not_said_where_a_run_lacks_it(tmp_path):
+    table = made_series(tmp_path, [0.4, 0.41]).sinks
+    table.loc[0, ["uniform", "random_weights"]] = np.nan
+    (said,) = emerged(table)
+    assert "what chance gives is not in all of these runs (uniform attention 20%" in said
 
 
 @pytest.mark.parametrize(

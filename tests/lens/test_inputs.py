@@ -173,6 +173,27 @@ LEFT = {
 
 
 @torch.no_grad()
+def test_padding_is_proved_for_each_prompt_where_blocks_begin_with_the_row(monkeypatch):
+    head, config, sizes = LEFT["bert"]
+    loaded = lens.load(head(config(**{"vocab_size": 97, **sizes})).eval())
+    mask = torch.ones(1, 9, dtype=torch.long)
+    mask[0, :3] = 0
+    inputs = {"input_ids": ids_of(9, 1).masked_fill(mask == 0, 0), "attention_mask": mask}
+    own, calls = padding._states, []
+    monkeypatch.setattr(padding, "_states", lambda *given: calls.append(given) or own(*given))
+
+    def proofs():
+        calls.clear()
+        lens.capture(loaded, inputs, progress=False)
+        return len(calls) > 0
+
+    assert [proofs(), proofs()] == [True, False]
+    loaded.model.config.index_block_size = 4  # as MiniMax M3 has it
+    padding._proved.clear()
+    assert [proofs(), proofs()] == [True, True]
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("name", LEFT)
 def test_padding_before_a_prompt_moves_it_as_it_does_in_the_model(name, monkeypatch):
     head, config, sizes = LEFT[name]

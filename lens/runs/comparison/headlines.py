@@ -58,11 +58,10 @@ def of_series(series: RunSeries) -> list[Shown]:
         rows = series.heads[series.heads["place"] == place]
         steps = {"since_last": "difference", "since_last_low": "low", "since_last_high": "high"}
         rows = rows.rename(columns=steps).rename(columns={"value": "b"})
-        before, now = (_tokens(run) for run in series.runs[place - 1 : place + 1])
-        a = (
-            rows["b"] - rows["difference"] if before == now else np.nan
-        )  # else means over other prompts
-        found += _of_heads(rows.assign(a=a), *ends)
+        rows = rows.assign(a=rows["b"] - rows["difference"])
+        if _tokens(series.runs[place - 1]) != _tokens(series.runs[place]):
+            rows["a"] = np.nan  # `b` is a mean over other prompts than the difference
+        found += _of_heads(rows, *ends)
         found += _of_losses(series.losses[series.losses["place"] == place], *ends)
     return _shown(
         found, lambda one: series_lines(series, one.metric, "raw", one.prompts, heads=(one.head,))
@@ -88,10 +87,9 @@ def _of_heads(heads: pd.DataFrame, a: str, b: str) -> Iterator[_Change]:
         best, fields = highest(size, low, high)
         row = part.iloc[best]
         head = str(HeadId(int(row["layer"]), int(row["head"])))
-        known = row["a"] == row["a"]
-        ends = (
-            f"from {row['a']:.2f} in {a} to {row['b']:.2f} in {b}" if known else f"from {a} to {b}"
-        )
+        ends = f"from {a} to {b}"
+        if row["a"] == row["a"]:
+            ends = f"from {row['a']:.2f} in {a} to {row['b']:.2f} in {b}"
         text = (
             f"{head} {METRICS[str(metric)].label.lower()} on {KIND_WORDS[str(prompts)]} {_moves(row, ends)}; "
             f"the median head's changes by {fields['baseline']:.2g}."
