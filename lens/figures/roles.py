@@ -33,6 +33,7 @@ _SHOWN = (
     "segment",
     "confidence",
 )
+_HIGHEST = 1000
 
 
 @draws("HeadRoles", of="table")
@@ -57,6 +58,7 @@ def role_map(
         raise LensError(f"the table has no column {', '.join(missing)}")
     values = table[chosen].to_numpy(float)
     hover = [[_detail(row, name) for name in chosen] for _, row in table.iterrows()]
+    full = max(320, 14 * len(table) + 140)
     figure = go.Figure(
         go.Heatmap(
             z=values,
@@ -67,7 +69,7 @@ def role_map(
             colorscale=scale(VIRIDIS),
             colorbar={"title": {"text": "score", "side": "right"}, "thickness": 12},
             xgap=1,
-            ygap=1,
+            ygap=int(full <= _HIGHEST),  # of thinner rows the gaps would be all that is seen
             text=hover,
             hovertemplate="%{y}, %{x}: %{z:.3g}%{text}<extra></extra>",
             hoverongaps=False,
@@ -79,7 +81,7 @@ def role_map(
         figure,
         f"Roles of {len(table)} heads",
         look,
-        height=max(320, 14 * len(table) + 140),
+        height=min(full, _HIGHEST),
         meta={"figure": "role_map", "columns": chosen},
     )
 

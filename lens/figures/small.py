@@ -52,14 +52,14 @@ def _is_named(trace: Any) -> bool:
 
 
 def _bare(trace: Any) -> None:
-    """No colour bar, no text on marks."""
+    """No colour bar, no text on marks, no gaps between cells: of many rows they would be all that is seen."""
     if "showscale" in trace:
         trace.update(showscale=False)
     marker = getattr(trace, "marker", None)
     if marker is not None and "showscale" in marker:
         trace.update(marker={"showscale": False})
     if trace.type == "heatmap":
-        trace.update(texttemplate=None)
+        trace.update(texttemplate=None, xgap=0, ygap=0)
     elif trace.type == "scatter" and "text" in str(trace.mode):
         trace.update(mode=str(trace.mode).replace("+text", "").replace("text", "markers"))
     elif trace.type == "bar":

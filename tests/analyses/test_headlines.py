@@ -1,6 +1,7 @@
 """Headlines of sections from their tables: the number, its interval, what it stands beside, and the paired test."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -19,7 +20,9 @@ from lens_analyses.steps.headlines import (
     of_sink_check,
     of_streaming,
 )
+from lens_analyses.steps.tried import COLUMNS, told, tried
 
+import lens
 from lens.heads.measures.scores import HeadScores, Intervention
 
 NAN = float("nan")
@@ -132,10 +135,55 @@ def test_the_head_that_matters_most_is_that_of_the_ablation_and_others_may_name_
         "L1H0 matters most for made: without it loss is worse by 2 [1.9, 2.1]"
     )
     assert one.text.endswith(
-        "without the median head by 0.2 (ablation (mean)). 2 of 3 measures name it first; gradient name L0H1."
+        "without the median head by 0.2 (ablation (mean)). 2 of 3 measures name it first; by gradient it is L0H1."
     )
     alone = replace(found[1], per_prompt=found[1].per_prompt[:1, :1])
     assert not list(of_importance([alone]))
+    (one,) = of_importance(
+        [found[0], found[2]]
+    )  # nothing was taken away: it is not said that it was
+    assert one.text.startswith(
+        "L0H1 is first for made by gradient, an estimate: 3 [2.9, 3.1] of loss"
+    )
+
+
+def test_heads_that_estimates_put_first_are_told_by_what_was_lost_without_them():
+    """By the gradient L0H1 is worth 3, and nothing is lost without it."""
+    rows = [
+        ("made", "gradient", "L0H1", 0, 1, 3.0, 0.01, 0.0, 0.02, "pooled_mean", 3),
+        ("made", "attribution (zero)", "L1H0", 1, 0, 0.7, 0.6, 0.5, 0.7, "pooled_mean", 3),
+        ("made", "random", "L0H0", 0, 0, 0.1, 0.1, 0.0, 0.2, "pooled_mean", 3),
+        ("made", "random", "L1H1", 1, 1, 0.1, 0.3, 0.2, 0.4, "pooled_mean", 3),
+    ]
+    text, fields = told(pd.DataFrame(rows, columns=list(COLUMNS)), "loss")
+    assert text == (
+        "L1H0 matters most for made of the heads that estimates put first: without it loss is worse by 0.6 "
+        "[0.5, 0.7], without one of 2 random heads by 0.2 on the mean. Gradient puts L0H1 first: 3 estimated, "
+        "0.01 lost; attribution (zero) puts L1H0 first: 0.7 estimated, 0.6 lost."
+    )
+    assert fields == pytest.approx(
+        {"value": 0.6, "low": 0.5, "high": 0.7, "baseline": 0.2, "spread": 0.1}
+    )
+
+
+def test_heads_are_taken_away_for_real_where_they_were_only_estimated():
+    model = lens.load("induction-2l")
+    task = lens.tasks.induction(model, 4)
+    scores = [
+        lens.heads.importance(model, task, method=method, progress=False)
+        for method in ("gradient", "attribution")
+    ]
+    subject = SimpleNamespace(model=model, seed=0, progress=False)
+    found = tried(subject, task, scores)
+    ablated = lens.heads.importance(
+        model, task, method="ablation", baseline="counterfactual", progress=False
+    )
+    expected = [ablated.values[place] for place in zip(found["layer"], found["head"], strict=True)]
+    np.testing.assert_allclose(found["value"], expected, rtol=1e-5, atol=1e-6)
+    assert found["name"].tolist()[:2] == [str(one.top(1)[0]) for one in scores]
+    drawn = found.loc[found["by"] == "random", "name"]
+    assert len(set(drawn)) == 4
+    assert not set(drawn) & set(found["name"][:2])
 
 
 def test_the_sink_of_a_circuit_stands_beside_as_many_other_heads():

@@ -6,8 +6,8 @@ prints CIRCUIT_METHODS.md, and writes it with `--write`. With `--smollm2` alone 
 says about how long that takes, writes after every row, and what stopped goes on where it was (rows are kept in `--work`,
 runs/circuit-methods if not given, until all are there). On known circuits: area under the curve of the edges that show on each
 task, and of edges at single tokens. On `induction-2l` and, with `--smollm2`, on indirect objects with `smollm2-135m`: edges are
-scored on 16 prompts and circuits run on 16 others; a circuit's size is the smallest of 12 with a faithfulness of 0.85 there,
-and the overlap that of two halves of the prompts at that size.
+scored on 16 prompts (8 of the large model) and circuits run on as many others; a circuit's size is the smallest of 12 (8) with a
+faithfulness of 0.85 there, and the overlap that of two halves of the prompts at that size.
 """
 
 import argparse
@@ -36,6 +36,7 @@ _HYBRID = Hybrid(pruning=0.9, steps=150)
 _LARGE = ("eap", "eap-ig", "hybrid")  # of a model with too many edges for the others on two cores
 _TABLE = Path(__file__).with_name("CIRCUIT_METHODS.md")
 _ENOUGH = 0.85
+_FEW = 8  # prompts of the large model
 _MARK = "<!-- smollm2 -->"
 
 
@@ -209,7 +210,7 @@ def at_places(model: LoadedModel, task: Task, others: Task, spans: Any) -> str:
 def large_model(work: Path) -> Iterator[str]:
     """The same of indirect objects with `smollm2-135m`, after every row."""
     model = lens.load("smollm2-135m")
-    task, others = lens.tasks.ioi(model, 16), lens.tasks.ioi(model, 16, seed=1)
+    task, others = lens.tasks.ioi(model, _FEW), lens.tasks.ioi(model, _FEW, seed=1)
     started = time.perf_counter()
     graph = lens.circuits.score_edges(
         model, task.take(torch.arange(2)), method="eap", progress=False
@@ -217,15 +218,15 @@ def large_model(work: Path) -> Iterator[str]:
     passes = (time.perf_counter() - started) / 3 / 2  # seconds of a pass over a prompt
     left = [one for one in _LARGE if not (work / f"{one}.npz").exists()]
     runs = {"eap": 3, "eap-ig": 15, "hybrid": 33}
-    # scored twice (halves together are once more), and 80 circuits of 16 prompts, whose parts read their own sums
-    seconds = sum(passes * 16 * (2 * runs[one] + 80 * 2) for one in left) + passes * 16 * 200
+    # scored twice (halves together are once more), and 46 circuits of all prompts, whose parts read their own sums
+    seconds = sum(passes * _FEW * (2 * runs[one] + 46 * 2) for one in left) + passes * _FEW * 200
     print(f"about {seconds / 60:.0f} minutes for {', '.join([*left, 'places'])}", file=sys.stderr)
-    head = f"""`smollm2-135m`, indirect objects, in the same way ({", ".join(_LARGE)}; the others take a run or a backward pass for each of
+    head = f"""`smollm2-135m`, indirect objects, in the same way on {_FEW} prompts and {_FEW} others, smallest of 8 ({", ".join(_LARGE)}; the others take a run or a backward pass for each of
 {graph.n:,} edges, or each stage):
 
 """
     rows = ""
-    for rows in trained(model, task, others, _LARGE, work):
+    for rows in trained(model, task, others, _LARGE, work, draws=1, sizes=8):
         yield head + rows
     yield f"{head}{rows}\n\n{at_places(model, task, others, None)}"
 
@@ -242,6 +243,7 @@ def trained(
     others: Task,
     methods: Sequence[str],
     work: Path | None = None,
+    **much: int,
 ) -> Iterator[str]:
     """One row per method, and the core of all of them: the table after every row, which is kept in `work`."""
     lines = [
@@ -255,7 +257,7 @@ def trained(
             with np.load(file) as found:
                 line, kept = str(found["line"]), found["kept"]
         else:
-            line, kept = row_of(model, task, others, method)
+            line, kept = row_of(model, task, others, method, **much)
             if file is not None:
                 file.parent.mkdir(parents=True, exist_ok=True)
                 np.savez(file, line=line, kept=kept)
@@ -282,17 +284,19 @@ def trained(
     yield "\n".join(lines)
 
 
-def row_of(model: LoadedModel, task: Task, others: Task, method: str) -> tuple[str, np.ndarray]:
+def row_of(
+    model: LoadedModel, task: Task, others: Task, method: str, draws: int = 5, sizes: int = 12
+) -> tuple[str, np.ndarray]:
     """The row of one method, and the edges of its circuit, bool [edges]."""
     scores = scored(model, task, method)
-    judged = lens.circuits.evaluate(model, others, scores, progress=False)
-    sizes = {one: smallest(model, others, scores, one) for one in ("top", "bootstrap")}
-    count = sizes["top"] or scores.graph.n
+    judged = lens.circuits.evaluate(model, others, scores, draws=draws, progress=False)
+    found = {one: smallest(model, others, scores, one, sizes) for one in ("top", "bootstrap")}
+    count = found["top"] or scores.graph.n
     halves = [
         scored(model, task.take(rows), method).top(count)
-        for rows in (torch.arange(8), torch.arange(8, 16))
+        for rows in torch.arange(task.n).split(task.n // 2)
     ]
-    shown = [str(sizes[one] or "–") for one in ("top", "bootstrap")]
+    shown = [str(found[one] or "–") for one in ("top", "bootstrap")]
     overlap = lens.circuits.checks.jaccard(halves).mean
     line = (
         f"| {method} | {judged.cpr:.2f} | {judged.cmd:.2f} | {' | '.join(shown)} | {overlap:.2f} |"
@@ -300,9 +304,9 @@ def row_of(model: LoadedModel, task: Task, others: Task, method: str) -> tuple[s
     return line, scores.top(count).kept
 
 
-def smallest(model, task, scores, method: str) -> int | None:
+def smallest(model, task, scores, method: str, sizes: int) -> int | None:
     """Edges of the smallest circuit that is faithful enough."""
-    counts = np.unique(np.geomspace(2, scores.graph.n, 12).round().astype(int))
+    counts = np.unique(np.geomspace(2, scores.graph.n, sizes).round().astype(int))
     made = [scores.top(int(count), method=method) for count in counts]
     kept = np.stack([one.kept for one in made])
     values = run_circuits(model, task, kept, scores.ablation, progress=False).faithfulness()

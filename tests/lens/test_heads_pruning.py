@@ -1,5 +1,7 @@
 """The pruning curve: against joint ablation, on heads that stand in for each other, refusals."""
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -131,12 +133,17 @@ def test_an_order_is_worse_than_random_by_its_mean_cost():
     dear = curve_of([1.0, 1.4, 1.3, 2.0], random=[[1, 1.2, 1.2, 2], [1, 1.3, 1.5, 2]])
     both = PruningOrders((dear, cheap), 0.05)
     assert both.best is cheap
-    assert [one.kind for one in both.findings()] == ["prunable", "order", "worse_than_random"]
+    kinds = ["prunable", "order", "worse_than_random"]
+    assert [one.kind for one in both.findings()] == [*kinds, "own_share"]
+    own = f"The mean over {dear.n} prompts that stands in for a head is to 1/{dear.n} the prompt's own output"
+    assert both.findings()[-1].startswith(own)
+    pooled = [replace(one, intervention=Intervention("pooled_mean")) for one in (dear, cheap)]
+    assert [one.kind for one in PruningOrders(tuple(pooled), 0.05).findings()] == kinds
     assert (
         "it costs 0.35 on the mean over all steps, 2 random orders 0.3 [0.2, 0.4]"
         in both.findings()[2]
     )
-    alone = PruningOrders((cheap,), 0.05).findings()
+    alone = PruningOrders((pooled[1],), 0.05).findings()
     assert [str(one) for one in alone] == [
         "1 of 3 heads can go, as given first (as asked), before the loss on held-out prompts of toy is more "
         "than 5% worse: it is then worse by 0.020 (+2.0%), and by 0.250 [0.200, 0.300] without as many in "

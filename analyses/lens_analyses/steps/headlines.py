@@ -12,6 +12,7 @@ from lens.common.errors import LensError
 from lens.common.results import ends
 from lens.heads.measures.scores import HeadScores
 from lens.runs.headlines import Headline, higher_chance, highest
+from lens_analyses.steps.tried import told
 
 NATS = "nats a token"
 _Row = Mapping[Any, Any]
@@ -47,30 +48,59 @@ def of_roles(table: pd.DataFrame, random: Mapping[str, float], figure: str) -> I
         )
 
 
-def of_importance(scores: list[HeadScores]) -> Iterator[Headline]:
-    """One headline a task for all its measures: the head that matters most, beside the median head."""
+def of_importance(
+    scores: list[HeadScores], tried: pd.DataFrame | None = None
+) -> Iterator[Headline]:
+    """One headline a task for all its measures: the head that matters most, beside the median head.
+
+    Estimates are not told as losses: where no measure took heads away, the heads that were `tried` are told.
+
+    Args:
+        scores: of all measures and tasks.
+        tried: heads taken away for real, as `lens_analyses.steps.tried` makes it.
+    """
     figures = {score.label + score.task: f"grid_{number}" for number, score in enumerate(scores)}
     for task in dict.fromkeys(score.task for score in scores):
         mine = [score for score in scores if score.task == task]
         chief = next((score for score in mine if score.method == "ablation"), mine[0])
         if len(chief.names) < 2:
             continue  # one head has no others to be compared with
-        best, fields = _highest_row(chief.table(), "value")
-        name = str(best["name"])
-        named: dict[str, list[str]] = {}
-        for score in mine:
-            named.setdefault(str(score.table().iloc[0]["name"]), []).append(score.label)
-        agree = len(named.pop(name, []))
-        others = "; ".join(f"{', '.join(labels)} name {head}" for head, labels in named.items())
+        against = "the median head"
+        if chief.method == "ablation":
+            text, fields = _of_ablation(chief, mine)
+        elif tried is not None and task in set(tried["task"]):
+            text, fields = told(tried[(tried["task"] == task).to_numpy()], chief.metric)
+            against = "heads drawn at random"
+        else:
+            best, fields = _highest_row(chief.table(), "value")
+            text = (
+                f"{best['name']} is first for {task} by {chief.label}, an estimate: {fields['value']:.3g}"
+                f"{ends(fields['low'], fields['high'])} of {chief.metric}, the median head {fields['baseline']:.3g}."
+            )
         yield Headline(
-            f"{name} matters most for {task}: without it {chief.metric} is worse by {fields['value']:.3g}"
-            f"{ends(fields['low'], fields['high'])}, without the median head by {fields['baseline']:.3g} "
-            f"({chief.label}). {agree} of {len(mine)} measures name it first{f'; {others}' if others else ''}.",
+            text,
             **fields,
-            against="the median head",
+            against=against,
             unit=chief.metric,
             figure=figures[chief.label + task],
         )
+
+
+def _of_ablation(chief: HeadScores, mine: list[HeadScores]) -> tuple[str, dict[str, float]]:
+    """The head whose ablation costs most, and the measures that put another first."""
+    best, fields = _highest_row(chief.table(), "value")
+    name = str(best["name"])
+    named: dict[str, list[str]] = {}
+    for score in mine:
+        named.setdefault(str(score.top(1)[0]), []).append(score.label)
+    agree = len(named.pop(name, []))
+    others = "".join(f"; by {' and '.join(labels)} it is {head}" for head, labels in named.items())
+    text = (
+        f"{name} matters most for {chief.task}: without it {chief.metric} is worse by {fields['value']:.3g}"
+        f"{ends(fields['low'], fields['high'])}, without the median head by {fields['baseline']:.3g} "
+        f"({chief.label}). {agree} of {len(mine)} measures name it first{others}."
+    )
+    return text, fields
 
 
 def of_heads_together(table: pd.DataFrame, metric: str) -> Iterator[Headline]:

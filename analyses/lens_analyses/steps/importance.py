@@ -14,13 +14,14 @@ from lens.heads.measures.scores import HeadScores
 from lens.runs.sections import Section
 from lens.tasks import Task
 from lens_analyses.config.sizes import pruning_size
+from lens_analyses.steps import tried
 from lens_analyses.steps.headlines import of_heads_together, of_importance, of_pruning
 from lens_analyses.steps.subject import Subject
 
 _UNITS = "Positive: the task goes worse without the head, in units of the metric."
 _ORDERS: tuple[tuple[Method, Baseline], ...] = (
-    ("ablation", "mean"),
-    ("attribution", "mean"),
+    ("ablation", "pooled_mean"),
+    ("attribution", "pooled_mean"),
     ("gradient", "zero"),
 )
 _QUICK_ORDERS = _ORDERS[1:]  # of many heads, each of which would take a pass
@@ -47,11 +48,15 @@ def importance(subject: Subject) -> Section:
     joint, sentences = (None, []) if of_pairs else _joint(subject, scores)
     if joint is not None:
         tables["together"] = joint
+    candidates = _candidates(subject, measured, scores)
+    if candidates is not None:
+        tables["tried"] = candidates
+    headlines = list(of_importance(scores, candidates))
     return Section(
         name="importance",
         title="Which heads matter",
         summary=(
-            *(one.text for one in of_importance(scores)),
+            *(one.text for one in headlines),
             *sentences,
             *(agreement.findings(most=_PAIRS) if agreement is not None else ()),
         ),
@@ -60,6 +65,7 @@ def importance(subject: Subject) -> Section:
             "baseline asks another question.",
             "Gradient, attribution and direct are first-order estimates: they miss what saturates "
             "(logic gates, a softmax near one key) and what other heads make up for.",
+            *dict.fromkeys(said for one in scores if (said := one.intervention.own_share(one.n))),
             *refused,
             *(f"{task.name}: {reason}" for task in measured for reason in task.dropped),
         ),
@@ -70,6 +76,7 @@ def importance(subject: Subject) -> Section:
             **_score_columns(joined),
             **_AGREEMENT,
             **_TOGETHER,
+            **tried.COLUMNS,
         },
         configuration={
             "measures": [
@@ -88,7 +95,7 @@ def importance(subject: Subject) -> Section:
         tables=tables,
         figures=figures,
         headlines=(
-            *of_importance(scores),
+            *headlines,
             *(of_heads_together(joint, scores[0].metric) if joint is not None else ()),
         ),
     )
@@ -116,7 +123,13 @@ def pruning(subject: Subject) -> Section:
     if not orders:
         raise LensError(f"no order of the heads could be had: {' '.join(refused)}")
     found = heads.pruning.orders(
-        subject.model, held_out, orders=orders, steps=points, draws=draws, **options
+        subject.model,
+        held_out,
+        orders=orders,
+        baseline="pooled_mean",
+        steps=points,
+        draws=draws,
+        **options,
     )
     return Section(
         name="pruning",
@@ -163,7 +176,7 @@ def _measure(subject: Subject, several: list[Task]) -> tuple[list[HeadScores], l
             try:
                 given = _of_targets(subject, method) if task is None else task
                 if method == "attribution" and not baseline and given.corrupt is None:
-                    baseline = "mean"
+                    baseline = "pooled_mean"
                 kept = None if task is None else subject.work / f"{len(scores)}-{method}.npz"
                 score = heads.importance(
                     subject.model,
@@ -181,6 +194,18 @@ def _measure(subject: Subject, several: list[Task]) -> tuple[list[HeadScores], l
     if not scores:
         raise LensError(f"no measure could be had: {' '.join(refused)}")
     return scores, refused
+
+
+def _candidates(
+    subject: Subject, measured: list[Task], scores: list[HeadScores]
+) -> pd.DataFrame | None:
+    """Of each task that was estimated alone, the heads that the estimates put first, taken away; None: no such task."""
+    found = []
+    for task in measured:
+        mine = [score for score in scores if score.task == task.name]
+        if mine and len(mine[0].names) > 1 and all(one.method != "ablation" for one in mine):
+            found.append(tried.tried(subject, task, mine))
+    return pd.concat(found, ignore_index=True) if found else None
 
 
 def _of_targets(subject: Subject, method: str) -> Any:

@@ -13,14 +13,16 @@ from lens.common.head_ids import HeadId, head_columns
 from lens.common.results import Result
 from lens.stats.intervals import columns
 
+_MANY_PROMPTS = 10  # of fewer, each is more than a tenth of their mean
+
 
 @dataclass(frozen=True)
 class Intervention:
     """What is put in place of a head, in the terms in which such numbers are compared.
 
     Attributes:
-        baseline: "zero"; "mean" over the prompts (its own included) at each position; "pooled_mean"
-            over prompts and positions together; "resample", another prompt's output drawn by
+        baseline: "zero"; "mean" over the prompts at each position, its own among them (`own_share`);
+            "pooled_mean" over prompts and positions together; "resample", another prompt's output drawn by
             `seed`; "counterfactual", that of the corrupt prompt; "optimal", the constant (one for all
             positions) with which the metric stays best.
         seed: of the draw, None where nothing is drawn.
@@ -46,6 +48,15 @@ class Intervention:
     direction: str = "noising"
     ablated: str = "the named heads"
     aggregation: str = "mean over prompts of the difference"
+
+    def own_share(self, n: int) -> str:
+        """What is to be said of a "mean" over few prompts, of which each prompt's own output is a part; else ""."""
+        if self.baseline != "mean" or n >= _MANY_PROMPTS:
+            return ""
+        return (
+            f"The mean over {n} prompts that stands in for a head is to 1/{n} the prompt's own output, so that what is "
+            "lost is understated; take more prompts, or baseline='pooled_mean'."
+        )
 
 
 @dataclass(frozen=True, repr=False, eq=False)

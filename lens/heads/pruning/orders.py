@@ -60,7 +60,7 @@ class PruningOrders(Result):
         return table[["order", *table.columns.drop("order")]]
 
     def findings(self) -> tuple[Sentence, ...]:
-        """Kinds: `prunable` (by the best order), `order` (each of the others), `worse_than_random`."""
+        """Kinds: `prunable` (by the best order), `order` (each of the others), `worse_than_random`, `own_share`."""
         best, total = self.best, len(self.best.order)
         spared = len(best.prunable(self.limit))
         tried = (
@@ -88,6 +88,8 @@ class PruningOrders(Result):
                     f"[{random.min():.3g}, {random.max():.3g}]."
                 )
                 said.append(Sentence(text, kind="worse_than_random"))
+        if text := best.intervention.own_share(best.n):
+            said.append(Sentence(text, kind="own_share"))
         return tuple(said)
 
     def __repr__(self) -> str:
