@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, TypedDict, Unpack
 
 from torch import Tensor
 
+from lens_kernels.arguments import without_autocast
 from lens_kernels.backward import attach
 from lens_kernels.dispatch import Explanation, choose, choose_gradients, explain_problem, load
 from lens_kernels.nonfinite import guarded
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from lens_kernels.validation import KeyWeights
 
 
+@without_autocast
 def attention(
     query: Float[Tensor, "batch heads queries head_dim"],
     key: Float[Tensor, "batch kv_heads keys head_dim"],

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lens_kernels.arguments import without_autocast
 from lens_kernels.problem import BackendResult, Problem
 from lens_kernels.statistics import STATISTICS
 from lens_kernels.types import AttentionGroups
@@ -153,6 +154,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
+    @without_autocast
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         query, key, value, sink_logits, bias, output, lse, group_lse = ctx.saved_tensors
         names = ("query", "key", "value", "sink_logits", "bias")
@@ -166,7 +168,8 @@ class _Attention(torch.autograd.Function):
             plan=replace(ctx.problem.plan, bias=bias),
         )
         wanted = frozenset(name for name, need in needed if need)
-        found = ctx.compute(Saved(problem, lse, group_lse, wanted, output), Upstream(*gradients))
+        upstream = Upstream(*(None if part is None else part.resolve_neg() for part in gradients))
+        found = ctx.compute(Saved(problem, lse, group_lse, wanted, output), upstream)
         ctx.exports.update(found.exports)
         inputs = (query, key, value, sink_logits, bias)
         return (

@@ -3,7 +3,8 @@
 With `A_i = sum_j P_ij a_ij` the effect of taking part `j` out of row `i` and renormalising is
 `P (A - a) / (1 - P)`: `A' - A` for `A' = sum_{n != j} P_n a_n / (1 - P_j)`. Where one part holds
 nearly all the mass both differences lose their digits, so for the largest part of each row they are
-summed over the other parts instead. Only one part of a row can hold more than half of it.
+summed over the other parts instead. Only one part of a row can hold more than half of it. Others that hold less together
+than the smallest number of their type (87 nats below it in float32) count as nothing.
 
 Parts are keys, or blocks of keys with `a` their mean under `P` (arXiv 2406.14909 ranks them so).
 """

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Unpack
 from torch import Tensor
 
 from lens_kernels.api import AttentionOptions, finish
+from lens_kernels.arguments import without_autocast
 from lens_kernels.dispatch import choose, load
 from lens_kernels.nonfinite import guarded
 from lens_kernels.splits import PIECE, run_split
@@ -27,6 +28,7 @@ FEW = 64
 """Queries that `decode` takes at most; with more, rows fill a machine by themselves."""
 
 
+@without_autocast
 def decode(
     query: Float[Tensor, "batch heads queries head_dim"],
     key: Float[Tensor, "batch kv_heads keys head_dim"],

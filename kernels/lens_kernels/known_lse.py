@@ -19,7 +19,7 @@ from torch.nn.functional import pad
 
 from lens_kernels import tiled
 from lens_kernels.api import run_problem
-from lens_kernels.arguments import check_names, check_tensors
+from lens_kernels.arguments import check_names, check_tensors, without_autocast
 from lens_kernels.problem import Problem
 from lens_kernels.types import AttentionMask, AttentionStatistics
 from lens_kernels.validation import make_problem
@@ -57,6 +57,7 @@ class KnownMasses:
 
 
 @torch.no_grad()
+@without_autocast
 def masses_from_lse(
     query: Float[Tensor, "batch heads queries head_dim"],
     key: Float[Tensor, "batch kv_heads keys head_dim"],

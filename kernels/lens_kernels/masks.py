@@ -303,7 +303,7 @@ def _bias(bias: Tensor | None, shape: tuple[int, int, int, int], query: Tensor) 
         )
     if bias.device != query.device:
         raise ValueError(f"bias is on {bias.device}, the query on {query.device}; move it there")
-    return _four_axes("bias", bias, shape)
+    return _four_axes("bias", bias.resolve_neg(), shape)
 
 
 def _slopes(slopes: Tensor | None, query: Tensor) -> Tensor | None:
@@ -320,4 +320,4 @@ def _slopes(slopes: Tensor | None, query: Tensor) -> Tensor | None:
             f"alibi_slopes is on {slopes.device}, the query on {query.device}; move it there"
         )
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    return slopes.detach().to(dtype).contiguous()
+    return slopes.detach().to(dtype).resolve_neg().contiguous()

@@ -52,7 +52,7 @@ def strips(problem: Problem) -> Iterator[Strip]:
     for batch in range(problem.batch):
         for block, (first, end) in enumerate(ranges[batch]):
             start, stop = block * rows, min((block + 1) * rows, problem.queries)
-            in_range = torch.arange(first // width, -(-end // width))
+            in_range = torch.arange(first // width, -(-end // width), device="cpu")
             together = BUDGET // (share * (stop - start) * max(1, len(in_range) * width))
             step = 1 if per_head else max(1, together)
             for kv_head in range(0, problem.kv_heads, step):
@@ -132,7 +132,7 @@ class Panel:
                 self.cap_slope = 1 - scores.square()
             scores = scores.mul_(problem.softcap)
         if plan.bias is not None:
-            scores = scores + self._part(plan.bias)
+            scores = scores + self._part(plan.bias).to(scores.dtype)
         if plan.slopes is not None:
             scores = scores - plan.slopes[strip.heads, None, None] * self.distance().abs()
         return scores.masked_fill_(~self._visible(), -_INF)

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lens_kernels.arguments import check_kinds, check_tensors
+from lens_kernels.arguments import check_kinds, check_tensors, without_autocast
 from lens_kernels.complements import complements, removal_effect
 from lens_kernels.panels import Panel, sink_share, strips
 from lens_kernels.problem import Problem
@@ -64,6 +64,7 @@ class PatchEffects:
 
 
 @torch.no_grad()
+@without_autocast
 def patch_effects(
     query: Float[Tensor, "batch heads queries head_dim"],
     key: Float[Tensor, "batch kv_heads keys head_dim"],

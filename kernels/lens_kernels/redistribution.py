@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lens_kernels.arguments import as_number, check_kinds, check_tensors
+from lens_kernels.arguments import as_number, check_kinds, check_tensors, without_autocast
 from lens_kernels.states import AttentionState, merge_weights, sinks_of_rows
 from lens_kernels.types import AttentionGroups
 
@@ -143,6 +143,7 @@ class Redistribution:
         return int(self.skipped.sum())
 
 
+@without_autocast
 def redistribute(
     states: AttentionGroups | Sequence[AttentionState],
     rule: Rule,

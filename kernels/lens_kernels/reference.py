@@ -84,7 +84,7 @@ def run(problem: Problem) -> BackendResult:
     probability, lse = _softmax(scores, problem.sink_logits)
     share = problem.heads // problem.kv_heads
     value = problem.value.double().repeat_interleave(share, 1)
-    weight = _watched(problem, scores, probability, exports) if exports else probability
+    weight = _watched(problem, scores, probability, lse, exports) if exports else probability
     output = weight @ value
     tensors = {
         "lse": lse,
@@ -109,7 +109,11 @@ def _exports(problem: Problem) -> dict[str, Tensor | None]:
 
 
 def _watched(
-    problem: Problem, scores: Tensor, probability: Tensor, exports: dict[str, Tensor | None]
+    problem: Problem,
+    scores: Tensor,
+    probability: Tensor,
+    lse: Tensor,
+    exports: dict[str, Tensor | None],
 ) -> Tensor:
     """The `P` to make the output with; gradients that reach it and `scores` fill `exports`.
 
@@ -123,11 +127,10 @@ def _watched(
     def at_probability(a: Tensor) -> None:
         p = probability.detach()
         mean = (p * a).sum(-1, keepdim=True)
-        room = torch.where(p < 1, 1 - p, 1)
         fill(
             block_attribution=_block_sums(problem, p * a),
             row_attribution=mean.squeeze(-1),
-            block_influence=_block_sums(problem, torch.where(p < 1, p * (mean - a) / room, -mean)),
+            block_influence=_block_sums(problem, _influence(problem, p, a, lse.detach())),
         )
 
     def at_scores(gradient: Tensor) -> None:
@@ -142,6 +145,17 @@ def _watched(
     weight.register_hook(at_probability)
     scores.register_hook(at_scores)
     return weight
+
+
+def _influence(problem: Problem, p: Tensor, a: Tensor, lse: Tensor) -> Tensor:
+    """`p` times the mean of `a` without each key, less its own: summed over the others, as `1 - p` of one near 1 has no
+    digits left."""
+    others = 1 - torch.eye(problem.keys, dtype=p.dtype, device=p.device)
+    room = p @ others
+    if problem.sink_logits is not None:
+        room = room + torch.exp(problem.sink_logits.detach().double()[:, None] - lse)[..., None]
+    left = (p * a) @ others / torch.where(room > 0, room, 1)
+    return p * (left - a)
 
 
 def _softmax(scores: Tensor, sink_logits: Tensor | None) -> tuple[Tensor, Tensor]:

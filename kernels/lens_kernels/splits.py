@@ -96,7 +96,7 @@ def _merged(
             states.append(_state(result, problem, number))
             by_row.append({name: result.tensors[name][number] for name in _row_sums(part)})
             if result.groups is not None:
-                group_states.append(_group_state(result.groups, number))
+                group_states.append(_group_state(result.groups, problem, number))
     sinks = None if problem.sink_logits is None else problem.sink_logits.detach()
     total = merge(*states, sink_logits=sinks)
     found = {"output": total.output, "lse": total.lse, **total.statistics}
@@ -123,10 +123,12 @@ def _state(result: BackendResult, problem: Problem, number: int) -> AttentionSta
     )
 
 
-def _group_state(groups: AttentionGroups, number: int) -> AttentionState:
-    """[groups, heads, queries, ...] of one piece."""
+def _group_state(groups: AttentionGroups, problem: Problem, number: int) -> AttentionState:
+    """[groups, heads, queries, ...] of one piece; without outputs where nobody wants them, which backends may leave in."""
     statistics = {name: tensor[:, number] for name, tensor in groups.statistics.items()}
-    return AttentionState(groups.output[:, number], groups.lse[:, number], statistics, placed=True)
+    output = groups.output[:, number]
+    output = output if problem.group_outputs else output[..., :0]
+    return AttentionState(output, groups.lse[:, number], statistics, placed=True)
 
 
 def _row_wise(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lens_kernels.arguments import as_number, check_names, check_tensors
+from lens_kernels.arguments import as_number, check_names, check_numbers, check_tensors
 from lens_kernels.labels import read_groups, read_labels
 from lens_kernels.masks import lower_mask
 from lens_kernels.nonfinite import clean_padding
@@ -67,6 +67,7 @@ def make_problem(
     check_tensors(
         sink_logits=sink_logits, groups=groups, block_mask=block_mask, key_weights=key_weights
     )
+    query, key, value = query.resolve_neg(), key.resolve_neg(), value.resolve_neg()
     batch, head_dim = query.shape[0], query.shape[3]
     keys = key.shape[2]
     blocks = _block_size(block_size, query.shape[2], keys)
@@ -122,6 +123,7 @@ def make_problem(
 def _check_inputs(query: Tensor, key: Tensor, value: Tensor) -> None:
     named = {"query": query, "key": key, "value": value}
     check_tensors(**named)
+    check_numbers(**named)
     for name, tensor in named.items():
         if tensor.dim() != 4:
             raise ValueError(
@@ -232,7 +234,7 @@ def _sink_logits(sinks: Tensor | None, query: Tensor, dtype: torch.dtype) -> Ten
         raise ValueError(
             "sink_logits must hold no NaN and no +inf; -inf means no sink in that head"
         )
-    return sinks.to(dtype)
+    return sinks.to(dtype).resolve_neg()
 
 
 def _block_mask(
@@ -280,7 +282,7 @@ def _key_weights(
         )
     if weights.shape[1] != heads:
         weights = weights.repeat_interleave(heads // kv_heads, dim=1)
-    return weights.detach().to(dtype).contiguous()
+    return weights.detach().to(dtype).resolve_neg().contiguous()
 
 
 def _grid(grid: tuple[int, ...] | None, keys: int) -> tuple[int, int, int] | None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lens_kernels.api import run_problem
+from lens_kernels.arguments import without_autocast
 from lens_kernels.nonfinite import guarded
 from lens_kernels.normalisers import (
     Differential,
@@ -41,6 +42,7 @@ _SUMS = frozenset({"prefix_mass", "match_mass", "value_norm", "received", "diago
 _BACKENDS = ("auto", "torch", "reference")
 
 
+@without_autocast
 def weighted_attention(
     query: Float[Tensor, "batch heads queries head_dim"],
     key: Float[Tensor, "batch kv_heads keys head_dim"],

@@ -99,11 +99,13 @@ def test_statistics_of_the_backward_pass_follow_their_identities():
     assert float(signed.abs().max()) < 1e-13 < float(size.median())
 
 
+@pytest.mark.parametrize("sharp", [1, 14])
 @pytest.mark.parametrize("backend", ["torch", "cpu", "reference"])
-def test_influence_is_masking_one_key(backend):
-    """Blocks of one row and key: each number is a masked run, the loss being linear."""
+def test_influence_is_masking_one_key(backend, sharp):
+    """Blocks of one row and key: each number is a masked run, the loss being linear; also where a key has nearly all."""
     dtype = torch.float32 if backend == "cpu" else torch.float64
     query, key, value = (part.to(dtype) for part in tensors(1, 2, 1, 7, 11))
+    query = query * sharp
     upstream = torch.randn(1, 2, 7, 16, generator=torch.Generator().manual_seed(1)).to(dtype)
     query.requires_grad_()
     options = {"mask": CAUSAL, "statistics": ("block_influence",), "block_size": 1}

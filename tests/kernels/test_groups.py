@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from lens_kernels import AttentionMask, attention, merge, reference
+from lens_kernels import AttentionMask, attention, decode, explain, merge, reference
 from lens_kernels.groups import run_by_group
 from lens_kernels.validation import make_problem
 
@@ -191,3 +191,23 @@ def test_groups_without_outputs_are_the_same_groups(backend, device):
     pairs += [(one.groups.statistics[name], other.groups.statistics[name]) for name in ROWS]
     for mine, theirs in pairs:
         torch.testing.assert_close(mine, theirs, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpu", "triton"])
+def test_pieces_of_a_lone_key_need_no_outputs(backend):
+    """A backend that takes the lone first key along has none for its piece, and for the others it has."""
+    inputs = tensors(1, 2, 1, 3, 37, dtype=torch.float16)
+    groups = (torch.arange(37) > 0).long()[None]
+    asked = {"groups": groups, "backend": backend, "statistics": ROWS, "block_size": 16}
+    if (obstacle := explain(*inputs).obstacles[backend]) is not None:
+        pytest.skip(obstacle)
+    one, other = (
+        decode(*inputs, piece=32, group_outputs=outputs, **asked).groups
+        for outputs in (True, False)
+    )
+    assert one is not None
+    assert other is not None
+    assert other.output.shape == (2, 1, 2, 3, 0)
+    assert_close(other.lse, one.lse, 1e-6)
+    for name in ROWS:
+        assert_close(other.statistics[name], one.statistics[name], 1e-5, name)

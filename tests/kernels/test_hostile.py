@@ -1,11 +1,15 @@
-"""What callers do to every backend alike: calls from several threads, inputs that share memory or lie across it."""
+"""What callers do to every backend alike: calls from several threads, inputs that share memory or lie across it, and
+switches of torch that change what an operation gives."""
 
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from importlib.util import find_spec
 
 import pytest
 import torch
 from lens_kernels import AttentionMask, attention
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 
 from tests.kernels.helpers import BACKENDS, CUDA, rms_ratio, tensors
 
@@ -78,3 +82,89 @@ def test_labels_that_are_changed_in_place_are_read_anew(backend, device):
         third = attention(*inputs, **asked).groups
         assert third is not None
         assert bool((third.lse[0, 0, :, 5] < again.groups.lse[0, 0, :, 5]).all())
+
+
+@contextmanager
+def default_type(dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _with_gradients(backend, inputs, bias):
+    """Output, statistics, gradients and what they bring."""
+    inputs = [part.clone().requires_grad_() for part in inputs]
+    asked = {**OPTIONS, "statistics": (*STATISTICS, "block_attribution")}
+    asked["mask"] = AttentionMask(causal=True, bias=bias)
+    result = attention(*inputs, **asked, backend=backend)
+    found = [result.output, *(result.statistics[name] for name in STATISTICS)]
+    upstream = torch.linspace(-1, 1, 16, dtype=torch.float32, device="cpu")
+    result.output.backward(upstream.to(result.output).expand_as(result.output))
+    return [*found, result.statistics["block_attribution"], *(part.grad for part in inputs)]
+
+
+SWITCHES = {
+    "float64 by default": lambda: default_type(torch.float64),
+    "bfloat16 by default": lambda: default_type(torch.bfloat16),
+    "meta device by default": lambda: torch.device("meta"),
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "anomalies": lambda: torch.autograd.set_detect_anomaly(True),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Anomaly Detection")
+@pytest.mark.parametrize("switch", SWITCHES)
+@pytest.mark.parametrize("backend", ["torch", "cpu", "reference"])
+def test_switches_of_torch_change_nothing(backend, switch):
+    inputs, bias = tensors(1, 2, 1, 37, 37), torch.linspace(-1, 1, 37)[None]
+    expected = _with_gradients(backend, inputs, bias)
+    with SWITCHES[switch]():
+        found = _with_gradients(backend, inputs, bias)
+    for mine, right in zip(found, expected, strict=True):
+        assert torch.equal(mine, right)
+        assert mine.dtype == right.dtype
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpu", "reference"])
+def test_a_bias_of_another_type_and_negated_views(backend):
+    query, key, value = tensors(1, 2, 1, 37, 37)
+    bias = torch.linspace(-1, 1, 37)[None]
+    expected = _with_gradients(backend, (query, key, value), bias)
+    negated = [torch._neg_view(-part) for part in (query, key, value, bias)]
+    for inputs, given in (((query, key, value), bias.double()), (negated[:3], negated[3])):
+        for mine, right in zip(_with_gradients(backend, inputs, given), expected, strict=True):
+            assert rms_ratio(mine, right) < 1e-6
+
+
+def fake(call, query):
+    call(FakeTensorMode().from_tensor(query))
+
+
+def dual(call, query):
+    with forward_ad.dual_level():
+        call(forward_ad.make_dual(query, query))
+
+
+@pytest.mark.parametrize(
+    ("message", "run"),
+    [
+        ("transform of torch.func", lambda call, query: torch.func.vmap(call)(query[None])),
+        ("transform of torch.func", lambda call, query: torch.func.grad(call)(query)),
+        ("transform of torch.func", lambda call, query: torch.func.jvp(call, (query,), (query,))),
+        ("forward derivative", dual),
+        ("fake tensor", fake),
+        ("sparse_coo; give a dense", lambda call, query: call(query.to_sparse())),
+        ("torch.jit.trace records", lambda call, query: torch.jit.trace(call, (query,))),
+        ("on the meta device", lambda call, query: call(query.to("meta"))),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_tensors_without_numbers_to_read_are_refused(message, run):
+    query, key, value = tensors(1, 2, 1, 61, 61)  # a length of its own, for plans that are kept
+    call = lambda given: attention(given, key, value, **OPTIONS).output.sum()  # noqa: E731
+    with pytest.raises((TypeError, ValueError), match=message):
+        run(call, query)
+    assert call(query).isfinite()

@@ -111,7 +111,7 @@ class _Call:
         inputs.blocks = self._plane(self.problem.block_mask, torch.bool)
 
     def _new(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        tensor = torch.empty(shape, dtype=dtype)
+        tensor = torch.empty(shape, dtype=dtype, device="cpu")
         if _poison:
             tensor.fill_(torch.nan if dtype.is_floating_point else -1)
         return tensor
@@ -233,9 +233,11 @@ class BackwardCall(_Call):
             "value": problem.value.shape,
             "sink_logits": (problem.batch, problem.heads, problem.queries),
         }
-        self.wanted = {name: torch.zeros(shapes[name]) for name in saved.wanted if name in shapes}
+        self.wanted = {
+            name: self._new(*shapes[name]).zero_() for name in saved.wanted if name in shapes
+        }
         self.exports = {
-            name: torch.zeros(statistic_shape(problem, name))
+            name: self._new(*statistic_shape(problem, name)).zero_()
             for name in sorted(problem.statistics)
             if STATISTICS[name].from_backward
         }

@@ -93,7 +93,7 @@ class Layout:
 
     def positions(self, rank: int) -> Tensor:
         """[size], positions of the rank's tokens in the sequence."""
-        return torch.cat([torch.arange(*piece) for piece in self.pieces(rank)])
+        return torch.cat([torch.arange(*piece, device="cpu") for piece in self.pieces(rank)])
 
     def take(self, whole: Tensor, rank: int, dim: int) -> Tensor:
         """A rank's part of a tensor with one entry per token along `dim`."""
@@ -115,8 +115,8 @@ class Layout:
         """Pairs of a query of the rank and a key that it sees."""
         reach = self.length if window is None else window
         position = self.positions(rank)
-        before = torch.minimum(position + 1, torch.tensor(reach))
+        before = (position + 1).clamp(max=reach)
         if causal:
             return int(before.sum())
-        after = torch.minimum(self.length - position, torch.tensor(reach))
+        after = (self.length - position).clamp(max=reach)
         return int((before + after - 1).sum())

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from lens_kernels.arguments import without_autocast
 from lens_kernels.distributed.layout import Layout
 from lens_kernels.distributed.links import Links
 from lens_kernels.distributed.parts import (
@@ -52,6 +53,7 @@ class RingResult:
 
 
 @torch.no_grad()
+@without_autocast
 def ring_attention(
     query: Float[Tensor, "batch heads tokens head_dim"],
     key: Float[Tensor, "batch kv_heads tokens head_dim"],
