@@ -98,7 +98,7 @@ gpu-tests:
 	$(ON_GPU) -m pytest -n 14 --dist worksteal -q -W default tests/kernels/test_triton_gpu.py
 
 gpu-table:
-	$(ON_GPU) tests/benchmarks/run.py --device cuda --out $(OUT)
+	$(ON_GPU) tests/benchmarks/run.py --device cuda --go-on --out $(OUT)
 
 gpu-profile:
 	$(ON_GPU) tests/benchmarks/profile_gpu.py --out $(OUT)

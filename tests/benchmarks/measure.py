@@ -10,7 +10,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +28,10 @@ clock = time.perf_counter
 
 class WrongResultError(AssertionError):
     """A contender's numbers are wrong: no figure of it is reported."""
+
+
+class LostDeviceError(RuntimeError):
+    """The device answers nothing any more in this process: the row that was yielded last broke it."""
 
 
 @dataclass(frozen=True)
@@ -107,22 +111,43 @@ def error_to_stock(case: Case, output: Tensor, stock: Tensor) -> float:
     return ratio
 
 
-def measure_case(case: Case, seconds: float, progress: Callable[[str], None]) -> Iterator[Row]:
+def measure_case(
+    case: Case,
+    seconds: float,
+    progress: Callable[[str], None],
+    known: Set[tuple[str, str]] = frozenset(),
+) -> Iterator[Row]:
     """A row of each contender, as soon as it is there; about `seconds` of timing for the whole case.
 
     On the CPU all contenders run in turn, so that whatever else the machine does meets them alike; on a
-    GPU each with the stock attention alone. What is wrong has a note and no figures (`Row.wrong`).
+    GPU each with the stock attention alone. What is wrong has a note and no figures (`Row.wrong`); what fails has a note.
+
+    Args:
+        known: names and statistics of contenders that are left out.
+
+    Raises:
+        LostDeviceError: behind the row of a contender that broke the device.
     """
     if case.device == "cuda" and not torch.cuda.is_available():
         note = "not measured: no CUDA device"
         yield from (Row(case, one.name, one.statistics, note=note) for one in contenders(case))
         return
-    inputs = case.inputs()
-    stock = SDPA.prepare(case, inputs)().detach()
-    calls: dict[Contender, Callable[[], object]] = {}
+    field = [one for one in contenders(case) if (one.name, one.statistics) not in known]
+    if not field:
+        return
+    try:
+        inputs = case.inputs()
+        own = SDPA.prepare(case, inputs)
+        stock = own().detach()
+    except Exception as error:
+        yield from (_failed(case, one, error) for one in field)
+        _look_at_device(case)
+        return
+    calls: dict[Contender, Callable[[], object]] = {
+        SDPA: functools.partial(_forward_backward, own, inputs) if case.backward else own
+    }
     errors: dict[Contender, float] = {}
     rows: dict[Contender, Row] = {}
-    field = list(contenders(case))
     together = case.device == "cpu"
     for one in field:
         progress(f"{case.name}: {one.name} {one.statistics}")
@@ -137,6 +162,7 @@ def measure_case(case: Case, seconds: float, progress: Callable[[str], None]) ->
         if not together:
             yield rows[one] if one in rows else _alone(case, one, calls, seconds, errors)
             calls = {SDPA: calls[SDPA]}
+            _look_at_device(case)
     if together:
         times = _alternate(calls, case, seconds)
         peaks = {one: peak_memory(case, one) for one in calls}
@@ -157,9 +183,23 @@ def _prepared(
         return call, error_to_stock(case, call().detach(), stock)
     except WrongResultError as error:
         return Row(case, one.name, one.statistics, note=f"wrong: {error}"[:200], wrong=True)
-    except (RuntimeError, NotImplementedError, ValueError) as error:
-        note = f"not measured: {str(error).splitlines()[0][:100]}"
-        return Row(case, one.name, one.statistics, note=note)
+    except Exception as error:
+        return _failed(case, one, error)
+
+
+def _failed(case: Case, one: Contender, error: Exception) -> Row:
+    said = (str(error).splitlines() or [""])[0][:100]
+    note = f"not measured: {type(error).__name__}: {said}"
+    return Row(case, one.name, one.statistics, note=note)
+
+
+def _look_at_device(case: Case) -> None:
+    """Raises LostDeviceError: an earlier kernel read or wrote where it must not, and everything fails from then on."""
+    if case.device == "cuda":
+        try:
+            torch.cuda.synchronize()
+        except Exception as error:
+            raise LostDeviceError(str(error)[:200]) from error
 
 
 def _alone(
@@ -171,8 +211,11 @@ def _alone(
 ) -> Row:
     """One contender in turn with the stock attention."""
     share = seconds / 5
-    times = _alternate({SDPA: calls[SDPA], one: calls[one]}, case, share)
-    return _row(case, one, times, {one: peak_memory(case, one)}, errors)
+    try:
+        times = _alternate({SDPA: calls[SDPA], one: calls[one]}, case, share)
+        return _row(case, one, times, {one: peak_memory(case, one)}, errors)
+    except Exception as error:
+        return _failed(case, one, error)
 
 
 def _forward_backward(call: Callable[[], Tensor], inputs: tuple[Tensor, ...]) -> None:

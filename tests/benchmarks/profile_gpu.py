@@ -65,6 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
         print("there is no CUDA GPU here", file=sys.stderr)
         return 1
     options.out.mkdir(parents=True, exist_ok=True)
+    failed = 0
     with (options.out / "profile.csv").open("w") as file:
         print(",".join(TITLES), file=file, flush=True)
         for statistics in SETS:
@@ -85,12 +86,16 @@ def main(arguments: list[str] | None = None) -> int:
                 output = call()
                 return torch.autograd.grad(output, inputs, output)
 
-            for line in shares(
-                statistics, kernels_of(both if case.backward else call, options.rounds)
-            ):
+            try:
+                found = kernels_of(both if case.backward else call, options.rounds)
+                lines = [*shares(statistics, found)]
+            except Exception as error:  # the others are profiled all the same
+                failed, said = 1, (str(error).splitlines() or [""])[0].replace(",", ";")[:100]
+                lines = [(statistics, f"failed: {type(error).__name__}: {said}", "", "", "")]
+            for line in lines:
                 print(",".join(line), file=file, flush=True)
                 print("  ".join(line), flush=True)
-    return 0
+    return failed
 
 
 if __name__ == "__main__":

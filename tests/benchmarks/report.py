@@ -52,6 +52,16 @@ def records(rows: Sequence[Row]) -> list[Record]:
     ]
 
 
+def machine(device: str) -> tuple[str, ...]:
+    """What makes rows comparable: device, torch and commit."""
+    return device, _device_name(device), torch.__version__, _commit()
+
+
+def machine_of(record: Record) -> tuple[str, ...]:
+    """`machine` of a row."""
+    return tuple(record[name] for name in ("device", "device_name", "torch", "commit"))
+
+
 def _number(value: float, digits: int) -> str:
     return "" if math.isnan(value) else f"{value:.{digits}f}"
 

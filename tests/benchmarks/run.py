@@ -1,7 +1,9 @@
-"""Measures speed and memory: `python tests/benchmarks/run.py [--quick] [--only TEXT] [--device cuda]`.
+"""Measures speed and memory: `python tests/benchmarks/run.py [--quick] [--only TEXT] [--device cuda [--go-on]]`.
 
 The full run (about five minutes on 2 cores) rewrites results.csv and RESULTS.md beside this file, or
 in the folder `--out`, after every row: what is measured stays when the machine is taken away.
+With `--go-on` what was measured of this device at this commit is kept, and the rest is measured: after a run that was
+cut off, or a kernel that broke the device (which starts the command anew by itself).
 `--quick` and `--only` print the page and write nothing. Rows of a GPU that were measured elsewhere
 stay when this machine has none.
 """
@@ -9,8 +11,11 @@ stay when this machine has none.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +26,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 if TYPE_CHECKING:
     from tests.benchmarks import measure
+    from tests.benchmarks.report import Record
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -34,6 +40,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains TEXT")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="cases of this device alone")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where the files go")
+    parser.add_argument(
+        "--go-on",
+        action="store_true",
+        help="measure what results.csv of --out lacks (with --device)",
+    )
     parser.add_argument(
         "--cpu-time", action="store_true", help="of one thread, on a machine with other work"
     )
@@ -55,6 +66,11 @@ def main(arguments: list[str] | None = None) -> int:
     folder = options.out or HERE
     start = time.monotonic()
     rows: list[measure.Row] = []
+    if options.go_on and not options.device:
+        parser.error("--go-on needs --device: rows are kept of one device")
+    known = known_records(folder, options.device) if options.go_on else []
+    if known:
+        write(rows, folder, known)
 
     def progress(text: str) -> None:
         print(f"[{time.monotonic() - start:4.0f} s] {text}", file=sys.stderr, flush=True)
@@ -62,11 +78,23 @@ def main(arguments: list[str] | None = None) -> int:
     def keep(row: measure.Row) -> None:
         rows.append(row)
         if not options.quick and not options.only:
-            write(rows, folder)
+            write(rows, folder, known)
 
-    for case in chosen:
-        for row in measure.measure_case(case, 3.0 if options.quick else 5.0, progress):
-            keep(row)
+    try:
+        for case in chosen:
+            done = {
+                (row["contender"], row["statistics"]) for row in known if row["case"] == case.name
+            }
+            for row in measure.measure_case(case, 3.0 if options.quick else 5.0, progress, done):
+                keep(row)
+    except measure.LostDeviceError as error:
+        keep(replace(rows.pop(), note=f"{BROKE}{error}"))
+        progress(f"the device is lost to this process, which starts anew: {error}")
+        words = [*(sys.argv[1:] if arguments is None else arguments)]
+        os.execv(
+            sys.executable,
+            [sys.executable, __file__, *words, *([] if options.go_on else ["--go-on"])],
+        )
     if not options.quick and not options.only and options.device != "cuda":
         try:
             keep(measure.measure_long_prompt(progress))
@@ -86,12 +114,28 @@ def main(arguments: list[str] | None = None) -> int:
     return 1 if wrong else 0
 
 
-def write(rows: list[measure.Row], folder: Path) -> None:
-    """Both files, with these rows and what earlier ones of other devices the folder or HERE has."""
+BROKE = "broke the device: "
+
+
+def known_records(folder: Path, device: str | None) -> list[Record]:
+    """Rows of this device at this commit, in the folder or else HERE, that a run need not measure again."""
+    from tests.benchmarks import report
+
+    own = report.machine(device) if device else None
+    found = report.read_csv(folder / "results.csv") or report.read_csv(HERE / "results.csv")
+    return [
+        row
+        for row in found
+        if report.machine_of(row) == own and (row["median_ms"] or row["note"].startswith(BROKE))
+    ]
+
+
+def write(rows: list[measure.Row], folder: Path, known: Sequence[Record] = ()) -> None:
+    """Both files, with these rows, those known before, and what earlier ones of other devices HERE has."""
     from tests.benchmarks import report
 
     folder.mkdir(parents=True, exist_ok=True)
-    records = report.merge(report.read_csv(HERE / "results.csv"), report.records(rows))
+    records = report.merge(report.read_csv(HERE / "results.csv"), [*known, *report.records(rows)])
     _replace(folder / "results.csv", report.to_csv(records))
     page = report.to_markdown(records, "python tests/benchmarks/run.py")
     _replace(folder / "RESULTS.md", page)

@@ -212,7 +212,7 @@ def test_a_wrong_kernel_is_told_and_the_others_stay(monkeypatch, capsys, tmp_pat
 
 
 def test_what_is_measured_stays_when_the_machine_is_taken_away(monkeypatch, tmp_path):
-    def taken(case, seconds, progress):
+    def taken(case, *_):
         yield measure.Row(case, "SDPA", "", median_ms=2.0)
         raise KeyboardInterrupt
 
@@ -223,6 +223,121 @@ def test_what_is_measured_stays_when_the_machine_is_taken_away(monkeypatch, tmp_
         run.main(["--device", "cuda", "--out", str(tmp_path / "out")])
     rows = report.read_csv(tmp_path / "out" / "results.csv")
     assert [(row["case"], row["median_ms"]) for row in rows] == [("other", "2.00")]
+
+
+class CompilationError(Exception):
+    """Of no kind that torch raises, like Triton's."""
+
+
+def failing(name, at):
+    """A contender that cannot be made ("prepare"), fails when it is timed ("time"), or breaks the device ("device")."""
+
+    def prepare(case, inputs):
+        if at == "prepare":
+            raise CompilationError(f"{name}:\nno registers")
+        called = []
+
+        def call():
+            called.append(1)
+            if at == "time" and len(called) > 1:
+                raise CompilationError(name)
+            broken.extend([name] if at == "device" else [])
+            return cases.SDPA.prepare(case, inputs)()
+
+        return call
+
+    broken: list[str] = []
+    return replace(FIELD["eager with weights "], name=name, prepare=prepare), broken
+
+
+@pytest.fixture
+def simulated(monkeypatch, tmp_path):
+    """A GPU that is the CPU, with one case; what breaks it says so when it is waited for."""
+
+    def of(*field):
+        def wait():
+            if any(broken for _, broken in field):
+                raise torch.AcceleratorError("illegal memory access")
+
+        case = replace(TINY, name="small", device="cuda")
+        monkeypatch.setattr(cases, "CASES", (case,))
+        monkeypatch.setattr(cases.Case, "inputs", lambda case: TINY_INPUTS)
+        monkeypatch.setattr(
+            measure, "contenders", lambda case: [cases.SDPA, *(one for one, _ in field)]
+        )
+        monkeypatch.setattr(measure, "_cuda_milliseconds", lambda call: (call(), 2.0)[1])
+        monkeypatch.setattr(report, "_device_name", lambda device: "simulated")
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "synchronize", wait)
+        monkeypatch.setattr(run, "HERE", tmp_path / "here")
+        return tmp_path / "out"
+
+    return of
+
+
+TINY_INPUTS = TINY.inputs()
+ON_GPU = ("--device", "cuda", "--go-on", "--out")
+
+
+def notes(folder):
+    found = report.read_csv(folder / "results.csv")
+    return [(row["contender"], row["median_ms"], row["note"]) for row in found]
+
+
+def test_whatever_one_raises_the_others_are_measured(simulated):
+    field = [failing("a", "prepare"), failing("b", "time"), failing("c", "never")]
+    out = simulated(*field)
+    assert run.main([*ON_GPU, str(out)]) == 0
+    assert notes(out) == [
+        ("SDPA", "2.00", ""),
+        ("a", "", "not measured: CompilationError: a:"),
+        ("b", "", "not measured: CompilationError: b"),
+        ("c", "2.00", ""),
+    ]
+
+
+def test_a_run_goes_on_where_it_was_cut_off(simulated, monkeypatch):
+    out = simulated(failing("a", "never"), failing("b", "prepare"), failing("c", "never"))
+    whole = measure.measure_case
+
+    def taken(*given):
+        for number, row in enumerate(whole(*given)):
+            yield row
+            if number == 2:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(measure, "measure_case", taken)
+    with pytest.raises(KeyboardInterrupt):
+        run.main([*ON_GPU, str(out)])
+    monkeypatch.setattr(measure, "measure_case", whole)
+    said = []
+    monkeypatch.setattr(
+        measure,
+        "_prepared",
+        lambda case, one, *_, real=measure._prepared: (said.append(one.name), real(case, one, *_))[
+            1
+        ],
+    )
+    assert run.main([*ON_GPU, str(out)]) == 0
+    assert said == ["b", "c"]
+    assert [name for name, *_ in notes(out)] == ["SDPA", "a", "b", "c"]
+    monkeypatch.setattr(report, "_commit", lambda: "another")
+    assert run.main([*ON_GPU, str(out)]) == 0
+    assert said == ["b", "c", "SDPA", "a", "b", "c"]
+
+
+def test_a_lost_device_is_left_to_a_process_that_starts_anew(simulated, monkeypatch):
+    field = [failing("a", "never"), failing("b", "device"), failing("c", "never")]
+    out, started = simulated(*field), []
+    monkeypatch.setattr(run.os, "execv", lambda path, words: started.append(words[1:]))
+    run.main([*ON_GPU, str(out)])
+    assert started == [[run.__file__, *ON_GPU, str(out)]]
+    found = notes(out)
+    assert [name for name, *_ in found] == ["SDPA", "a", "b"]
+    assert found[2][2] == "broke the device: illegal memory access"
+    field[1][1].clear()
+    assert run.main([*ON_GPU, str(out)]) == 0
+    assert [name for name, *_ in notes(out)] == ["SDPA", "a", "b", "c"]
 
 
 def test_rows_of_a_device_that_was_not_asked_for_stay():
