@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dash import Dash
-from flask import Flask, Response
+from flask import Flask, Response, request
 
 from lens.common.errors import LensError
 from lens_dashboards.api import make_api
@@ -160,6 +160,10 @@ def _harden(app: Dash, flask: Flask) -> None:
     @flask.after_request
     def add_headers(response: Response) -> Response:
         response.headers.setdefault("Content-Security-Policy", policy)
+        if (
+            request.path == "/_favicon.ico"
+        ):  # its link names the version; asked for anew at every change of the address
+            response.headers["Cache-Control"] = "private, max-age=86400"
         response.headers["X-Content-Type-Options"] = "nosniff"
         response.headers["X-Frame-Options"] = "SAMEORIGIN"
         response.headers["Referrer-Policy"] = "no-referrer"

@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Callable
 from typing import Any
 
 from dash import ALL, ClientsideFunction, Dash, Input, Output, State, dcc, html, no_update
@@ -32,6 +33,7 @@ from lens_dashboards.pages.parts import card, error_card, fault_card, note_banne
 from lens_dashboards.selection import Selection, read_url
 
 _LOG = logging.getLogger(__name__)
+_Part = Callable[[Library, Selection], list[Any]]
 RENDER = {
     "runs": runs.page,
     "jobs": jobs.page,
@@ -61,6 +63,7 @@ def register(app: Dash, library: Library) -> None:
             dcc.Location(id="url", refresh="callback-nav"),
             dcc.Store(id="go-to"),
             dcc.Store(id="gone-to"),
+            dcc.Store(id="chosen"),
             html.Header(
                 [
                     dcc.Link("attention-lens", href="/", className="brand"),
@@ -93,39 +96,29 @@ def register(app: Dash, library: Library) -> None:
         prevent_initial_call=True,
     )
 
-    @app.callback(
-        Output("go-to", "data", allow_duplicate=True),
+    app.clientside_callback(
+        ClientsideFunction("lens", "choose"),
+        Output("chosen", "data"),
         Input({"option": ALL}, "value"),
         State({"option": ALL}, "id"),
         State({"shown": ALL}, "data"),
         State({"shown": ALL}, "id"),
+        prevent_initial_call=True,
+    )
+
+    @app.callback(
+        Output("go-to", "data", allow_duplicate=True),
+        Input("chosen", "data"),
         State("url", "pathname"),
         State("url", "search"),
         prevent_initial_call=True,
     )
-    def choose(
-        values: list[Any],
-        ids: list[dict[str, str]],
-        shown: list[Any],
-        shown_ids: list[dict[str, str]],
-        path: str,
-        search: str,
-    ) -> Any:
-        """Keep what was chosen on a page in its link; the page is then drawn from the link.
-
-        A control that still has the value that it was drawn with was not touched: writing it into the
-        link would add a step to the history, from which there is no way back.
-        """
+    def choose(chosen: dict[str, Any], path: str, search: str) -> Any:
+        """Keep what was chosen on a page in its link; the page is then drawn from the link."""
         view, _ = read_url(path, search or "")
         if view is None:
             return no_update
-        before = {one["shown"]: value for one, value in zip(shown_ids, shown, strict=True)}
-        chosen = {
-            one["option"]: _words(value)
-            for one, value in zip(ids, values, strict=True)
-            if before.get(one["option"]) != value
-        }
-        after = view.where(**chosen)
+        after = view.where(**{name: _words(value) for name, value in chosen.items()})
         return no_update if after == view else _step(after)
 
     app.clientside_callback(
@@ -172,6 +165,21 @@ def register(app: Dash, library: Library) -> None:
         Output("map-mounted", "data"),
         Input("map-config", "data"),
     )
+
+    @app.callback(
+        Output("curves", "children"),
+        Input("map-mounted", "data"),
+        State("url", "pathname"),
+        State("url", "search"),
+        prevent_initial_call=True,
+    )
+    def draw_curves(_: Any, path: str, search: str) -> Any:
+        """The curves below a map, when it is drawn and stays."""
+        view, _notes = read_url(path, search or "")
+        if view is None or view.page != "head":
+            return no_update
+        return _shown(head.curves, library, view, path, html.H2)
+
     app.clientside_callback(
         ClientsideFunction("lens", "mountMaps"),
         Output("maps-mounted", "data"),
@@ -214,10 +222,17 @@ def render(library: Library, path: str, search: str) -> list[Any]:
                 ]
             ),
         ]
+    address = f"{path}?{search.lstrip('?')}"
+    return [*map(note_banner, notes), *_shown(RENDER[view.page], library, view, address)]
+
+
+def _shown(
+    part: _Part, library: Library, view: Selection, address: str, level: Any = html.H1
+) -> list[Any]:
     try:
-        return [*map(note_banner, notes), *RENDER[view.page](library, view)]
+        return part(library, view)
     except LensError as error:
-        return [html.H1("This cannot be shown"), error_card(str(error), view)]
+        return [level("This cannot be shown"), error_card(str(error), view)]
     except Exception as fault:  # at the edge: a fault of this program is shown, and logged whole
-        _LOG.exception("page %s?%s failed", path, search)
-        return [html.H1("This page failed"), fault_card(fault, f"{path}?{search.lstrip('?')}")]
+        _LOG.exception("page %s failed", address)
+        return [level("This page failed"), fault_card(fault, address)]

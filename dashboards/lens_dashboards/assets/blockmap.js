@@ -27,7 +27,7 @@
       this.active = false; // whether the wheel zooms without Ctrl: after a click, until the pointer leaves
       this.palette = paletteOf(config.palette);
       this.build(root);
-      this.start();
+      this.started = this.start();
     }
 
     build(root) {
@@ -764,16 +764,34 @@
   }
 
   /* The dashboard's server, which computes each rectangle when it is asked for. */
+  let lastTokens = {}; // of the prompt that was shown last: its next head has the same
+  let ahead = {}; // a rectangle that was asked for while the page of its head is on the way
+
   function serverSource(c) {
     const url = (kind) => `/api/run/${encodeURIComponent(c.run)}/${kind}/${encodeURIComponent(c.prompt)}`;
+    const place = (asked) => [`${url("raster")}/{heads}?${new URLSearchParams({ ...asked, variant: c.variant })}`, `L${c.layer}H${c.head}`];
     const row = (query) => `${url("row")}/${c.layer}/${c.head}/${query}?variant=${c.variant}`;
     return {
-      tokens: () => together(url("tokens"), "", async (answer, all) => {
-        const tokens = await answer.json();
-        return all.map(() => tokens);
-      }),
-      raster: (asked) => together(
-        `${url("raster")}/{heads}?${new URLSearchParams({ ...asked, variant: c.variant })}`, `L${c.layer}H${c.head}`, rasters),
+      async tokens() {
+        const of = `${url("tokens")} ${c.made}`;
+        if (lastTokens.of === of) return lastTokens.tokens;
+        const tokens = await together(url("tokens"), "", async (answer, all) => {
+          const read = await answer.json();
+          return all.map(() => read);
+        });
+        lastTokens = { of, tokens };
+        return tokens;
+      },
+      raster(asked) {
+        const [address, head] = place(asked), { of, found } = ahead;
+        ahead = {};
+        return of === address + head ? found : together(address, head, rasters);
+      },
+      expect(asked) {
+        const [address, head] = place(asked), found = together(address, head, rasters);
+        found.catch(() => {}); // the map that takes it says so
+        ahead = { of: address + head, found };
+      },
       row: async (query) => new Float32Array(await (await ask(row(query))).arrayBuffer()),
     };
   }
@@ -959,6 +977,11 @@
         return new BlockMap(place, { ...one, wall: mine, small: config.side });
       }));
       return mine.maps;
+    },
+    /* What the map of another head will ask for, while its page is made: it has the zoom of this one. */
+    expect(layer, head) {
+      if (!current || !current.view || current.config.source) return;
+      serverSource({ ...current.config, layer, head }).expect({ ...current.view, pooling: "max", cells: current.cells });
     },
     get current() { return current; },
   };

@@ -11,6 +11,7 @@
     if (window.location.pathname !== from) window.scrollTo(0, 0);
   }
   window.lensGo = go;
+  const CURVES_AFTER = 150; // ms: who steps through heads is not held up by figures below the map
 
   window.dash_clientside = window.dash_clientside || {};
   window.dash_clientside.lens = {
@@ -30,10 +31,22 @@
     chooseEdges(step, steps, shown) {
       return steps && steps[step] && steps[step] !== shown ? steps[step] : window.dash_clientside.no_update;
     },
-    mountMap(config) {
+    /* What was chosen in the controls of a page. One that still has the value that it was drawn with was not touched:
+       writing it into the link would add a step to the history, from which there is no way back. */
+    choose(values, ids, shown, shownIds) {
+      const before = Object.fromEntries(shownIds.map((one, at) => [one.shown, JSON.stringify(shown[at])]));
+      const touched = ids.map((one, at) => [one.option, values[at]]).filter(([name, value]) => JSON.stringify(value) !== before[name]);
+      return touched.length ? Object.fromEntries(touched) : window.dash_clientside.no_update;
+    },
+    /* Ends when the map is drawn and no other head was asked for, which is what the curves below it wait for. */
+    async mountMap(config) {
       const root = document.getElementById("map");
-      if (root && config) window.lensBlockMap.mount(root, config);
-      return true;
+      if (!root || !config) return window.dash_clientside.no_update;
+      const map = window.lensBlockMap.mount(root, config), link = window.location.pathname;
+      await map.started;
+      await new Promise((resolve) => setTimeout(resolve, CURVES_AFTER));
+      const stays = window.lensBlockMap.current === map && window.location.pathname === link;
+      return stays ? link : window.dash_clientside.no_update;
     },
     mountMaps(config) {
       const wall = document.getElementById("maps");
@@ -85,7 +98,11 @@
     if (!link || link.tagName !== "A" || event.ctrlKey || event.metaKey || event.shiftKey) return;
     event.preventDefault();
     event.stopPropagation();
-    if (link.id.endsWith("-head")) return go(new URL(link.href).pathname + window.location.search);
+    if (link.id.endsWith("-head")) {
+      const there = new URL(link.href).pathname;
+      window.lensBlockMap.expect(...there.split("/").slice(-2));
+      return go(there + window.location.search);
+    }
     const there = new URL(link.href), here = new URLSearchParams(window.location.search);
     for (const name of ["q0", "q1", "k0", "k1", "query"]) {
       if (here.get(name)) there.searchParams.set(name, here.get(name));

@@ -53,7 +53,7 @@ def page(library: Library, view: Selection) -> list[Any]:
     else:
         attention = _map_card(run, prompt, trace, layer, head)
         below = [card(html.Div(id="strip", className="strip"), "Tokens")]
-        config = map_config(view, run.id, prompt, trace, name)
+        config = map_config(view, run, prompt, trace, name)
         mounted = [dcc.Store(id="map-config", data=config), dcc.Store(id="map-mounted")]
     return [
         crumbs(run, view),
@@ -84,16 +84,28 @@ def page(library: Library, view: Selection) -> list[Any]:
         *below,
         *examples_card(run, view, name, notes),
         *_pinned(library, run, view, trace, prompt),
-        *_curves(run, view, trace, prompt),
+        *(
+            _curves(run, view, trace, prompt)
+            if trace.cross
+            else [html.Div(id="curves", className="curves")]
+        ),
     ]
 
 
+def curves(library: Library, view: Selection) -> list[Any]:
+    """What stands below a map: three figures, which are made and drawn when the map is there and stays."""
+    run = library.run(view.run)
+    prompt = known_prompt(view, run.traces, [])
+    return _curves(run, view, library.trace(run.id, prompt), prompt)
+
+
 def map_config(
-    view: Selection, run_id: str, prompt: str, trace: AttentionTrace, name: str
+    view: Selection, run: Run, prompt: str, trace: AttentionTrace, name: str
 ) -> dict[str, Any]:
     """What the script that draws a head's map is told."""
     return {
-        "run": run_id,
+        "run": run.id,
+        "made": run.meta.get("updated") or run.meta["created"],
         "prompt": prompt,
         "window": view.window,
         "query": view.query,

@@ -36,7 +36,7 @@ def page(library: Library, view: Selection) -> list[Any]:
     prompt = known_prompt(view, run.traces, notes)
     trace = library.trace(run.id, prompt)
     heads = _heads(trace, view.option("heads") or f"L{trace.layers[0]}H0", MOST_MAPS, notes)
-    maps = [map_config(view, run.id, prompt, trace, name) for name in heads]
+    maps = [map_config(view, run, prompt, trace, name) for name in heads]
     chosen = [_chip(view, "heads", heads, name, "") for name in heads]
     other = _other(library, view, run, prompt, notes)
     if other is not None and other[2].query_tokens != trace.query_tokens:
@@ -47,7 +47,7 @@ def page(library: Library, view: Selection) -> list[Any]:
         given = view.option("others") or ",".join(heads)
         theirs = _heads(trace_b, given, MOST_MAPS - len(heads), notes)
         maps += [
-            map_config(view, run_b.id, prompt_b, trace_b, name)
+            map_config(view, run_b, prompt_b, trace_b, name)
             | {"title": f"{name} of {trace_b.model}"}
             for name in theirs
         ]
