@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lens.common.errors import LensError
-from lens.common.files import open_regular
+from lens.common.files import open_regular, shorten
 from lens.models.catalogue import KNOWN
 from lens_analyses.boxes import read_boxes
 from lens_analyses.config import RunConfig
@@ -59,6 +59,10 @@ def read_sources(config: RunConfig) -> tuple[RunConfig, list[Source]]:
         from lens.tasks import prompts as embedded
 
         return config, [_embedded(embedded, prompts.text_name)]
+    if prompts.prompt is not None:
+        if not prompts.prompt.strip():
+            raise LensError("--prompt has no words; give some")
+        return config, [Source(shorten(prompts.prompt), prompts.prompt)]
     name = prompts.text or prompts.batch
     if name is None:
         return config, []
@@ -198,7 +202,7 @@ def _pairs(model: "LoadedModel", config: RunConfig, sources: list[Source]) -> li
 
     if not sources:
         raise LensError(
-            "an encoder-decoder reads sources: give --text, --text-name or --prompts, --audio or --image"
+            "an encoder-decoder reads sources: give --prompt, --text, --text-name or --prompts, --audio or --image"
         )
     if config.prompts.files:
         return [_heard_or_seen(model, config, source) for source in sources]
@@ -297,7 +301,9 @@ def _absolute_model(config: RunConfig) -> RunConfig:
 
 def _read(path: Path) -> str:
     if not path.exists():
-        raise LensError(f"no file {path}; give a text file, or an embedded text with --text-name")
+        raise LensError(
+            f"no file {path}; give a text file, the words themselves with --prompt, or an embedded text with --text-name"
+        )
     try:
         with open_regular(path, most=LARGEST_TEXT) as file:
             content = StringIO(file.read(LARGEST_TEXT).decode(), newline=None).read()

@@ -141,6 +141,6 @@ def _check_text(config: Path | None, given: dict[str, Any]) -> None:
     named = [f"prompts.{name}" for name in names]
     if config is None and not any(name in given for name in named):
         raise UsageError(
-            "which text? --text FILE, --text-name moby-dick or --prompts FILE; "
+            "which text? --prompt WORDS, --text FILE, --text-name moby-dick or --prompts FILE; "
             "or --copied N for copied random tokens alone"
         )

@@ -18,7 +18,7 @@ DIFFUSION = "diffusion"
 """What a run is whose configuration no other command takes."""
 NEED_TEXT = ("sinks", "redistribute", "policies", "mixers", "examples", "generate")
 """Analyses that copied prompts alone do not do for."""
-_SOURCES = ("text", "text_name", "batch")
+_SOURCES = ("prompt", "text", "text_name", "batch")
 
 
 def again(run: Path, meta: Mapping[str, Any]) -> str:
@@ -67,7 +67,7 @@ def _check(config: Mapping[str, Any], what: str) -> None:
     prompts = config.get("prompts", {})
     if what in NEED_TEXT and not any(prompts.get(name) for name in _SOURCES):
         raise LensError(
-            f"`lens {what}` needs text, and this run has copied prompts alone; make a run with --text FILE or "
+            f"`lens {what}` needs text, and this run has copied prompts alone; make a run with --prompt WORDS, --text FILE or "
             "--text-name moby-dick"
         )
 

@@ -39,7 +39,7 @@ def test_defaults_are_a_copied_run_of_the_embedded_model():
     [
         ({"modle": {}}, "unknown setting modle; did you mean model"),
         ({"prompts": {"token": 3}}, "unknown setting prompts.token; did you mean prompts.tokens"),
-        ({"prompts": {"zzz": 3}}, "unknown setting prompts.zzz; known: text, text_name"),
+        ({"prompts": {"zzz": 3}}, "unknown setting prompts.zzz; known: prompt, text, text_name"),
         ({"prompts": 3}, "prompts is a section, got the value 3"),
         (
             {"prompts": {"tokens": "many"}},

@@ -149,7 +149,7 @@ def test_a_prompt_of_a_batch_that_is_too_long_is_named(model, tmp_path):
         (b"", "is empty; give one with at least one token"),
         (b" \n\t", "is empty"),
         (b"caf\xe9", r"is no UTF-8 text \(byte 3\); convert it first"),
-        (None, "no file .*; give a text file, or an embedded text with --text-name"),
+        (None, "no file .*; give a text file, the words themselves with --prompt, or an embedded"),
     ],
 )
 def test_a_file_that_cannot_be_used(tmp_path, content, message):
@@ -158,6 +158,14 @@ def test_a_file_that_cannot_be_used(tmp_path, content, message):
         file.write_bytes(content)
     with pytest.raises(LensError, match=message):
         read_sources(RunConfig(prompts=PromptConfig(text=str(file))))
+
+
+def test_words_stand_for_themselves():
+    config, sources = read_sources(RunConfig(prompts=PromptConfig(prompt="Call me")))
+    assert [(one.title, one.text) for one in sources] == [("Call me", "Call me")]
+    assert config.prompts.prompt == "Call me"
+    with pytest.raises(LensError, match="--prompt has no words"):
+        read_sources(RunConfig(prompts=PromptConfig(prompt=" ")))
 
 
 def test_a_folder_is_no_text(tmp_path):

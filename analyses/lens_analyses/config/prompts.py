@@ -9,7 +9,7 @@ from lens_analyses.config.listed import listed
 from lens_analyses.config.pictures import images_setting
 from lens_analyses.config.settings import Section, Shown, setting
 
-SOURCES = ("text", "text_name", "batch", "audio", "image")
+SOURCES = ("prompt", "text", "text_name", "batch", "audio", "image")
 OF_LABELS = ("images", "labelled")
 
 
@@ -28,6 +28,7 @@ def _known_text(name: str) -> str:
 class PromptConfig(Section):
     """Which prompts; at most one of `SOURCES`."""
 
+    prompt: str | None = setting(None, "The words to analyse themselves.", min_length=1)
     text: str | None = setting(None, "Text file to analyse.", shown=Shown(file=True), min_length=1)
     text_name: Annotated[str, AfterValidator(_known_text)] | None = setting(
         None,
@@ -90,7 +91,7 @@ class PromptConfig(Section):
                 "prompts.windows cuts one text into pieces of prompts.tokens tokens: it needs "
                 "prompts.tokens, and does not go with prompts.batch"
             )
-        if self.target is not None and given in ([], ["text_name"]):
+        if self.target is not None and given in ([], ["prompt"], ["text_name"]):
             raise ValueError("prompts.target goes with prompts.text, batch, audio or image")
         if self.tokens is not None and self.files:
             raise ValueError("prompts.tokens cuts texts; leave it out with prompts.audio or image")

@@ -243,7 +243,7 @@ def _check_backend(model: "LoadedModel", backend: str) -> None:
 def _check_text(texts: list[list[int]]) -> None:
     if not texts:
         raise LensError(
-            "this analysis needs text, and the run has copied prompts alone; give --text FILE or "
+            "this analysis needs text, and the run has copied prompts alone; give --prompt WORDS, --text FILE or "
             "--text-name moby-dick"
         )
 
