@@ -55,6 +55,7 @@ def epsilon_curve(result: SinkCurve, **look: Unpack[Look]) -> go.Figure:
             error_y=error if known.any() else None,
             name="sink rate",
             mode="lines+markers",
+            cliponaxis=False,
             line={"color": ACCENT},
             hovertemplate="ε %{x}<br>rate %{y:.3f}<extra></extra>",
         )
