@@ -8,8 +8,9 @@ surprising ones first and compute nothing anew.
                exact its size; at least 1 % of the value's size
     surprise = min(gap / scale, 100)
 
-A finding whose interval holds its baseline has a surprise of 0 and is no headline. One without an interval (a single
-prompt) stands behind all that have one.
+A finding whose interval holds its baseline has a surprise of 0. No headline is one of less than 0.5 where the baseline
+scatters (two intervals of one width exclude each other from 0.41 on), or than 0.1 where it is exact. One without an
+interval (a single prompt) stands behind all that have one.
 """
 
 from __future__ import annotations
@@ -24,6 +25,10 @@ import numpy as np
 from lens.common.errors import LensError
 
 _FLOOR = 0.01
+_BESIDE, _BEYOND = (
+    0.5,
+    0.1,
+)  # least surprise beside a baseline that scatters, and beyond an exact one
 _ROUNDING = 1e-5  # of a value: what single precision makes of nothing
 _SCATTER = 1.4826  # of the median absolute deviation, for a standard deviation
 
@@ -81,6 +86,11 @@ class Headline:
         scale = self.spread if math.isfinite(self.spread) else abs(self.baseline)
         scale = max(scale, _FLOOR * abs(self.value))
         return min(gap / scale, 1 / _FLOOR) if gap else 0.0
+
+    @property
+    def stands(self) -> bool:
+        """Whether the value is far enough from its baseline to be told, as this module defines it."""
+        return self.surprise >= (_BESIDE if math.isfinite(self.spread) else _BEYOND)
 
     def as_json(self) -> dict[str, Any]:
         """Plain values; NaN becomes None."""
@@ -155,4 +165,20 @@ def higher_chance(uniform: float, random_weights: float) -> tuple[str, float, st
 
 def those_that_stand(found: Iterable[Headline]) -> tuple[Headline, ...]:
     """Without those that their baseline explains."""
-    return tuple(one for one in found if one.surprise > 0)
+    return tuple(one for one in found if one.stands)
+
+
+def is_above_nothing(found: Mapping[str, float], whole: float = 0.0) -> bool:
+    """Whether what `highest` found is an effect: its interval lies above 0, and above what single precision makes of it.
+
+    Args:
+        found: fields of a `Headline`, with `value` and `low`.
+        whole: size of what is changed, such as the loss of the model as it is; 0: not known.
+
+    Example:
+        >>> from lens.runs.headlines import is_above_nothing
+        >>> is_above_nothing({"value": 1e-5, "low": 2e-6}, whole=8.0)
+        False
+    """
+    low = found["value"] if math.isnan(found["low"]) else found["low"]
+    return low > 0 and found["value"] > _ROUNDING * abs(whole)

@@ -110,6 +110,7 @@ def edges(subject: Subject) -> Section:
                 "the median edge",
                 unit=scores.metric,
                 figure="circuit",
+                whole=float(task.evaluate(subject.model).abs().max()),
             )
         ),
     )

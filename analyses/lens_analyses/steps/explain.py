@@ -116,10 +116,10 @@ def _without(table: pd.DataFrame) -> Iterator[Headline]:
     """Of each head the part without which its attention falls most, beside the attention with all parts."""
     for name, own in table.groupby("name", sort=False):
         row = own.sort_values("measured").to_dict("records")[0]
-        interval = ends(row["measured_low"], row["measured_high"], ".0%")
+        interval = ends(row["measured_low"], row["measured_high"], ".1%")
         yield Headline(
-            f"Without what {row['part']} wrote {name} gives such keys {row['measured']:.0%}{interval} of its "
-            f"attention instead of {row['clean']:.0%}; {row['predicted']:.0%} was predicted.",
+            f"Without what {row['part']} wrote {name} gives such keys {row['measured']:.1%}{interval} of its "
+            f"attention instead of {row['clean']:.1%}; {row['predicted']:.1%} was predicted.",
             row["measured"],
             row["measured_low"],
             row["measured_high"],

@@ -6,12 +6,13 @@ What surprises, and which of them a first screen shows, is defined in `lens.runs
 from collections.abc import Container, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from lens.common.errors import LensError
 from lens.common.results import ends
 from lens.heads.measures.scores import HeadScores
-from lens.runs.headlines import Headline, higher_chance, highest
+from lens.runs.headlines import Headline, higher_chance, highest, is_above_nothing
 from lens_analyses.steps.tried import told
 
 NATS = "nats a token"
@@ -77,6 +78,8 @@ def of_importance(
                 f"{best['name']} is first for {task} by {chief.label}, an estimate: {fields['value']:.3g}"
                 f"{ends(fields['low'], fields['high'])} of {chief.metric}, the median head {fields['baseline']:.3g}."
             )
+        if not is_above_nothing(fields, float(np.abs(chief.clean).max())):
+            continue  # no head whose absence is told apart from none
         yield Headline(
             text,
             **fields,
@@ -156,6 +159,7 @@ def of_highest(
     *,
     unit: str = "",
     figure: str = "",
+    whole: float = 0.0,
 ) -> Iterator[Headline]:
     """The row that has most of a column, beside the median row.
 
@@ -165,10 +169,13 @@ def of_highest(
         text: the sentence, with `{name}`, `{value}` and `{baseline}`; the interval is put behind the value.
         others: what the median is of.
         unit, figure: of the headline.
+        whole: size of what the column changes, where that is known: less than rounding of it is nothing.
     """
     try:
         best, fields = _highest_row(table, column)
     except LensError:
+        return
+    if not is_above_nothing(fields, whole):
         return
     value = f"{fields['value']:.3g}{ends(fields['low'], fields['high'])}"
     said = text.format(**(best | {"value": value, "baseline": f"{fields['baseline']:.3g}"}))

@@ -128,7 +128,7 @@ def _shown(found: Iterable[_Change], draw: Callable[[_Change], Any]) -> list[Sho
     for one in order:
         is_told = (one.head or one.prompts) in {other.head or other.prompts for other in chosen}
         alike = sum(other.metric == one.metric for other in chosen)
-        if one.headline.surprise > 0 and not is_told and alike < OF_ONE:
+        if one.headline.stands and not is_told and alike < OF_ONE:
             chosen.append(one)
     return [
         Shown(
