@@ -80,7 +80,10 @@ def test_version(lens_command):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["run"], "which text? --prompt WORDS, --text FILE, --text-name moby-dick or --prompts FILE"),
+        (
+            ["run"],
+            "which text? --prompt WORDS, --text FILE, --text-name moby-dick or --prompts FILE",
+        ),
         (["run", "--tokens", "12"], "which text?"),
         (
             ["run", "--copied", "1", "--tokens", "many"],
