@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
+import pandas as pd
 import plotly.graph_objects as go
 
 from lens.common.colors import ACCENT, BASELINE, DIVERGING, LINE, scale
@@ -19,8 +21,6 @@ from lens.traces.metrics import METRICS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    import pandas as pd
 
     from lens.runs import Comparison
     from lens.runs.comparison.series import RunSeries
@@ -264,7 +264,11 @@ def series_lines(
         )
     rows = rows[rows["prompts"] == kind]
     grid = rows.pivot(index="name", columns="place", values="value")
-    spread = (grid.max(axis=1) - grid.min(axis=1)).sort_values(ascending=False, kind="stable")
+    parts = _same_heads(series, list(grid.columns))
+    spans = pd.concat([grid[part].max(axis=1) - grid[part].min(axis=1) for part in parts], axis=1)
+    spread = spans.max(axis=1).sort_values(ascending=False, kind="stable")
+    shown = [place for part in parts for place in [part[0], *part]][1:]  # a gap between the parts
+    gaps = np.cumsum([0, *(len(part) + 1 for part in parts[:-1])])[1:] - 1
     figure = go.Figure()
     colors = iter((ACCENT, LINE, "#22a884", "#8250df", "#8a5300", "#17663a", "#5c6773", "#1f5a96"))
     chosen = set(heads or spread.index[:top])
@@ -275,16 +279,16 @@ def series_lines(
         named = name in chosen
         color = next(colors, LINE) if named else BASELINE
         figure.add_scatter(
-            x=[series.names[int(place)] for place in grid.columns],
-            y=grid.loc[name],
+            x=[series.names[place] for place in shown],
+            y=_with_gaps(grid.loc[name, shown], gaps),
             mode="lines+markers" if named else "lines",
             name=str(name),
             showlegend=named,
             opacity=1.0 if named else 0.35,
             line={"color": color, "width": 2 if named else 1},
             error_y={
-                "array": (high - grid).loc[name],
-                "arrayminus": (grid - low).loc[name],
+                "array": (high - grid).loc[name, shown],
+                "arrayminus": (grid - low).loc[name, shown],
                 "thickness": 1,
                 "width": 3,
                 "visible": named,
@@ -294,12 +298,32 @@ def series_lines(
     figure.update_xaxes(title="run", type="category")
     figure.update_yaxes(title=label(metric, variant))
     first = spread.index[0]
+    most = grid.loc[first, parts[int(np.nanargmax(spans.loc[first]))]]
     return style(
         figure,
-        f"{first} changes most: {grid.loc[first].min():.2f} to {grid.loc[first].max():.2f}",
+        f"{first} changes most: {most.min():.2f} to {most.max():.2f}"
+        if max(map(len, parts)) > 1
+        else "No two neighbours have the same heads",
         look,
         meta={"metric": metric, "variant": variant, "prompts": kind},
     )
+
+
+def _same_heads(series: RunSeries, places: list[int]) -> list[list[int]]:
+    """The places of a series in pieces of which neighbours have the same heads."""
+    parts = [places[:1]]
+    for before, place in pairwise(places):
+        if (series.names[before], series.names[place]) in series.refused:
+            parts.append([])
+        parts[-1].append(place)
+    return parts
+
+
+def _with_gaps(values: pd.Series, gaps: np.ndarray) -> np.ndarray:
+    """The values of a line that is broken at some of its points."""
+    found = values.to_numpy(float).copy()
+    found[gaps] = np.nan
+    return found
 
 
 def first_token_curves(series: RunSeries, **look: Unpack[Look]) -> go.Figure:
