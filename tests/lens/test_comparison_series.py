@@ -78,7 +78,8 @@ def test_what_is_not_comparable_is_said_and_has_no_change(runs, tmp_path):
     assert "no prompt in common" not in " ".join(compare_series(runs).findings())
     table = series.table()
     assert table.query("place == 1")[["since_last", "since_first"]].isna().all(axis=None)
-    for line in series.plot("induction").data:  # no line leads from heads to others of the same number
+    # no line leads from heads to others of the same number
+    for line in series.plot("induction").data:
         assert np.isnan(line.y[2]), line.name
         assert np.isfinite(line.y[[0, 1, 3]]).any()
     assert table.query("place == 2")[["since_last", "since_first"]].isna().all(axis=None)
