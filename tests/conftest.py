@@ -4,11 +4,14 @@ Triton reads TRITON_INTERPRET when a kernel is decorated, its own ones when it i
 variable is set before any test module brings triton in.
 """
 
+import gc
 import os
 import shutil
 
 import pytest
 import torch
+
+gc.disable()  # of what is imported nothing is garbage: looking took a fifth of the collection
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
@@ -27,6 +30,13 @@ _FLAGS = [
 def pytest_collection_modifyitems(items):
     """What is of the whole project comes first: it takes longest, and last it would keep one worker alone."""
     items.sort(key=lambda item: len(item.path.parts))
+
+
+def pytest_collection_finish():
+    """What is there by now stays, and is not looked at again with each new tensor."""
+    gc.freeze()
+    gc.set_threshold(10_000, 10, 10)
+    gc.enable()
 
 
 @pytest.hookimpl(optionalhook=True)
