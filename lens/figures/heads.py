@@ -3,6 +3,7 @@
 All take the long table of `heads.parquet` (docs/schema/run-folder.md), cut to one `prompt_id`.
 """
 
+from collections.abc import Iterable
 from typing import Any, Unpack
 
 import numpy as np
@@ -64,6 +65,46 @@ def head_grid(
         'Sink rate (probability): highest at L1H0, 1'
     """
     rows = select(table, metric, variant)
+    heat, shape = _heat(rows, metric)
+    figure = go.Figure([heat])
+    grid_axes(figure, *shape, most=32)
+    return style(
+        figure,
+        _finding(rows, metric, variant),
+        look,
+        height=grid_height(shape[0], 26),
+        meta=_meta(rows, "head_grid", metric=metric, variant=variant),
+    )
+
+
+def plain_grids(
+    table: pd.DataFrame, pairs: Iterable[tuple[str, str]], **look: Unpack[Look]
+) -> dict[tuple[str, str], dict[str, Any]]:
+    """`head_grid` of many metrics and variants as plotly's JSON; their layout, which takes longest, is made once.
+
+    Args:
+        table: as of `head_grid`.
+        pairs: metric and variant of each.
+        look: of all; no title.
+    """
+    parts = {pair: select(table, *pair) for pair in pairs}
+    heats = {pair: _heat(rows, pair[0]) for pair, rows in parts.items()}
+    drawn = go.Figure([heat for heat, _ in heats.values()]).to_plotly_json()["data"]
+    layouts: dict[tuple[int, int], dict[str, Any]] = {}
+    made = {}
+    for (pair, rows), trace in zip(parts.items(), drawn, strict=True):
+        shape = heats[pair][1]
+        if shape not in layouts:
+            layouts[shape] = head_grid(rows, *pair, **look).to_plotly_json()["layout"]
+        layout = layouts[shape]
+        title = layout["title"] | {"text": _finding(rows, *pair)}
+        meta = _meta(rows, "head_grid", metric=pair[0], variant=pair[1])
+        made[pair] = {"data": [trace], "layout": layout | {"title": title, "meta": meta}}
+    return made
+
+
+def _heat(rows: pd.DataFrame, metric: str) -> tuple[dict[str, Any], tuple[int, int]]:
+    """The trace of `head_grid`, and how many layers and heads there are."""
     layers, down = np.unique(rows["layer"], return_inverse=True)
     heads, across = np.unique(rows["head"], return_inverse=True)
     values, low, high = np.full((3, len(layers), len(heads)), np.nan)
@@ -84,29 +125,21 @@ def head_grid(
         ]
         for pair in zip(low, high, strict=True)
     ]
-    figure = go.Figure(
-        go.Heatmap(
-            z=values,
-            x=heads,
-            y=layers,
-            colorscale=scale(DIVERGING if signed else VIRIDIS),
-            colorbar={"title": {"text": metric_of(metric).unit, "side": "right"}, "thickness": 12},
-            xgap=1,
-            ygap=1,
-            text=interval,
-            hovertemplate="L%{y}H%{x}: %{z:.4g}%{text}<extra></extra>",
-            hoverongaps=False,
-            **limits,
-        )
-    )
-    grid_axes(figure, *values.shape, most=32)
-    return style(
-        figure,
-        _finding(rows, metric, variant),
-        look,
-        height=grid_height(len(layers), 26),
-        meta=_meta(rows, "head_grid", metric=metric, variant=variant),
-    )
+    heat = {
+        "type": "heatmap",
+        "z": values,
+        "x": heads,
+        "y": layers,
+        "colorscale": scale(DIVERGING if signed else VIRIDIS),
+        "colorbar": {"title": {"text": metric_of(metric).unit, "side": "right"}, "thickness": 12},
+        "xgap": 1,
+        "ygap": 1,
+        "text": interval,
+        "hovertemplate": "L%{y}H%{x}: %{z:.4g}%{text}<extra></extra>",
+        "hoverongaps": False,
+        **limits,
+    }
+    return heat, (len(layers), len(heads))
 
 
 def _finding(rows: pd.DataFrame, metric: str, variant: str) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import plotly.graph_objects as go
+import plotly.io as pio
 
 from lens.common.colors import ACCENT, BASELINE, INK
 
@@ -19,7 +20,7 @@ _ROOM = 36  # characters below it
 
 def small(figure: go.Figure) -> go.Figure:
     """A copy of a figure without title, legend, colour bar and names of ticks, as large as `SIZE`."""
-    made = go.Figure(figure)
+    made = _copied(figure)
     made.for_each_trace(_bare)
     width, height = SIZE
     made.update_layout(
@@ -45,10 +46,20 @@ def small(figure: go.Figure) -> go.Figure:
     return made
 
 
+def _copied(figure: go.Figure) -> go.Figure:
+    """A copy; the usual template is left to plotly, which would look a given one through."""
+    plain = figure.to_plotly_json()
+    if plain["layout"].get("template") == pio.templates[pio.templates.default].to_plotly_json():
+        del plain["layout"]["template"]
+    return go.Figure(plain)
+
+
 def _is_named(trace: Any) -> bool:
     """Whether words stand below the axis, for which there is no room."""
     across = getattr(trace, "x", None)
-    return across is not None and any(isinstance(one, str) for one in list(across)[:1])
+    if across is None or isinstance(across, dict):  # plotly's form of numbers in a file
+        return False
+    return any(isinstance(one, str) for one in list(across)[:1])
 
 
 def _bare(trace: Any) -> None:

@@ -12,6 +12,7 @@ from plotly.subplots import make_subplots
 import lens
 from lens import figures
 from lens.common.errors import LensError
+from lens.figures.heads import plain_grids
 from lens.figures.reading import pair_products
 from lens.figures.roles import share_grid
 from lens.figures.style import Look, _set, _set_axes
@@ -99,6 +100,17 @@ def test_head_grid_puts_every_head_in_its_place(table):
     assert figure.data[0].zmax == rows["value"].max()
     probability = figures.head_grid(table, "induction")
     assert (probability.data[0].zmin, probability.data[0].zmax) == (0, 1)
+
+
+def test_grids_that_share_a_layout_are_those_that_are_made_one_by_one(table):
+    signed = table.assign(value=table["value"].where(table["metric"] != "entropy", -0.5))
+    few = signed[(signed["metric"] != "distance") | (signed["layer"] == 0)]
+    pairs = list(dict.fromkeys(zip(few["metric"], few["variant"], strict=True)))
+    made = plain_grids(few, pairs, height=300)
+    assert list(made) == pairs
+    assert {"entropy", "distance", "induction", "top_key"} <= {metric for metric, _ in pairs}
+    for pair in pairs:
+        assert made[pair] == figures.head_grid(few, *pair, height=300).to_plotly_json()
 
 
 def test_signed_values_are_centred_at_zero(table):

@@ -162,6 +162,13 @@ def test_a_small_picture_has_no_words_and_leaves_the_figure_as_it_is():
     assert made.layout.xaxis.showticklabels is False
     assert figure.layout.title.text == "t"
     assert figure.data[0].texttemplate == "%{z}"
+    numbers = go.Figure(go.Scatter(x=np.arange(3), y=[1, 2, 3]))
+    read = go.Figure(numbers.to_plotly_json())  # as from a file
+    assert small(numbers).layout.xaxis.showticklabels is None
+    assert small(read).layout.xaxis.showticklabels is None
+    other = small(go.Figure(layout={"template": {"layout": {"colorway": ["red"]}}}))
+    assert other.layout.template.layout.colorway == ("red",)
+    assert made.layout.template == figure.layout.template
 
 
 def test_the_strip_puts_value_interval_and_baseline_on_one_line():

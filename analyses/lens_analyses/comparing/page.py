@@ -37,7 +37,7 @@ def figures(comparison: Comparison) -> dict[str, dict[str, Any]]:
         made[f"grid/{name}"] = difference_grid(
             comparison, metric, variant, prompts, title=" ", height=420
         )
-    return {name: slim(figure) for name, figure in made.items()}
+    return {name: slim(figure.to_plotly_json()) for name, figure in made.items()}
 
 
 def page(data: dict[str, Any], drawn: dict[str, dict[str, Any]]) -> str:

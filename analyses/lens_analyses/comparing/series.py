@@ -92,12 +92,14 @@ def _figures(series: RunSeries) -> dict[str, Any]:
     kinds = known[["prompts", "metric", "variant"]].drop_duplicates().itertuples(index=False)
     figures = {
         f"scatter/{kind.prompts}/{kind.metric}/{kind.variant}": slim(
-            series_lines(series, str(kind.metric), str(kind.variant), str(kind.prompts), height=420)
+            series_lines(
+                series, str(kind.metric), str(kind.variant), str(kind.prompts), height=420
+            ).to_plotly_json()
         )
         for kind in kinds
     }
     if len(series.sinks):
-        figures["first_token"] = slim(first_token_curves(series, height=380))
+        figures["first_token"] = slim(first_token_curves(series, height=380).to_plotly_json())
     return figures
 
 

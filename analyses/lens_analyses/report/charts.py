@@ -9,7 +9,8 @@ import plotly.graph_objects as go
 import plotly.io as pio
 
 from lens.common.colors import ACCENT, BASELINE, LINE
-from lens.figures import head_grid, metric_by_layer
+from lens.figures import metric_by_layer
+from lens.figures.heads import plain_grids
 from lens.figures.style import band, style
 from lens.runs.first_screen import Shown
 from lens.runs.schema import KIND_WORDS
@@ -35,19 +36,17 @@ def charts(data: dict[str, Any]) -> dict[str, dict[str, Any]]:
         return {}
     heads = pd.DataFrame(data["heads"]).rename(columns={"prompts": "prompt_id"})
     heads = heads.astype(dict.fromkeys(("value", "low", "high"), float))
-    made: dict[str, go.Figure] = {}
+    made: dict[str, dict[str, Any]] = {}
     layers = data["setup"]["model"]["layers"]
     height = min(720, max(260, 120 + 26 * layers))
     for kind, rows in heads.groupby("prompt_id", sort=False):
         scored = rows["value"].notna().groupby([rows["metric"], rows["variant"]]).any()
         pairs = dict.fromkeys(zip(rows["metric"], rows["variant"], strict=True))
-        for metric, variant in sorted(pairs, key=lambda pair: not scored[pair]):  # those first
-            of_it = (rows["metric"] == metric) & (rows["variant"] == variant)
-            if kind == "picture" and rows["value"][of_it].isna().all():
-                continue  # of rows of tokens
-            made[f"grid/{kind}/{metric}/{variant}"] = head_grid(
-                rows, metric, variant, height=height
-            )
+        shown = sorted(pairs, key=lambda pair: not scored[pair])  # those first
+        if kind == "picture":
+            shown = [pair for pair in shown if scored[pair]]  # the others are of rows of tokens
+        for pair, grid in plain_grids(rows, shown, height=height).items():
+            made["/".join(("grid", str(kind), *pair))] = slim(grid)
         trend = metric_by_layer(
             rows,
             "sink_mass",
@@ -55,15 +54,15 @@ def charts(data: dict[str, Any]) -> dict[str, dict[str, Any]]:
             height=320,
         )
         trend.update_xaxes(dtick=-(-layers // _TICKS), range=[-0.6, layers - 0.4])
-        made[f"sinks/{kind}"] = trend
-    made["sensitivity"] = _sensitivity(data["sinks"])
-    return {name: slim(figure) for name, figure in made.items()}
+        made[f"sinks/{kind}"] = slim(trend.to_plotly_json())
+    made["sensitivity"] = slim(_sensitivity(data["sinks"]).to_plotly_json())
+    return made
 
 
 def section_charts(sections: Mapping[str, Section]) -> dict[str, dict[str, Any]]:
     """`section/<section>/<figure>` -> the figures of sections, as they were saved."""
     return {
-        f"section/{name}/{part}": slim(figure)
+        f"section/{name}/{part}": slim(figure.to_plotly_json())
         for name, section in sections.items()
         for part, figure in section.figures.items()
     }
@@ -72,7 +71,7 @@ def section_charts(sections: Mapping[str, Section]) -> dict[str, dict[str, Any]]
 def pictures(shown: Sequence[Shown]) -> dict[str, dict[str, Any]]:
     """`headline/<number>` -> the small pictures of the first screen."""
     return {
-        f"headline/{number}": bare(one.picture)
+        f"headline/{number}": bare(one.picture.to_plotly_json())
         for number, one in enumerate(shown)
         if one.picture is not None
     }
@@ -103,21 +102,19 @@ def _sensitivity(sinks: dict[str, Any]) -> go.Figure:
     return style(figure, "Sink rate by threshold", {"height": 320})
 
 
-def bare(figure: go.Figure) -> dict[str, Any]:
-    """Without the template, which the page adds back."""
-    plain = figure.to_plotly_json()
-    plain["layout"].pop("template", None)
-    return plain
+def bare(plain: dict[str, Any]) -> dict[str, Any]:
+    """A figure's JSON without the template, which the page adds back."""
+    return plain | {"layout": {k: v for k, v in plain["layout"].items() if k != "template"}}
 
 
-def slim(figure: go.Figure) -> dict[str, Any]:
+def slim(plain: dict[str, Any]) -> dict[str, Any]:
     """As `bare`, and with margins for the page."""
-    plain = bare(figure)
-    title = plain["layout"].setdefault("title", {})
+    plain = bare(plain)
+    title = dict(plain["layout"].get("title", {}))
     lines = wrap(title.get("text") or "", _TITLE)
     above = (56 if len(plain["data"]) > 1 else 28) + 17 * len(lines)
     plain["layout"]["margin"] = {"l": 56, "r": 12, "t": above, "b": 44}
-    title |= {
+    plain["layout"]["title"] = title | {
         "text": "<br>".join(lines),
         "x": 0,  # of the whole figure: the names of rows can be long
         "xref": "container",

@@ -5,6 +5,7 @@ The page forbids itself every request by a content security policy; plotly.js is
 
 import json
 import math
+from functools import cache
 from typing import Any
 from urllib.parse import quote
 
@@ -89,6 +90,7 @@ def page(data: dict[str, Any], maps: list[HeadMap], figures: dict[str, dict[str,
     )
 
 
+@cache
 def environment() -> Environment:
     """The templates of every page, with the filters that write numbers."""
     made = Environment(
