@@ -36,13 +36,14 @@ class Setting:
         softcap=2.5,
         seed=0,
         dims=(16, 24),
+        heads=(4, 2),
     ):
         self.case, self.through, self.of, self.exports = case, through, of, exports
-        query, key, value = tensors(2, 4, 2, case.queries, case.keys, *dims, seed=seed)
-        self.mask = case.mask(4, case.queries, case.keys)
+        query, key, value = tensors(2, *heads, case.queries, case.keys, *dims, seed=seed)
+        self.mask = case.mask(heads[0], case.queries, case.keys)
         self.tensors = {"query": query, "key": key, "value": value}
         if sinks:
-            self.tensors["sink_logits"] = torch.tensor([0.5, -1.0, 3.0, 40.0])
+            self.tensors["sink_logits"] = torch.tensor([0.5, -1.0, 3.0, 40.0])[-heads[0] :]
         if self.mask is not None and self.mask.bias is not None:
             self.tensors["bias"] = self.mask.bias
         self.groups = (torch.arange(2 * case.keys) * 7 % 11 % 3).view(2, case.keys)
