@@ -83,7 +83,7 @@ def effect(
     Example:
         >>> found = lens.effect(model, texts, lens.edits.Mask("first", heads=["L1H0"]))
         >>> found.table()[["condition", "amount", "mass", "delta_loss", "delta_loss_low"]]
-        >>> lens.effect(model, task, lens.edits.Ablate("L1H0", "mean"), controls=8).findings()
+        >>> lens.effect(small, copying, lens.edits.Ablate("L1H0", "mean"), controls=2).findings()
         >>> pairs = [([3, 4, 5, 6], [2, 30, 31, 32]), ([9, 8, 7], [2, 40, 41])]
         >>> lens.effect(translator.part("cross"), pairs, lens.edits.Ablate("L1H0", "pooled_mean")).findings()
     """

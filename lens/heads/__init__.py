@@ -1,7 +1,7 @@
 """Which heads matter to a task, by whose measure, and what their weights alone say.
 
 >>> task = lens.tasks.induction(model, n=64, seed=0)
->>> lens.heads.importance(model, task, method="ablation", baseline="mean").top(3)
+>>> lens.heads.importance(small, copying, method="ablation", baseline="mean").top(3)
 """
 
 from lens.common.lazy import attach

@@ -165,7 +165,7 @@ def learn_masks(
 
     Example:
         >>> known = lens.circuits.known.induction_transformer(beta=4)
-        >>> learn_masks(known.model, known.task, penalty=1).circuit().edges
+        >>> learn_masks(known.model, known.task, penalty=1, steps=120).circuit().edges
         ('input->a1.h0<q>', 'a1.h0->logits')
     """
     check_counts(0, seed=seed)

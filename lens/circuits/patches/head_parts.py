@@ -149,7 +149,7 @@ def head_parts(
             that is none.
 
     Example:
-        >>> lens.circuits.head_parts(model, lens.tasks.induction(model, 16), ["L0H1", "L1H0"]).table()
+        >>> lens.circuits.head_parts(small, copying, ["L0H1", "L1H0"]).table()
     """
     check_counts(0, seed=seed)
     given_as("Task", task=task)

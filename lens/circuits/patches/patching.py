@@ -84,8 +84,8 @@ def patch(
     Causal tracing: Meng et al. 2022, arXiv 2202.05262; noise against counterfactuals: arXiv 2309.16042.
 
     Example:
-        >>> lens.circuits.patch(model, task, ["a0.h1"], receivers=["logits"], progress=False).table()
-        >>> lens.circuits.patch(model, task, "residual", positions="each", direction="denoising").plot()
+        >>> lens.circuits.patch(small, copying, ["a0.h1"], receivers=["logits"], progress=False).table()
+        >>> lens.circuits.patch(small, copying, "residual", positions="each", direction="denoising").plot()
     """
     check_counts(0, seed=seed)
     given_as("Task", task=task)

@@ -170,8 +170,9 @@ def overlap(
         they do each other's task: Hanna et al. 2024, arXiv 2403.17806.
 
     Example:
-        >>> first, second = (lens.circuits.score_edges(model, one) for one in (task, held_out))
-        >>> lens.circuits.reuse.overlap(first, second, count=300).table()
+        >>> tasks = copying, lens.tasks.induction(small, n=4, seed=1)
+        >>> first, second = (lens.circuits.score_edges(small, one) for one in tasks)
+        >>> lens.circuits.reuse.overlap(first, second, count=20).table()
     """
     check_counts(0, seed=seed)
     check_choice("null", null, Null)

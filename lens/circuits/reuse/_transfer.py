@@ -93,8 +93,9 @@ def transfer(
         faithfulness on the other task.
 
     Example:
-        >>> circuits = [lens.circuits.score_edges(model, one).top(80) for one in (task, held_out)]
-        >>> lens.circuits.reuse.transfer(model, [task, held_out], circuits).table()
+        >>> tasks = [copying, lens.tasks.induction(small, n=4, seed=1)]
+        >>> circuits = [lens.circuits.score_edges(small, one).top(20) for one in tasks]
+        >>> lens.circuits.reuse.transfer(small, tasks, circuits).table()
     """
     check_counts(0, seed=seed)
     check_lists(tasks=tasks, circuits=circuits)

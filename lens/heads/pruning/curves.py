@@ -1,7 +1,7 @@
 """What a model loses when heads are taken away one after another, run for real.
 
->>> scores = lens.heads.importance(model, task)
->>> lens.heads.pruning.curve(model, held_out, order=scores).plot()
+>>> scores = lens.heads.importance(small, copying)
+>>> lens.heads.pruning.curve(small, copying, order=scores, draws=2).plot()
 """
 
 from __future__ import annotations

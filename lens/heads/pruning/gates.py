@@ -106,7 +106,7 @@ def gate(
         LensError: as in `streaming`, or fewer than one step.
 
     Example:
-        >>> lens.heads.pruning.gate(model, texts, first=1, last=8).retrieval_heads()
+        >>> lens.heads.pruning.gate(model, texts, first=1, last=8, steps=20).retrieval_heads()
     """
     check_counts(0, seed=seed)
     check_loaded(model)
