@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 DEMO := $(BIN)/lens demo --port $(PORT) $(if $(MODEL),--model $(MODEL))
-SOURCES := lens kernels analyses dashboards tests $(wildcard docs/*.py)
+SOURCES := lens kernels analyses dashboards tests typings $(wildcard docs/*.py)
 
 .DELETE_ON_ERROR:
 .PHONY: help demo test exhaustive lint format types browser models models-table bench gpu gpu-tests gpu-table gpu-profile compiled picture docs architecture clean

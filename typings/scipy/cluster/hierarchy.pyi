@@ -1,0 +1,3 @@
+import numpy as np
+
+def linkage(y: np.ndarray, method: str = ...) -> np.ndarray: ...

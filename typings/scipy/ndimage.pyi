@@ -1,0 +1,3 @@
+import numpy as np
+
+def label(input: np.ndarray, structure: np.ndarray | None = ...) -> tuple[np.ndarray, int]: ...

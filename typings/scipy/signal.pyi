@@ -1,0 +1,3 @@
+import numpy as np
+
+def resample_poly(x: np.ndarray, up: int, down: int) -> np.ndarray: ...

@@ -1,0 +1,3 @@
+import numpy as np
+
+def cdist(XA: np.ndarray, XB: np.ndarray) -> np.ndarray: ...
