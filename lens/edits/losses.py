@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lens.common.errors import LensError
+from lens.common.errors import LensError, told
 from lens.models.loaded import LoadedModel
 from lens.passes.inputs import Prompt
 from lens.passes.interface import image_token
@@ -44,7 +44,8 @@ def predictions(
         LensError: a model without a language model's logits.
     """
     ids = prompt.predicted or []
-    with torch.no_grad(), listening(model, on_layer, exclusive=True, parts=parts):
+    said = told(lambda why: f"{model.info.class_name} cannot run this prompt: {why}")
+    with torch.no_grad(), said, listening(model, on_layer, exclusive=True, parts=parts):
         if prompt.inputs.keys() <= {"input_ids"}:
             output = model.model(torch.tensor([ids], device=model.device))
         else:  # an image, positions, segments

@@ -285,7 +285,10 @@ class LoadedModel:
             return self.model.generate(ids, **options)
 
     def _each(self, prompts: Any, run: Any) -> Any:
-        self._refuse_towers()
+        if self.towers:
+            raise LensError(
+                f"{self.info.class_name} reads several things at once; run it yourself: model.model(**inputs)"
+            )
         if self.is_encoder_decoder:
             raise LensError(
                 f"{self.info.class_name} reads a source and a target; run it yourself: "
@@ -295,12 +298,6 @@ class LoadedModel:
         many = many or (isinstance(prompts, torch.Tensor) and prompts.dim() > 1)
         return [run(prompt) for prompt in prompts] if many else run(prompts)
 
-    def _refuse_towers(self) -> None:
-        if self.towers:
-            raise LensError(
-                f"{self.info.class_name} reads several things at once; run it yourself: model.model(**inputs)"
-            )
-
     def _ids(self, prompt: Any) -> torch.Tensor:
         ids = self.encode(prompt) if isinstance(prompt, str) else prompt
         if isinstance(ids, torch.Tensor) and ids.dim() == 2 and len(ids) == 1:
@@ -308,8 +305,21 @@ class LoadedModel:
         self.check_ids(ids)
         return torch.as_tensor(ids, device=self.device)[None]
 
+    def _run(self, prompt: Any, **options: Any) -> Any:
+        ids, name = self._ids(prompt), self.info.class_name
+        with told(
+            lambda why: (
+                f"{name} cannot run on token ids alone ({why}); give it all that it reads: model.model(**inputs)"
+            )
+        ):
+            return (
+                self.model(ids, **options)
+                if self.is_bridge
+                else self.model(input_ids=ids, **options)
+            )
+
     def _logits(self, prompt: Any) -> torch.Tensor:
-        result = self.model(self._ids(prompt))
+        result = self._run(prompt)
         logits = result if isinstance(result, torch.Tensor) else getattr(result, "logits", None)
         if not isinstance(logits, torch.Tensor) or logits.dim() != 3:
             raise LensError(f"{self.info.class_name} returns no logits [prompts, tokens, vocab]")
@@ -320,7 +330,7 @@ class LoadedModel:
             raise LensError(
                 "a TransformerBridge returns no hidden states; use run_with_cache, or load its model"
             )
-        found = self.model(self._ids(prompt), output_hidden_states=True).hidden_states
+        found = self._run(prompt, output_hidden_states=True).hidden_states
         return torch.stack([states[0] for states in found])
 
     def describe(self) -> dict[str, Any]:

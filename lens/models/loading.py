@@ -283,7 +283,7 @@ def _described(
         if {"input_ids", "decoder_input_ids"} <= takes.keys() and reads_picture_first(model):
             raise LensError(
                 f"{type(model).__name__} reads a picture and a text by an encoder-decoder, whose source is then no row of "
-                "tokens; pass one part of it: lens.load(model.language_model)"
+                "tokens; lens.passes.wrap(model, inputs) takes all of it, lens.load(model.language_model) one part"
             )
         info = describe(model)
         names = PARTS if halves.encoder is not None else PARTS[1:]
@@ -291,8 +291,8 @@ def _described(
         return LoadedModel(model, tokenizer, name, revision, info, parts=parts)
     if "decoder_input_ids" in takes and not reads_pictured_text(model):
         raise LensError(
-            f"{type(model).__name__} reads a decoder's input and has no encoder and decoder of its own that are "
-            "known here, nor an image token in its configuration; pass one part of it: lens.load(model.language_model)"
+            f"{type(model).__name__} reads a decoder's input and has no encoder and decoder of its own that are known "
+            "here; lens.passes.wrap(model, inputs) takes all of it, by an example of what it reads"
         )
     if towers := described_towers(model, tokenizer, name, revision):
         first = next(iter(towers.values())).info

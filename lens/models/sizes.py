@@ -23,8 +23,8 @@ def describe(model: Any, licence: str = "unknown") -> ModelInfo:
     if missing := [n for n, size in zip(_SIZES, (layers, heads, hidden), strict=True) if not size]:
         raise LensError(
             f"cannot read the sizes of {type(model).__name__}: its {type(config).__name__} has no integer "
-            f"{', '.join(missing)}; pass one tower of the model, a model of mixers alone (Mamba, RWKV) to "
-            "lens.mixers.capture, and attention of another kind to lens.passes.wrap"
+            f"{', '.join(missing)}; recurrent mixers alone (Mamba, RWKV) go to lens.mixers.capture(model, ids), attention to "
+            "lens.passes.wrap(model, inputs)"
         )
     return ModelInfo(
         layers=layers,

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from lens.models.stacks import attends, layers_of
+from lens.models.wrapped import Wrapped
 
 
 def stages(model: Any) -> dict[str, list[nn.Module]]:
@@ -15,8 +16,10 @@ def stages(model: Any) -> dict[str, list[nn.Module]]:
 
     Of a TimeSformer, whose layers attend along the frames and then within each, what does so: "time" and "space". Of a Canine
     "initial" and "final", of characters, and between them "molecules". A layer of Hiera that pools its queries has the keys
-    of the stage before, so it is a part of its own: "pool1".
+    of the stage before, so it is a part of its own: "pool1". Of a wrapped module what was found or named when it was wrapped.
     """
+    if isinstance(model, Wrapped):
+        return model.parts
     base: Any = getattr(model, "base_model", model)
     if hasattr(base, "initial_char_encoder"):
         ends = base.initial_char_encoder, base.encoder, base.final_char_encoder

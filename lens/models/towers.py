@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -54,8 +55,17 @@ def described_towers(
                 continue
             found[short] = LoadedModel(one, own, f"{name} {short}", revision, describe(one))
         except LensError as error:
-            raise LensError(
-                f"{type(model).__name__} has {len(towers)} towers ({', '.join(towers)}), and {short!r} cannot be "
-                f"taken: {error}; load one: lens.load(model.{next(iter(towers))})"
-            ) from error
+            raise LensError(cannot_take(type(model).__name__, towers, short, error)) from error
     return found
+
+
+def cannot_take(name: str, towers: Iterable[str], which: str, error: LensError) -> str:
+    """What to say of a model of several towers one of which is not known here."""
+    why = str(error).partition(";")[0]
+    return (
+        f"of the towers of {name} ({', '.join(towers)}) {which!r} cannot be taken: {why}; {WHOLE}"
+    )
+
+
+WHOLE = "give an example of what it reads: lens.passes.wrap(model, inputs)"
+"""What can be done where towers are not known here."""

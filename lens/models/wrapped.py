@@ -25,6 +25,8 @@ class Wrapped(nn.Module):
         following: puts an attention in the place of theirs where that cannot be followed: (modules, attend) -> a
             context; None where it can.
         heads: of attention that folds them into the batch and does not say how many.
+        parts: those of `attending` that go together where the module has several rows of positions, by name; else empty.
+        crossing: `id` of modules that read keys of another row of positions.
         config: None: there is none.
     """
 
@@ -39,6 +41,8 @@ class Wrapped(nn.Module):
         self.example = dict(inputs)
         self.following: Any = None
         self.heads: int | None = None
+        self.parts: dict[str, list[nn.Module]] = {}
+        self.crossing: frozenset[int] = frozenset()
         self.main_input_name = first_argument(module)
         inner = type(module).forward
 

@@ -53,6 +53,8 @@ def _replacement(module: Any) -> tuple[nn.Module, str, Callable]:
         return module, "forward", _through_original(module)
     if _is_a(module, "JointQKVAttentionBridge") and type(module).__name__ in _JOINT:
         return module, "_reconstruct_attention", _joint(module)
+    if type(module).__name__ in _ALIBI:
+        return module, "_reconstruct_attention", _joint(module, _ALIBI[type(module).__name__])
     if _is_a(original, "NativeAttention"):
         return original, "forward", _native(original)
     if type(module).__name__ == "AttentionBridge":
@@ -64,6 +66,8 @@ def _replacement(module: Any) -> tuple[nn.Module, str, Callable]:
 
 
 _JOINT = ("JointQKVAttentionBridge", "JointQKVPositionEmbeddingsAttentionBridge")
+_ALIBI = {"BloomAttentionBridge": "alibi", "MPTALiBiAttentionBridge": "position_bias"}
+"""Joint projections beside a bias by distance, and the argument that holds it: [.., 1, keys], of MPT more keys before."""
 
 
 def _through_original(module: Any) -> Callable:
@@ -80,11 +84,13 @@ def _through_original(module: Any) -> Callable:
     return forward
 
 
-def _joint(module: Any) -> Callable:
-    """GPT-2 and its kin: the bridge has split q, k, v out of one projection."""
+def _joint(module: Any, bias: str = "") -> Callable:
+    """GPT-2 and its kin: the bridge has split q, k, v out of one projection; `bias` names an argument."""
 
     def reconstruct(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **kwargs: Any) -> tuple:
         config = module.config
+        if clip := getattr(module, "_clip_qkv", None):
+            q, k, v = (part.clamp(-clip, clip) for part in (q, k, v))
         kv_heads = getattr(config, "n_key_value_heads", None) or config.n_heads
         q, k, v, batch, queries, head_dim = module._reshape_qkv_to_heads(
             q, k, v, config.n_heads, kv_heads
@@ -94,14 +100,22 @@ def _joint(module: Any) -> Callable:
             cos, sin = module._apply_position_embedding_hooks(positions)
             q, k = module._apply_rotary_pos_emb(q, k, cos, sin)
         k, v = module._update_kv_cache(k, v, **kwargs)
-        scale = head_dim**-0.5
+        scale = getattr(module, "_softmax_scale", None) or head_dim**-0.5
         if (
             getattr(config, "scale_attn_by_inverse_layer_idx", False)
             and module._layer_idx is not None
         ):
             scale /= module._layer_idx + 1
+        added = kwargs.get(bias)
+        if added is not None:
+            added = added.view(-1, config.n_heads, 1, added.shape[-1])[..., -k.shape[2] :]
+        mask = kwargs.get("attention_mask")
+        if bias and isinstance(mask, torch.Tensor) and mask.dtype == torch.bool:
+            mask = ~mask  # MPT's says what is hidden
         output, _ = lens_attention(
-            module.original_component, q, k, v, kwargs.get("attention_mask"), scaling=scale
+            *(module.original_component, q, k, v, mask),
+            scaling=scale,
+            position_bias=added,
         )
         return module._apply_output_projection(output.reshape(batch, queries, -1)), None
 

@@ -1,6 +1,7 @@
 """The self-check at load: capture reproduces this very model, or says that it does not."""
 
 import inspect
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -8,8 +9,9 @@ import torch
 from lens_kernels import AttentionResult
 
 from lens.common.errors import LensError
-from lens.models.loaded import LoadedModel
+from lens.models.loaded import LoadedModel, ModelInfo
 from lens.models.sizes import image_token, reads_picture_first
+from lens.models.towers import WHOLE
 from lens.models.wrapped import Wrapped
 from lens.passes.calls import LayerCall, attend
 from lens.passes.inputs import model_input
@@ -47,7 +49,8 @@ class Checked(NamedTuple):
     """What a tiny prompt shows.
 
     Attributes:
-        difference: `max |captured - own| / max |own|`, of the last hidden state.
+        difference: `max |captured - own| / max |own|`, of the last hidden state; of a wrapped module the largest of all that
+            it returns.
         seen: by part of an encoder-decoder; of any other model "" alone.
     """
 
@@ -92,15 +95,15 @@ def self_check(model: LoadedModel) -> Checked:
     if not excesses:
         raise LensError(
             f"cannot reach the attention of {model.info.class_name}: none of its layers asks transformers' "
-            "AttentionInterface (ALL_ATTENTION_FUNCTIONS) for its attention function, or computes a "
-            "softmax over scores in a way that can be followed"
+            "AttentionInterface for its attention function, or computes a softmax over scores in a way that can be followed; "
+            "matrices that you have are taken: lens.capture(None, tokens, attentions=...)"
         )
-    if not bool(own.isfinite().all()):
+    if not all(bool(one.isfinite().all()) for one in own):
         raise LensError(
             f"{model.info.class_name} gives values that are not numbers on {_PROMPT}; its weights are "
             "damaged, or too large for their type"
         )
-    difference, tolerance = relative_error(captured, own), tolerance_of(model.precision)
+    difference, tolerance = _difference(captured, own), tolerance_of(model.precision)
     if not difference <= tolerance:
         _refuse_random(model, inputs, own)
         raise LensError(
@@ -115,6 +118,19 @@ def self_check(model: LoadedModel) -> Checked:
             f"{excess:.1e}); please report this"
         )
     return Checked(difference, {place: _seen(of_place) for place, of_place in calls.items()})
+
+
+def measured(info: ModelInfo, seen: Seen) -> ModelInfo:
+    """The sizes of a part of a model, as they were seen."""
+    return replace(
+        info,
+        layers=max(seen.attending) + 1,
+        heads=seen.heads,
+        kv_heads=seen.kv_heads,
+        head_dim=seen.head_dim,
+        attending=seen.attending,
+        twice=seen.twice,
+    )
 
 
 def _seen(calls: dict[int, LayerCall]) -> Seen:
@@ -132,17 +148,34 @@ def _seen(calls: dict[int, LayerCall]) -> Seen:
     )
 
 
-def _own(model: LoadedModel, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+def _difference(found: list[torch.Tensor], own: list[torch.Tensor]) -> float:
+    return max(relative_error(a, b) for a, b in zip(found, own, strict=True))
+
+
+def tensors_of(output: Any) -> list[torch.Tensor]:
+    """Of numbers, in the order of what a model returns; probabilities, which nobody asked for, are left out."""
+    if isinstance(output, Mapping):
+        inside = [one for name, one in output.items() if "attention" not in str(name)]
+        return [one for value in inside for one in tensors_of(value)]
+    if isinstance(output, list | tuple):
+        return [one for value in output for one in tensors_of(value)]
+    is_numbers = isinstance(output, torch.Tensor) and output.is_floating_point()
+    return [output.double()] if is_numbers else []
+
+
+def _own(model: LoadedModel, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
     if model.is_bridge:
         return _output(model, inputs)
     with switched(transformer(model), "eager"):
         return _output(model, inputs)
 
 
-def _refuse_random(model: LoadedModel, inputs: dict[str, torch.Tensor], own: torch.Tensor) -> None:
+def _refuse_random(
+    model: LoadedModel, inputs: dict[str, torch.Tensor], own: list[torch.Tensor]
+) -> None:
     with torch.no_grad():
         again = _own(model, inputs)
-    if again.shape != own.shape or bool((again != own).any()):
+    if not all(map(torch.equal, again, own)):
         raise LensError(
             f"{model.info.class_name} is random: run twice on {_PROMPT} it gives two different outputs "
             "(masking or sampling inside), so that a trace would be of one draw; load a model without it"
@@ -151,10 +184,13 @@ def _refuse_random(model: LoadedModel, inputs: dict[str, torch.Tensor], own: tor
 
 def _output(
     model: LoadedModel, inputs: dict[str, torch.Tensor], what: str = _PROMPT
-) -> torch.Tensor:
+) -> list[torch.Tensor]:
+    """The first tensor that it gives; of a wrapped module, which may have several ends, all of them."""
     output: Any = run(model, inputs, what)
     if isinstance(output, torch.Tensor):
-        return output.double()
+        return [output.double()]
+    if isinstance(model.model, Wrapped) and (found := tensors_of([output])):
+        return found
     output = getattr(
         output, "language_model_outputs", output
     )  # of InstructBLIP, which has no logits
@@ -164,7 +200,7 @@ def _output(
             f"{model.info.class_name} gives no tensor first but {type(found).__name__}: it has several "
             "parts; load one of them"
         )
-    return found.double()
+    return [found.double()]
 
 
 def tiny_inputs(model: LoadedModel) -> dict[str, torch.Tensor]:
@@ -321,9 +357,8 @@ def _noise(model: LoadedModel, name: str) -> tuple[int, ...]:
     ):
         return _FRAMES, bins
     raise LensError(
-        f"what {model.info.class_name} reads ({name}) cannot be drawn from its configuration, so capture "
-        "of it cannot be checked; load the part of it that reads tokens or images, or give an example of what it reads: "
-        "lens.passes.wrap(model, inputs)"
+        f"what {model.info.class_name} reads ({name}) is not known from its configuration, so capture of it cannot be "
+        f"checked; {WHOLE}"
     )
 
 

@@ -48,9 +48,11 @@ class Listener(Protocol):
 
     Attributes:
         crossing: `id` of modules that read keys of another sequence, beside those that say so themselves.
+        eager_alone: whether the model has no other attention than `eager`, in which no mask means that all is seen.
     """
 
     crossing: frozenset[int]
+    eager_alone: bool
 
     def attend(self, call: LayerCall) -> torch.Tensor:
         """Output [batch, queries, heads, value_dim] of the call."""
@@ -106,7 +108,8 @@ def lens_attention(
                 "capture does not understand; the result would not be this model's"
             )
     if is_causal is None:
-        is_causal = bool(getattr(module, "is_causal", True))
+        unmasked = attention_mask is None and listener.eager_alone  # as BridgeTower's pictures
+        is_causal = bool(getattr(module, "is_causal", True)) and not unmasked
     mask, added = structure_of(attention_mask, is_causal, sliding_window, query.shape[2])
     if added is not None:
         position_bias = added if position_bias is None else position_bias + added

@@ -9,9 +9,10 @@ from lens.common.errors import LensError
 from lens.models.catalogue import DEFAULT_MODEL
 from lens.models.loaded import LoadedModel
 from lens.models.loading import load_unchecked
-from lens.passes.check import Checked, self_check
+from lens.models.towers import cannot_take
+from lens.passes.check import Checked, measured, self_check
 from lens.passes.sessions import has_blocks
-from lens.passes.towers import check_whole, load_one
+from lens.passes.towers import check_whole
 
 
 def load(
@@ -70,10 +71,7 @@ def _tower(loaded: LoadedModel, name: str) -> LoadedModel:
         tower = loaded.towers[name]
         return _proved(tower).part(tower.chosen) if tower.chosen else _proved(tower)
     except LensError as error:
-        raise LensError(
-            f"{loaded.info.class_name} has {len(loaded.towers)} towers ({', '.join(loaded.towers)}), and {name!r} "
-            f"cannot be taken: {error}; {load_one(loaded)}"
-        ) from error
+        raise LensError(cannot_take(loaded.info.class_name, loaded.towers, name, error)) from error
 
 
 def _proved(loaded: LoadedModel) -> LoadedModel:
@@ -93,14 +91,7 @@ def _proved(loaded: LoadedModel) -> LoadedModel:
 def _with_parts(loaded: LoadedModel, checked: Checked) -> LoadedModel:
     """The sizes of each part as they were seen; a half of an encoder-decoder that attends in stages has no place."""
     parts = {
-        name: replace(
-            loaded.info,
-            layers=max(seen.attending) + 1,
-            heads=seen.heads,
-            kv_heads=seen.kv_heads,
-            head_dim=seen.head_dim,
-            attending=seen.attending,
-        )
+        name: measured(loaded.info, seen)
         for name in loaded.parts
         if (seen := checked.seen.get(name)) and not seen.twice
     }

@@ -65,7 +65,9 @@ class Session:
         crossing: frozenset[int] = frozenset(),
         name: str = "",
         config: Any = None,
+        eager_alone: bool = False,
     ) -> None:
+        self.eager_alone = eager_alone
         self._config = config  # of the model
         self._block: Block | None = None  # that runs now
         self._announced = False  # whether any block has run
@@ -225,10 +227,13 @@ def listening(
             "lens.traces.capturing and lens.edit take such models"
         )
     root = transformer(model)
-    crossed = crossing(root) if model.is_encoder_decoder else frozenset()
+    crossed = root.crossing if isinstance(root, Wrapped) else frozenset[int]()
+    crossed = crossing(root) if model.is_encoder_decoder else crossed
     name = "" if parts or isinstance(root, Wrapped) else model.info.class_name
     config = getattr(root, "config", None)
-    session = Session(on_layer, exclusive, on_cut, model.chosen, crossed, name, config)
+    inner = root.module if isinstance(root, Wrapped) else root
+    alone = not getattr(inner, "_supports_sdpa", True)
+    session = Session(on_layer, exclusive, on_cut, model.chosen, crossed, name, config, alone)
     with ExitStack() as stack:
         stack.enter_context(received_by(session))
         stack.enter_context(switched(root))

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from lens.common.errors import LensError
 from lens.models.loaded import LoadedModel
+from lens.models.towers import WHOLE
 from lens.passes.calls import LayerCall, attend
-from lens.passes.check import relative_error, tiny_inputs, tolerance_of
+from lens.passes.check import relative_error, tensors_of, tiny_inputs, tolerance_of
 from lens.passes.inputs import Prompt, placed
 from lens.passes.interface import switched
 from lens.passes.sessions import OnLayer, listening, run
@@ -35,14 +35,15 @@ def check_whole(model: LoadedModel) -> float:
     Raises:
         LensError: towers that do not run together, do not all run, or give something else.
     """
-    towers, remedy = model.towers, load_one(model)
+    towers = model.towers
     inputs = tiny_inputs(model)
     try:
         with torch.no_grad(), switched(model.model, "eager"):
-            own = _tensors(run(model, inputs, "tiny inputs of its towers"))
+            own = tensors_of(run(model, inputs, "tiny inputs of its towers"))
     except LensError as error:
         raise LensError(
-            f"the {len(towers)} towers of {model.info.class_name} do not run together: {error}; {remedy}"
+            f"the towers of {model.info.class_name} do not run together on a tiny prompt of each "
+            f"({str(error).partition(';')[0].rpartition('): ')[2]}); {WHOLE}"
         ) from error
     worst, tolerance = 0.0, tolerance_of(model.precision)
     for short, one in towers.items():
@@ -52,37 +53,20 @@ def check_whole(model: LoadedModel) -> float:
             seen.add(call.layer)
             return attend(call, statistics=()).output
 
-        found = _tensors(run_whole(model, one, inputs, on_layer))
+        found = tensors_of(run_whole(model, one, inputs, on_layer))
         if seen != set(one.info.attending):
             raise LensError(
-                f"the tower {short!r} of {model.info.class_name} has other layers inside the whole than alone; {remedy}"
+                f"the tower {short!r} of {model.info.class_name} has other layers inside the whole than alone; {WHOLE}"
             )
         for a, b in zip(found, own, strict=True):
             error = relative_error(a, b)
             if not error <= tolerance:
                 raise LensError(
                     f"capture does not reproduce {model.info.class_name}: its output differs by {error:.1e} (allowed "
-                    f"{tolerance:.0e}); {remedy}"
+                    f"{tolerance:.0e}); {WHOLE}"
                 )
             worst = max(worst, error)
     return worst
-
-
-def load_one(model: LoadedModel) -> str:
-    """What can be done where the whole cannot be taken."""
-    first = next(iter(model.towers.values())).model
-    return f"load one: lens.load(model.{next(n for n, one in model.model.named_children() if one is first)})"
-
-
-def _tensors(output: Any) -> list[Tensor]:
-    """Of numbers, in the order of the output."""
-    values = list(output.values()) if isinstance(output, Mapping) else output
-    found = [
-        one
-        for one in tree_leaves([dict(v) if isinstance(v, Mapping) else v for v in values])
-        if isinstance(one, Tensor)
-    ]
-    return [one.double() for one in found if one.is_floating_point()]
 
 
 def read_pairs(model: LoadedModel, prompts: Any) -> tuple[list[dict[str, Tensor]], bool]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lens.common.errors import LensError
 from lens.passes.calls import LayerCall, Places
-from lens.passes.masks import refuse_large
+from lens.passes.masks import LARGEST_SPELLED_OUT, refuse_large
 from lens.passes.structures import MaskStructure
 
 _APART = -50.0
@@ -154,8 +154,9 @@ def laid_out(block: Block, call: LayerCall, batch: int | None) -> tuple[LayerCal
     Raises:
         LensError: as `Windows.joined`.
     """
+    windows: Windows | None
     if block.place in ("time", "space"):
-        windows: Windows | None = _divided(block, call, batch or 1)
+        windows = _divided(block, call, batch or 1)
     elif block.place == "molecules":
         return _molecules(block, call), None
     elif hasattr(block.config, "masked_unit_size"):
@@ -165,8 +166,26 @@ def laid_out(block: Block, call: LayerCall, batch: int | None) -> tuple[LayerCal
     elif isinstance(height := block["height"], int) and isinstance(width := block["width"], int):
         return _reduced(block, call, (height, width)), None
     else:
-        return call, None
-    return windows.joined(call), windows
+        windows = _rows(call, batch) if block.config is None else None
+    return (call, None) if windows is None else (windows.joined(call), windows)
+
+
+def _rows(call: LayerCall, batch: int | None) -> Windows | None:
+    """Of a wrapped module that attends in several rows for each of its inputs (frames, a pair of pictures): side by side."""
+    rows, rest = divmod(len(call.query), batch or len(call.query))
+    queries, keys = call.query.shape[2], call.key.shape[2]
+    masked = call.mask.causal or call.mask.window is not None or call.mask.padding is not None
+    if rest or rows == 1 or masked or rows**2 * queries * keys > LARGEST_SPELLED_OUT:
+        return None
+
+    def axis(length: int, of: str = "") -> tuple[Tensor, Places]:
+        names = tuple(f"{of}{row},{place}" for row in range(rows) for place in range(length))
+        why = f"each input has {rows} rows: positions are called row,position"
+        places = torch.arange(rows * length).view(rows, length)
+        return places, Places(names, {"first": None, "why": why})
+
+    apart = call.cross or keys != queries
+    return Windows(*axis(queries), *(axis(keys, "keys of ") if apart else ()))
 
 
 def _grid(block: Block) -> tuple[int, int] | None:

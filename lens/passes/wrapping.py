@@ -8,7 +8,7 @@ example inputs proves that the module's output is its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -19,10 +19,11 @@ from torch import Tensor, nn
 
 from lens.common.choices import check_counts, check_lists
 from lens.common.errors import LensError
+from lens.common.head_ids import PARTS
 from lens.models.loaded import LoadedModel, ModelInfo
 from lens.models.wrapped import Wrapped, first_argument
 from lens.passes.calls import LayerCall, attend
-from lens.passes.check import self_check
+from lens.passes.check import measured, self_check
 from lens.passes.computed import Attend
 from lens.passes.sessions import listening, run
 
@@ -35,7 +36,7 @@ def wrap(
     module: nn.Module,
     inputs: Any,
     *,
-    attention: str | type[nn.Module] | Sequence[nn.Module] | None = None,
+    attention: str | type[nn.Module] | Sequence[nn.Module] | Mapping[str, Any] | None = None,
     query: Made | None = None,
     key: Made | None = None,
     value: Made | None = None,
@@ -54,7 +55,8 @@ def wrap(
         module: in eval mode; what it returns, or the first of several, is a tensor.
         inputs: an example of what its forward pass takes: one tensor, or a mapping of names to tensors.
         attention: which of its modules attend, each a layer, in order: a pattern of their names such as
-            `"blocks.*.attn"`, their class, or the modules. None: the outermost whose class has "att" in its name.
+            `"blocks.*.attn"`, their class, or the modules. None: the outermost whose class has "att" in its name. A mapping
+            of names to these: each name is a part with positions of its own (`model.part(name)`).
         query, key, value: where they come from, where the attention cannot be followed; for queries that are
             rotated or normalised after their projection give functions. `query` alone names a joint projection
             of all three, side by side.
@@ -67,10 +69,13 @@ def wrap(
         name: of the model; its class if None.
 
     Returns:
-        The model. Layers are numbered as the attention modules come.
+        The model. Layers are numbered as the attention modules come. Where on `inputs` some attend from or to another
+        number of positions than others (a text, a picture and both together), those that go together are a part, with layers
+        numbered in it: `lens.capture` gives a trace of each. So `inputs` that belong to several rows of positions should
+        have other lengths. Several rows for one input (frames, a pair of pictures) stand side by side, `row,position`.
 
     Raises:
-        LensError: training mode, no attention that can be reached, or an output that is not the module's own
+        LensError: training mode, no attention that can be reached, or outputs that are not the module's own
             once the attention stands in its place.
 
     Example:
@@ -90,7 +95,11 @@ def wrap(
     given = dict(inputs) if isinstance(inputs, Mapping) else {first_argument(module): inputs}
     if not any(isinstance(value, Tensor) for value in given.values()):
         raise LensError("inputs must be a tensor, or names and tensors, that the module takes")
-    root = Wrapped(module, _attending(module, attention), given)
+    named = attention if isinstance(attention, Mapping) else {"": attention}
+    chosen = {name: _attending(module, one) for name, one in named.items()}
+    root = Wrapped(module, [one for several in chosen.values() for one in several], given)
+    if isinstance(attention, Mapping):
+        root.parts = _checked_parts(chosen)
     root.eval()
     if query is not None:
         root.following = _Projected(query, key, value, output, gate, heads, kv_heads, causal, scale)
@@ -103,24 +112,119 @@ def wrap(
             )
     root.heads = heads
     model = LoadedModel(root, tokenizer, name or type(module).__name__, None, _unknown(root))
-    model = replace(model, info=_measured(model))
+    info, calls = _measured(model)
+    model = replace(model, info=info)
+    root.parts = root.parts or _parts(root, calls)
+    apart = [one for one in calls if one.query.shape[2] != one.key.shape[2] and not one.mask.causal]
+    every = [*(root.attending[one.layer] for one in apart), *_named_cross(root)]
+    root.crossing = frozenset(id(part) for one in every for part in one.modules())
+    model = replace(model, parts=dict.fromkeys(root.parts, info))
     if heads is not None and heads != model.info.heads:
         raise LensError(
             f"heads={heads} and the attention of {type(module).__name__} has {model.info.heads}; leave it out"
         )
     checked = self_check(model)
+    if root.parts:
+        if unseen := sorted(root.parts.keys() - checked.seen.keys()):
+            raise LensError(
+                f"on this example no attention of {', '.join(unseen)} runs that can be followed; leave it out"
+            )
+        parts = {
+            name: replace(measured(info, seen), layers=len(root.parts[name]))
+            for name, seen in ((name, checked.seen[name]) for name in root.parts)
+        }
+        return replace(model, parts=parts, check=checked.difference)
     info = replace(model.info, attending=checked.seen[""].attending, layers=len(root.attending))
     return replace(model, info=info, check=checked.difference)
+
+
+def _checked_parts(chosen: Mapping[str, list[nn.Module]]) -> dict[str, list[nn.Module]]:
+    """Parts by the names that the caller gave.
+
+    Raises:
+        LensError: names that are none or another's, or a module in two parts.
+    """
+    for name in chosen:
+        if not isinstance(name, str) or not name.isidentifier() or name in PARTS:
+            raise LensError(
+                f"attention={{{name!r}: ...}}: a part is called by one word of letters, digits and _, and not "
+                f"{', '.join(PARTS)}, which are those of transformers' encoder-decoders"
+            )
+    modules = [id(one) for several in chosen.values() for one in several]
+    if len(set(modules)) < len(modules):
+        raise LensError("a module of attention is in two parts; give each to one")
+    return dict(chosen)
+
+
+def _parts(root: Wrapped, calls: Sequence[LayerCall]) -> dict[str, list[nn.Module]]:
+    """Layers that go together, where not all have the same positions and heads: by where they are, else by their number."""
+    sizes: dict[int, set[tuple]] = {}
+    for call in calls:
+        other = any(one is root.attending[call.layer] for one in _named_cross(root))
+        own = call.query.shape[1:3], call.key.shape[2], call.mask.causal, other
+        sizes.setdefault(call.layer, set()).add(own)
+
+    def alike(layers: Iterable[int]) -> bool:
+        return len({frozenset(sizes[layer]) for layer in layers}) < 2
+
+    if alike(sizes):
+        return {}
+    names = {id(module): name for name, module in root.module.named_modules()}
+    paths = {layer: tuple(names[id(root.attending[layer])].split(".")) for layer in sizes}
+    groups = _by(paths)
+    for pattern, layers in list(groups.items()):
+        if not alike(layers):
+            own = {layer: paths[layer] for layer in layers}
+            stars = [place for place, one in enumerate(pattern) if one == "*"]
+            ways = [_by(own, [place]) for place in stars]  # stages, or kinds in a layer (T5)
+            good = [way for way in ways if all(map(alike, way.values()))]
+            del groups[pattern]
+            groups |= min(good, key=len) if good else _by(own, stars)
+    return {
+        name: [root.attending[layer] for layer in layers]
+        for name, layers in zip(_names(list(groups)), groups.values(), strict=True)
+    }
+
+
+def _by(
+    paths: Mapping[int, tuple[str, ...]], places: Sequence[int] = ()
+) -> dict[tuple[str, ...], list[int]]:
+    """Layers by their path, whose numbers count at these places alone."""
+    groups: dict[tuple[str, ...], list[int]] = {}
+    for layer, path in sorted(paths.items()):
+        own = tuple(
+            "*" if one.isdigit() and place not in places else one for place, one in enumerate(path)
+        )
+        groups.setdefault(own, []).append(layer)
+    return groups
+
+
+def _named_cross(root: Wrapped) -> list[nn.Module]:
+    """Those that attend to another row of positions by their own name (`crossattention`)."""
+    names = {id(module): name for name, module in root.module.named_modules()}
+    return [one for one in root.attending if "cross" in names[id(one)].rpartition(".")[2].lower()]
+
+
+def _names(paths: Sequence[tuple[str, ...]]) -> list[str]:
+    """Of each path as little as tells it from the others."""
+    found = []
+    for path in paths:
+        others = [one for one in paths if one != path]
+        length = next(
+            (n for n in range(1, len(path)) if all(one[:n] != path[:n] for one in others)),
+            len(path),
+        )
+        name = "_".join(one for one in path[:length] if one != "*")
+        found.append(name if name not in PARTS else "_".join(one for one in path if one != "*"))
+    return found
 
 
 def _attending(module: nn.Module, attention: Any) -> list[nn.Module]:
     named = dict(module.named_modules())
     if attention is None:
-        found = {n: one for n, one in named.items() if "att" in type(one).__name__.lower()}
-        outer = [n for n in found if not any(n != o and _inside(n, o) for o in found)]
-        chosen = [found[name] for name in outer]
+        chosen = _outer({n: one for n, one in named.items() if "att" in type(one).__name__.lower()})
     elif isinstance(attention, str):
-        chosen = [one for name, one in named.items() if fnmatchcase(name, attention)]
+        chosen = _outer({n: one for n, one in named.items() if fnmatchcase(n, attention)})
     elif isinstance(attention, type):
         chosen = [one for one in named.values() if isinstance(one, attention)]
     else:
@@ -138,8 +242,13 @@ def _attending(module: nn.Module, attention: Any) -> list[nn.Module]:
     return chosen
 
 
-def _inside(name: str, other: str) -> bool:
-    return name.startswith(f"{other}.") or not other
+def _outer(found: Mapping[str, nn.Module]) -> list[nn.Module]:
+    """Those that are in no other."""
+
+    def inside(name: str, other: str) -> bool:
+        return name != other and (name.startswith(f"{other}.") or not other)
+
+    return [one for name, one in found.items() if not any(inside(name, o) for o in found)]
 
 
 def _unknown(root: Wrapped) -> ModelInfo:
@@ -150,8 +259,8 @@ def _unknown(root: Wrapped) -> ModelInfo:
     return ModelInfo(layers, 1, 1, 1, None, None, weights, "unknown", kind, tuple(range(layers)))
 
 
-def _measured(model: LoadedModel) -> ModelInfo:
-    """Sizes from a pass over the example: of the first call, and of the table that the token ids are read from."""
+def _measured(model: LoadedModel) -> tuple[ModelInfo, list[LayerCall]]:
+    """Sizes from a pass over the example, of the first call and of the table that the token ids are read from; all calls."""
     root: Wrapped = model.model
     calls: list[LayerCall] = []
     vocab: list[int] = []
@@ -178,13 +287,14 @@ def _measured(model: LoadedModel) -> ModelInfo:
             "keys and values: lens.passes.wrap(..., query=, key=, value=, output=, heads=)"
         )
     first = calls[0]
-    return replace(
+    info = replace(
         model.info,
         heads=first.query.shape[1],
         kv_heads=first.key.shape[1],
         head_dim=first.query.shape[3],
         vocab=vocab[0] if vocab else None,
     )
+    return info, calls
 
 
 @dataclass(frozen=True, eq=False)

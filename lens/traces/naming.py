@@ -56,7 +56,7 @@ def keys_of(model: LoadedModel, prompt: Prompt, length: int, extra: Sequence[str
         names = [f"{position * seconds:.2f} s" for position in range(length)]
         return Axis([-1] * length, names, seconds=seconds)
     read = model
-    if model.parts and (halves := stacks(model.model)) and halves.encoder is not None:
+    if model.is_encoder_decoder and (halves := stacks(model.model)) and halves.encoder is not None:
         read = replace(model, model=halves.encoder)
     names, patches = describe_patches(read, prompt.inputs, length)
     return Axis([-1] * length, names, patches)

@@ -29,6 +29,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
+from tests.benchmarks.model_examples import CLASSES, example  # noqa: E402
+
 PAGE = ROOT / "docs" / "models.md"
 TYPES = ROOT / "tests" / "benchmarks" / "models.txt"
 """The model types of the table, as transformers calls them, one a line; `bridge:` before one is a `TransformerBridge`."""
@@ -95,6 +97,13 @@ _OF_TYPE: dict[str, dict[str, Any]] = {
         kind: {"image_token_index": 5, "num_query_tokens": 6} for kind in ("blip-2", "instructblip")
     },
     "xmod": {"default_language": "en_XX"},
+    "clvp_encoder": {"num_attention_heads": 2, "projection_dim": 64},
+    "instructblipvideo": {"video_token_index": 5, "num_query_tokens": 3},
+    **{kind: {"projection_dim": 64} for kind in ("paligemma", "siglip_vision_model")},
+    "kosmos-2": {"latent_query_num": 6},
+    "muse_glimmer_assistant": {"sliding_window": 64},
+    "videoprism_vision_model": {"tubelet_size": [1, 8, 8]},
+    "kosmos-2.5": {"latent_query_num": 6},
 }
 _MAY_BE_NONE = ("num_key_value_heads", "pad_token_id", "head_dim")
 
@@ -129,6 +138,8 @@ def class_of(kind: str) -> str:
 
     if kind.startswith(BRIDGE):
         return f"TransformerBridge of {class_of(kind.removeprefix(BRIDGE))}"
+    if kind in CLASSES:
+        return CLASSES[kind]
     name = auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind) or auto.MODEL_MAPPING_NAMES[kind]
     return name if isinstance(name, str) else name[0]
 
@@ -203,8 +214,9 @@ def examine(kind: str, double: bool = False) -> dict[str, Any]:
         return {**row, "class": class_of(kind), "unbuilt": f"{type(error).__name__}: {error}"[:150]}
     row["class"] = type(model).__name__ if model is bare else class_of(kind)
     step = "load"
+    given = example(kind, getattr(model, "config", None))
     try:
-        loaded = lens.load(model)
+        loaded = lens.load(model) if given is None else lens.passes.wrap(model, given)
         inputs = tiny_inputs(loaded)
         step = "capture"
         found = lens.capture(loaded, inputs, block_size=1, progress=False)
@@ -212,7 +224,10 @@ def examine(kind: str, double: bool = False) -> dict[str, Any]:
         towers = loaded.towers or {"": loaded}
         traces = dict(found) if isinstance(found, Mapping) else {"": found}
         errors, layers = [loaded.check or 0.0], sum(len(one.layers) for one in traces.values())
-        for name, one in towers.items():
+        if given is not None:
+            errors += _differences(loaded, traces, inputs)
+            row["wrapped"] = True
+        for name, one in {}.items() if given is not None else towers.items():
             maps = [
                 layer
                 for trace in ([traces[name]] if name in traces else traces.values())
@@ -264,6 +279,53 @@ def _difference(found: Any, own: Any) -> float:
     if torch.allclose(own.sum(-1), torch.ones(()), atol=1e-4):
         found = torch.where(shares > 0, found / shares, found)
     return float((found - own).abs().max())
+
+
+def _differences(loaded: Any, traces: Mapping[str, Any], inputs: dict[str, Any]) -> list[float]:
+    """Of a wrapped model: those of each layer whose `eager` attention is a function that can be watched."""
+    import torch
+
+    from lens.passes.interface import switched
+
+    kept: dict[int, Any] = {}
+    named = "eager_attention_forward"
+    made = [
+        vars(one)
+        for name, one in sys.modules.items()
+        if name.startswith("transformers.models.") and named in vars(one)
+    ]
+    before = [one[named] for one in made]
+
+    def watched(own: Any) -> Any:
+        def run(module: Any, *args: Any, **kwargs: Any) -> Any:
+            found = own(module, *args, **kwargs)
+            kept[id(module)] = found[1]
+            return found
+
+        return run
+
+    for one, own in zip(made, before, strict=True):
+        one[named] = watched(own)
+    try:
+        with torch.no_grad(), switched(loaded.model, "eager"):
+            loaded.model(**inputs)
+    finally:
+        for one, own in zip(made, before, strict=True):
+            one[named] = own
+    parts = loaded.model.parts or {"": loaded.model.attending}
+    errors = []
+    for name, trace in traces.items():
+        for layer, module in zip(trace.block_mass.values, parts[name], strict=True):
+            weights = next((kept[id(one)] for one in module.modules() if id(one) in kept), None)
+            if weights is None:
+                continue
+            rows, heads, queries, keys = weights.shape
+            apart = torch.zeros(heads, rows, queries, rows, keys)  # rows side by side
+            for row in range(rows):
+                apart[:, row, :, row] = weights[row].float()
+            own = apart.flatten(3, 4).flatten(1, 2)
+            errors.append(_difference(torch.from_numpy(layer), own))
+    return errors
 
 
 def _attentions(model: Any, inputs: dict[str, Any]) -> list[Any] | None:
@@ -374,11 +436,13 @@ _ROW = re.compile(r"\| [\w ]+ \(([\w.:-]+)\) \|")
 def _page(rows: list[str]) -> str:
     exact = [row for row in rows if ") | exact" in row]
     bridges = sum(f"({BRIDGE}" in row for row in rows)
+    wrapped = sum("exact (wrapped" in row for row in exact)
     lines = [
         "# Models",
         "",
         f"{len(rows) - bridges} classes of transformers with random small weights, and {bridges} as a "
-        f"`TransformerBridge` of TransformerLens: {len(exact)} are captured, and "
+        f"`TransformerBridge` of TransformerLens: {len(exact)} are captured, {wrapped} of them by "
+        "`lens.passes.wrap(model, inputs)` with an example of what they read, and "
         f"their probabilities and output equal `eager` to {EXACT:.0e} (of the largest; most to 1e-6); "
         f"{len(rows) - len(exact)} are refused by `lens.load` or `lens.capture` with the reason that stands here. "
         "Analyses: `heads.importance` by ablation, `heads.weights.composition`, direct attribution, "
@@ -399,7 +463,8 @@ def line_of(row: dict[str, Any]) -> str:
         reason = re.sub(r"[|<>]", "", row["refused"])
         return f"| {name} | refused: {reason} | | | | | |"
     cells = " | ".join("yes" if row[a] == "yes" else "refused" for a in ANALYSES)
-    how = "exact" if row["compared"] else "exact (output)"
+    notes = ["wrapped"] * row.get("wrapped", False) + ["output"] * (not row["compared"])
+    how = f"exact ({', '.join(notes)})" if notes else "exact"
     return f"| {name} | {how} | {cells} |"
 
 

@@ -6,7 +6,9 @@ import pytest
 
 from tests.benchmarks import models_table
 
-ROW = re.compile(r"\| ([\w ]+) \(([\w.:-]+)\) \| (exact|exact \(output\)|refused: .+?) \| (.*) \|")
+ROW = re.compile(
+    r"\| ([\w ]+) \(([\w.:-]+)\) \| (exact|exact \([a-z, ]+\)|refused: .+?) \| (.*) \|"
+)
 
 
 def _rows() -> list[tuple[str, str, str, list[str]]]:
@@ -49,6 +51,15 @@ def test_a_captured_model_is_exact_and_its_analyses_run(kind, analyses):
     assert row["compared"] == row["layers"] == 3
     assert {name for name in models_table.ANALYSES if row[name] == "yes"} == analyses
     assert f"({kind}) | exact | " in models_table.page([row])
+
+
+def test_what_is_told_by_an_example_is_held_layer_by_layer():
+    row = models_table.examine(
+        "bridgetower"
+    )  # its pictures have no mask, and eager attention alone
+    assert not models_table.wrong(row)
+    assert (row["layers"], row["compared"]) == (18, 15)  # three are torch's own
+    assert "(bridgetower) | exact (wrapped) | " in models_table.page([row])
 
 
 def test_a_refusal_has_its_reason_and_a_fault_is_wrong(monkeypatch):

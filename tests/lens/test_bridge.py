@@ -11,6 +11,7 @@ from lens.common.errors import LensError
 from lens.models.catalogue import KNOWN
 from lens.models.words import SymbolTokenizer
 from lens.passes import bridge as bridges
+from tests.benchmarks import models_table
 from tests.lens import naive
 from tests.lens.architectures import build, save_tokenizer
 
@@ -66,6 +67,15 @@ def _assert_equal_traces(found, expected):
         assert naive.rms_ratio(found.dataset[variable].values, values) < 1e-5, variable
     for name in ("windows", "softcap", "scale", "learned_sinks", "kv_heads", "causal"):
         assert found.attrs[name] == expected.attrs[name]
+
+
+@pytest.mark.parametrize("kind", ["bloom", "mpt"])
+def test_a_bridge_with_a_bias_by_distance_gives_the_trace_of_the_bare_model(kind):
+    model = models_table.make(kind, False)
+    bridge = lens.load(models_table.bridged(model))
+    assert bridge.check < 1e-5
+    ids = torch.randint(3, 97, (19,), generator=torch.Generator().manual_seed(5)).tolist()
+    _assert_equal_traces(lens.capture(bridge, ids), lens.capture(lens.load(model), ids))
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "gemma2", "gemma3", "gpt_oss"])

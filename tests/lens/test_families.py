@@ -8,6 +8,7 @@ import torch
 import transformers as hf
 
 import lens
+from lens import edits
 from lens.common.errors import LensError
 from lens.figures.heads import head_grid, metric_by_layer
 from lens.passes.check import tiny_inputs
@@ -174,6 +175,8 @@ def test_the_language_model_of_blip_2_reads_a_picture_in_its_text(kind):
     for run, said in [
         (lambda: lens.heads.weights.composition(loaded), "runs on no text without a picture"),
         (lambda: lens.capture(loaded, [5, 6], progress=False), "missing .* 'pixel_values'"),
+        (lambda: loaded.logits([5, 6]), "cannot run on token ids alone .* all that it reads"),
+        (lambda: lens.effect(loaded, [[5, 6]], edits.Mask("first")), "cannot run this prompt: "),
     ]:
         with pytest.raises(LensError, match=said):
             run()

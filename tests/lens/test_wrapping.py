@@ -30,7 +30,9 @@ class Attention(nn.Module):
         q, k, v = (part.view(batch, tokens, HEADS, -1).transpose(1, 2) for part in parts)
         seen = torch.ones(tokens, tokens, dtype=torch.bool).tril()
         self.kept = [part.detach().clone() for part in (q, k)]
-        if self.way == "torch":
+        if self.way == "mask of none":
+            y = functional.scaled_dot_product_attention(q, k, v)
+        elif self.way == "torch":
             y = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
         elif self.way == "mask":
             y = functional.scaled_dot_product_attention(q, k, v, attn_mask=seen)
@@ -198,6 +200,114 @@ def test_attention_of_torch_itself_is_captured():
     _, expected = model.layers[0].self_attn(*[given["tgt"]] * 3, average_attn_weights=False)
     assert (recorder.records[0].variables["block_mass"] - expected).abs().max() < 1e-6
     assert torch.backends.mha.get_fastpath_enabled()
+
+
+class Reading(nn.Module):
+    """Words and the patches of a picture, each with attention of its own, and words that read the picture."""
+
+    def __init__(self, way="written"):
+        super().__init__()
+        self.table = nn.Embedding(VOCAB, WIDTH)
+        self.words = nn.ModuleList([Attention(way) for _ in range(2)])
+        self.picture = nn.ModuleList([Attention("mask")])
+        self.across = nn.ModuleList([nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)])
+
+    def forward(self, words, patches):
+        x = self.table(words)
+        for attention in self.words:
+            x = x + attention(x)
+        for attention in self.picture:
+            patches = patches + attention(patches)
+        return {"picture": patches, "words": x + self.across[0](x, patches, patches)[0]}
+
+
+def _reading(way="written"):
+    torch.manual_seed(0)
+    module = Reading(way).eval()
+    return module, {
+        "words": torch.tensor([[3, 1, 4, 1, 5, 9, 2]]),
+        "patches": torch.randn(1, 5, WIDTH),
+    }
+
+
+@torch.no_grad()
+def test_rows_of_positions_of_their_own_are_parts():
+    module, given = _reading()
+    loaded = wrap(module, given)
+    assert {name: (one.layers, one.heads) for name, one in loaded.parts.items()} == {
+        "words": (2, HEADS),
+        "picture": (1, HEADS),
+        "across": (1, HEADS),
+    }
+    traces = lens.capture(loaded, given, block_size=1, progress=False)
+    module(**given)
+    for part, layers in (("words", module.words), ("picture", module.picture)):
+        for layer, attention in enumerate(layers):
+            found = torch.tensor(traces[part].block_mass.sel(layer=layer).values)
+            assert (found - probabilities(attention)[0]).abs().max() < 1e-6
+    x = module.table(given["words"])
+    for attention in module.words:
+        x = x + attention(x)
+    patches = given["patches"] + module.picture[0](given["patches"])
+    own = module.across[0](x, patches, patches, average_attn_weights=False)[1][0]
+    assert (torch.tensor(traces.across.block_mass.values[0]) - own).abs().max() < 1e-6
+    assert (len(traces.across.query_tokens), traces.across.length) == (7, 5)
+    without = copy.deepcopy(module)
+    without.words[1].out.weight[:, : WIDTH // HEADS] = 0
+    with lens.edit(loaded.part("words"), edits.Ablate(["L1H0"], "zero")):
+        assert (loaded.model(**given)["words"] - without(**given)["words"]).abs().max() < 1e-6
+    with (
+        pytest.raises(lens.LensError, match="heads are those of its words, picture, across"),
+        lens.edit(loaded, edits.Mask("first")),
+    ):
+        pass
+
+
+@torch.no_grad()
+def test_parts_may_be_named_and_every_end_of_a_module_is_held():
+    module, given = _reading()
+    loaded = wrap(module, given, attention={"text": "words.*", "image": "picture.*"})
+    assert list(loaded.parts) == ["text", "image"]
+    for named, said in (
+        ({"cross": "across.*"}, "transformers' encoder-decoders"),
+        ({"a": "words.*", "b": "words.0"}, "in two parts"),
+        ({"a": "words.*", "b": "table"}, "no attention of b runs"),
+    ):
+        with pytest.raises(lens.LensError, match=said):
+            wrap(module, given, attention=named)
+    module, given = _reading("numpy")  # the second end looks back only; the first is not touched
+    named = {"attention": "words.*", "query": "joint", "output": "out", "heads": HEADS}
+    assert wrap(module, given, causal=True, **named).check < 1e-6
+    with pytest.raises(lens.LensError, match="does not reproduce"):
+        wrap(module, given, **named)
+
+
+class Frames(nn.Module):
+    """Every frame of a video by itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = Attention("mask of none")
+
+    def forward(self, x):
+        return self.attention(x.flatten(0, 1)).view(x.shape)
+
+
+@torch.no_grad()
+def test_rows_for_one_input_stand_side_by_side():
+    torch.manual_seed(0)
+    module, x = Frames().eval(), torch.randn(1, 2, 5, WIDTH)
+    loaded = wrap(module, x, attention=Attention)
+    trace = lens.capture(loaded, {"x": x}, block_size=1, progress=False)
+    module(x)
+    q, k = module.attention.kept
+    own = (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1)
+    found = trace.block_mass.values[0]
+    assert trace.tokens[4:7] == ["0,4", "1,0", "1,1"]
+    for row in range(2):
+        inside = slice(5 * row, 5 * row + 5)
+        assert np.abs(found[:, inside, inside] - own[row].numpy()).max() < 1e-6
+    assert found.sum() == pytest.approx(10 * HEADS, abs=1e-4)
 
 
 def test_what_builds_on_capture_takes_it():

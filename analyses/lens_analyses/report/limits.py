@@ -7,6 +7,10 @@ from lens.common.errors import LensError
 from lens.runs import Run
 from lens.traces.profiles import SINK_EPSILON
 
+_OF_FIRST = (
+    "Sinks named here are on the first token and depend on which token that is: with another one, or "
+    "after a chat template, heads can have them elsewhere or not at all."
+)
 _UNTOUCHED = "Nothing was changed inside the model, so nothing here is about cause: a score says"
 
 
@@ -40,22 +44,25 @@ def _first_token(run: Run) -> list[str]:
     if not lengths:
         return []
     span = f"{lengths[0]:,}" if len(lengths) == 1 else f"{lengths[0]:,} to {lengths[-1]:,}"
+    begins = _begins(run)
     return [
-        *_begins(run),
-        "Sinks named here are on the first token and depend on which token that is: with another one, or "
-        "after a chat template, heads can have them elsewhere or not at all.",
+        *begins,
+        *([_OF_FIRST] if begins else []),
         f"Sink rates depend on the threshold (ε = {SINK_EPSILON}) and on the prompts' length ({span} tokens "
         "here), so they compare only between runs that share both (Gu et al., arXiv 2410.10781).",
     ]
 
 
 def _begins(run: Run) -> list[str]:
-    """With which token the prompts of each kind begin, and whether it is the tokenizer's BOS."""
+    """With which token the prompts of each kind begin, and whether it is the tokenizer's BOS; nothing of those of no tokens."""
     kinds: dict[tuple[bool, tuple[str, ...]], list[str]] = {}
     for kind, prompts in run.prompts.groupby("kind", sort=False):
         firsts = tuple(dict.fromkeys(strings[0] for strings in prompts["token_strings"]))
         try:
-            bos = run.trace(str(prompts.iloc[0]["prompt_id"])).attrs["bos"]
+            trace = run.trace(str(prompts.iloc[0]["prompt_id"]))
+            if not (trace.dataset["token_id"].values >= 0).any():  # latents, patches, a sound
+                continue
+            bos = trace.attrs["bos"]
         except LensError:
             bos = run.meta["bos"]
         kinds.setdefault((bos == "added", firsts), []).append(str(kind))
