@@ -184,8 +184,9 @@ def _rows(call: LayerCall, batch: int | None) -> Windows | None:
         places = torch.arange(rows * length).view(rows, length)
         return places, Places(names, {"first": None, "why": why})
 
-    apart = call.cross or keys != queries
-    return Windows(*axis(queries), *(axis(keys, "keys of ") if apart else ()))
+    if not call.cross and keys == queries:
+        return Windows(*axis(queries))
+    return Windows(*axis(queries), *axis(keys, "keys of "))
 
 
 def _grid(block: Block) -> tuple[int, int] | None:
