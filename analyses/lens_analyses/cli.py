@@ -98,7 +98,12 @@ app.command(cls=Command)(diffusion)
 @app.command(cls=Command)
 def sweep(
     config: Annotated[
-        Path, typer.Option("--config", "-c", help="TOML file: models, analyses, settings.")
+        Path,
+        typer.Option(
+            "--config",
+            "-c",
+            help='TOML file, e.g. with the two lines models = ["text-lm-3l"] and analyses = ["profile", "heads"].',
+        ),
     ],
     out: Out = RUNS,
     again: Again = False,

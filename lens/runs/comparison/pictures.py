@@ -15,7 +15,7 @@ from lens.common.plots import draws
 from lens.common.results import ends
 from lens.figures.heads import label
 from lens.figures.rows import bars, classes
-from lens.figures.style import Look, escaped, grid_axes, grid_height, style
+from lens.figures.style import Look, escaped, grid_axes, grid_height, named_below, style
 from lens.runs.schema import KIND_WORDS
 from lens.traces.metrics import METRICS
 
@@ -266,7 +266,8 @@ def series_lines(
     grid = rows.pivot(index="name", columns="place", values="value")
     parts = _same_heads(series, list(grid.columns))
     spans = pd.concat([grid[part].max(axis=1) - grid[part].min(axis=1) for part in parts], axis=1)
-    spread = spans.max(axis=1).sort_values(ascending=False, kind="stable")
+    order = pd.DataFrame({"spread": spans.max(axis=1), "value": grid.max(axis=1)})
+    spread = order.sort_values(["spread", "value"], ascending=False, kind="stable")["spread"]
     shown = [place for part in parts for place in [part[0], *part]][1:]  # a gap between the parts
     gaps = np.cumsum([0, *(len(part) + 1 for part in parts[:-1])])[1:] - 1
     figure = go.Figure()
@@ -299,14 +300,13 @@ def series_lines(
     figure.update_yaxes(title=label(metric, variant))
     first = spread.index[0]
     most = grid.loc[first, parts[int(np.nanargmax(spans.loc[first]))]]
-    return style(
-        figure,
-        f"{first} changes most: {most.min():.2f} to {most.max():.2f}"
-        if max(map(len, parts)) > 1
-        else "No two neighbours have the same heads",
-        look,
-        meta={"metric": metric, "variant": variant, "prompts": kind},
-    )
+    title = f"{first} changes most: {most.min():.2f} to {most.max():.2f}"
+    if max(map(len, parts)) < 2:
+        title = "No two neighbours have the same heads"
+    elif spread.iloc[0] == 0:
+        title = "No head changes between neighbours"
+    meta = {"metric": metric, "variant": variant, "prompts": kind}
+    return named_below(style(figure, title, look, meta=meta))
 
 
 def _same_heads(series: RunSeries, places: list[int]) -> list[list[int]]:
@@ -342,7 +342,7 @@ def first_token_curves(series: RunSeries, **look: Unpack[Look]) -> go.Figure:
         for column, name, dash in (
             ("mass", words, "solid"),
             ("uniform", f"{words}, uniform attention", "dot"),
-            ("random_weights", f"{words}, highest head with random weights", "dash"),
+            ("random_weights", f"{words}, random weights", "dash"),
         ):
             if rows[column].isna().all():
                 continue
@@ -357,4 +357,4 @@ def first_token_curves(series: RunSeries, **look: Unpack[Look]) -> go.Figure:
             )
     figure.update_xaxes(title="run", type="category")
     figure.update_yaxes(title="attention to the first token", tickformat=".0%", rangemode="tozero")
-    return style(figure, "Attention to the first token, mean of all heads", look)
+    return named_below(style(figure, "Attention to the first token, mean of all heads", look))
