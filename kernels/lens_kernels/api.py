@@ -13,6 +13,7 @@ from lens_kernels.backward import attach
 from lens_kernels.dispatch import Explanation, choose, choose_gradients, explain_problem, load
 from lens_kernels.nonfinite import guarded
 from lens_kernels.problem import BackendResult, Problem
+from lens_kernels.slices import Seen
 from lens_kernels.types import AttentionMask, AttentionResult, AttentionStatistics
 from lens_kernels.validation import make_problem
 
@@ -111,7 +112,11 @@ def attention(
         key_weights=key_weights,
         differentiable=differentiable,
     )
-    return run_problem(problem, backend)
+    parts = {} if mask is None else vars(mask)
+    seen = Seen.of(
+        parts, problem.keys, sinks=sink_logits is not None, blocks=block_mask is not None
+    )
+    return replace(run_problem(problem, backend), seen=seen)
 
 
 def run_problem(problem: Problem, backend: str = "auto") -> AttentionResult:

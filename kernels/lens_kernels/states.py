@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from lens_kernels.arguments import check_kinds, check_tensors
+from lens_kernels.slices import Spans, joined
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -82,6 +83,7 @@ class AttentionState:
             `MERGEABLE`, each over the state's own keys.
         placed: True says that the statistics `BY_POSITION` count among the keys of the union, not
             among those of a slice. They are refused without it; `AttentionResult.state` places them.
+        spans: which keys of the whole these are, where that is known: `merge` refuses keys that come twice.
 
     Raises:
         ValueError: shapes that do not fit, a statistic that cannot merge or is not placed.
@@ -91,6 +93,7 @@ class AttentionState:
     lse: Float[Tensor, "*rows queries"]
     statistics: Mapping[str, Float[Tensor, "..."]] = field(default_factory=dict)
     placed: bool = False
+    spans: Spans | None = None
 
     def __post_init__(self) -> None:
         rows = tuple(self.lse.shape)
@@ -146,7 +149,7 @@ def merge(
         The merged state, in the widest of the outputs' types and the LSE's.
 
     Raises:
-        ValueError: no state, shapes or statistics that differ.
+        ValueError: no state, shapes or statistics that differ, or keys that are known to be in two states.
 
     Example:
         >>> one = AttentionState(torch.tensor([[2.0]]), torch.tensor([0.0]))
@@ -157,6 +160,7 @@ def merge(
     check_kinds(AttentionState, **{f"state {place}": one for place, one in enumerate(states)})
     check_tensors(sink_logits=sink_logits)
     _check_alike(states)
+    spans = joined([state.spans for state in states])
     lses = torch.stack([state.lse for state in states])
     parts = lses
     if sink_logits is not None:
@@ -173,7 +177,7 @@ def merge(
             continue
         parts = torch.stack([state.statistics[name] for state in states])
         statistics[name] = _merge_statistic(name, parts, weights)
-    return AttentionState(output, lse, statistics, all(state.placed for state in states))
+    return AttentionState(output, lse, statistics, all(state.placed for state in states), spans)
 
 
 def merge_weights(lses: Tensor) -> tuple[Tensor, Tensor]:
@@ -277,3 +281,11 @@ def _check_alike(states: tuple[AttentionState, ...]) -> None:
                 f"states must carry the same statistics: state 0 has {sorted(first.statistics)}, "
                 f"state {number} {sorted(state.statistics)}"
             )
+        for name, tensor in state.statistics.items():
+            if tensor.shape != first.statistics[name].shape:
+                raise ValueError(
+                    f"states must have equal shapes: {name!r} of state 0 is {list(first.statistics[name].shape)}, "
+                    f"of state {number} {list(tensor.shape)}"
+                )
+        if any(state is other for other in states[:number]) and bool((state.lse > -_INF).any()):
+            raise ValueError(f"state {number} is given twice, and its keys would count twice")

@@ -6,13 +6,13 @@ key_blocks, pairs, groups.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
+from lens_kernels.slices import Seen, check_place, moved
 from lens_kernels.states import BY_POSITION, MERGEABLE, AttentionState
 from lens_kernels.statistics import STATISTICS, Exactness
 
@@ -192,12 +192,14 @@ class AttentionResult:
         statistics: what was asked for.
         groups: one state per key group where `groups=` was given, else None.
         backend: the name of the backend that ran.
+        seen: the keys and the mask of the call, where they are known.
     """
 
     output: Float[Tensor, "batch heads queries value_dim"]
     statistics: AttentionStatistics
     groups: AttentionGroups | None
     backend: str
+    seen: Seen | None = None
 
     def state(
         self, *, keys_before: int | None = None, keys_after: int | None = None
@@ -207,7 +209,9 @@ class AttentionResult:
         Carried is what can merge of the statistics. `distance` and `moments` are moved to where they
         would be among all the keys; `prefix_mass` and `grid_moments` cannot be moved.
 
-        Leave learned sinks to `merge`: with `sink_logits` in each part they would count twice.
+        Learned sinks are for `merge`: with `sink_logits` in each part they would count twice. A mask
+        that counts positions (`causal`, `window`, `alibi_slopes`, ...) counts those of the slice: give
+        slices their own part of `allowed` or `bias`.
 
         Args:
             keys_before: keys of the whole sequence in front of the slice that `attention` got; 0
@@ -215,8 +219,9 @@ class AttentionResult:
             keys_after: keys of the whole sequence behind the slice, likewise.
 
         Raises:
-            ValueError: `lse` was not asked for; statistics that count positions, and it is not
-                said where the slice lies, or they cannot be moved there.
+            TypeError, ValueError: `lse` was not asked for; learned sinks; statistics that count positions,
+                and it is not said where the slice lies, or they cannot be moved there; a mask that sees
+                other keys in the slice than in the whole.
 
         Example:
             >>> import torch
@@ -229,53 +234,27 @@ class AttentionResult:
             >>> merge(*states).statistics["distance"]
             tensor([[[2.5000]]])
         """
-        found = self.statistics
+        found, seen = self.statistics, self.seen
         if "lse" not in found:
             raise ValueError(
                 f"a state needs 'lse', the result has {', '.join(found) or 'no statistics'}; "
                 "add 'lse' to statistics="
             )
+        if seen is not None and seen.sinks:
+            raise ValueError(
+                "sink_logits are in the rows of this result, and would count in each part: leave them out of "
+                "attention, and give them to merge(..., sink_logits=)"
+            )
         carried = {name: found[name] for name in found if name in MERGEABLE}
         placed = BY_POSITION & carried.keys()
-        if placed:
-            _check_place(placed, keys_before, keys_after)
-            assert keys_before is not None
-            assert keys_after is not None
-            carried |= _moved(carried, found["lse"], keys_before, keys_after)
-        return AttentionState(self.output, found["lse"], carried, placed=bool(placed))
+        check_place(placed, keys_before, keys_after)
+        spans = None
+        if keys_before is not None and keys_after is not None:
+            if seen is not None:
+                spans = seen.placed(carried.keys(), keys_before, keys_after)
+            carried |= moved(carried, found["lse"], keys_before, keys_after)
+        return AttentionState(self.output, found["lse"], carried, bool(placed), spans)
 
     def __repr__(self) -> str:
         shape = list(self.output.shape)
         return f"AttentionResult(output={shape}, backend={self.backend!r}, {self.statistics!r})"
-
-
-def _check_place(names: Set[str], before: int | None, after: int | None) -> None:
-    listed = ", ".join(sorted(names))
-    if before is None or after is None:
-        raise ValueError(
-            f"{listed} count positions: say keys_before= and keys_after=, the keys in front of and "
-            "behind the slice (0 and 0 where attention got all the keys)"
-        )
-    if before < 0 or after < 0:
-        raise ValueError(f"keys_before and keys_after must be 0 or more, got {before} and {after}")
-    fixed = ", ".join(sorted(names & {"prefix_mass", "grid_moments"}))
-    if fixed and before:
-        raise ValueError(
-            f"{fixed} of a slice with {before} keys before it are about its own first keys and "
-            "cannot be moved: leave them out, or give attention all the keys and hide some"
-        )
-
-
-def _moved(
-    statistics: Mapping[str, Tensor], lse: Tensor, before: int, after: int
-) -> dict[str, Tensor]:
-    """`distance` and `moments` of a slice as they are among all the keys; 0 for empty rows."""
-    seen = lse > -float("inf")
-    found = {}
-    if "distance" in statistics:
-        found["distance"] = statistics["distance"] + after * seen
-    if "moments" in statistics:
-        first, second = statistics["moments"].unbind(-1)
-        moved = (first + before * seen, second + 2 * before * first + before * before * seen)
-        found["moments"] = torch.stack(moved, -1)
-    return found

@@ -35,8 +35,10 @@ def patch_map(effects: PatchEffects, **look: Unpack[Look]) -> go.Figure:
     )
     figure.update_xaxes(title="token", type="category", showgrid=False)
     figure.update_yaxes(title="node", type="category", autorange="reversed", showgrid=False)
-    node, place = np.unravel_index(int(np.nanargmax(np.abs(values))), values.shape)
-    best = f"{effects.nodes[node]} at {effects.positions[place]}, {values[node, place]:.2f}"
+    best = "nothing, both runs have the same metric"
+    if effects.whole:
+        node, place = np.unravel_index(int(np.abs(values).argmax()), values.shape)
+        best = f"{effects.nodes[node]} at {effects.positions[place]}, {values[node, place]:.2f}"
     return style(
         figure,
         f"{effects.direction} on {effects.task}: most at {best}",

@@ -270,6 +270,8 @@ def _has_holes(padding: torch.Tensor) -> torch.Tensor:
 def _spelled_out(allowed: torch.Tensor) -> MaskStructure:
     queries, keys = allowed.shape[-2:]
     looks_ahead = bool(allowed.triu(1 + keys - queries).any())
+    if queries == keys and not looks_ahead:
+        allowed = _without_padded(allowed)
     seen = allowed[:, 0].any(-2)  # [batch, keys]
     return MaskStructure(
         causal=not looks_ahead,
@@ -278,6 +280,34 @@ def _spelled_out(allowed: torch.Tensor) -> MaskStructure:
         placed=queries == keys
         or bool(seen[:, 0].all()),  # else padding, or out of a window's reach
     )
+
+
+def _without_padded(allowed: torch.Tensor) -> torch.Tensor:
+    """The same where queries of padding on the right see nothing, as they do under other masks.
+
+    Such a mask hides the keys of padding alone, so that its queries would be counted among those that see a key. They
+    stand behind the last key that is seen, and see a run of keys up to it.
+    """
+    rows = allowed[:, 0]
+    keys = rows.shape[-1]
+    place = torch.arange(keys, device=rows.device)
+    past = torch.where(rows.any(-2), place + 1, 0).amax(
+        -1
+    )  # [batch], one past the last key that is seen
+    padded = place >= past[:, None]
+    count, first = rows.sum(-1), rows.int().argmax(-1)
+    runs = (count == 0) | (
+        rows.any(-1) & (first + count == past[:, None]) & _is_run(rows, first, count)
+    )
+    if not bool(padded.any()) or not bool((runs | ~padded).all()):
+        return allowed
+    return allowed & ~padded[:, None, :, None]
+
+
+def _is_run(rows: torch.Tensor, first: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+    """bool [batch, queries]: the keys of a row stand side by side."""
+    last = rows.shape[-1] - 1 - rows.flip(-1).int().argmax(-1)
+    return last - first + 1 == count
 
 
 @dataclass

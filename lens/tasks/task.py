@@ -248,8 +248,7 @@ class Task:
     @property
     def prompts(self) -> list[list[int]]:
         """The clean prompts' own tokens."""
-        pairs = zip(self.clean, self.own, strict=True)
-        return [ids[own].tolist() for ids, own in pairs]
+        return [ids[own].tolist() for ids, own in zip(self.clean, self.own, strict=True)]
 
     @property
     def as_prompts(self) -> Any:
@@ -311,12 +310,13 @@ class Task:
         """The corrupt prompts.
 
         Raises:
-            LensError: the task has none.
+            LensError: the task has none, or they are the clean ones.
         """
-        if self.corrupt is None:
+        same = self.corrupt is not None and torch.equal(self.corrupt, self.clean)
+        if self.corrupt is None or same:
             raise LensError(
-                f"the task {self.name!r} has no corrupt prompts, so there is no counterfactual; "
-                "use another baseline: zero, mean, pooled_mean or resample"
+                f"the task {self.name!r} has {'its clean prompts as' if same else 'no'} corrupt prompts, so there "
+                "is no counterfactual; use another baseline: zero, mean, pooled_mean or resample"
             )
         return self.corrupt
 

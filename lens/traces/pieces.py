@@ -99,6 +99,11 @@ class Pieces:
         self._block = settings.block_size
         self._layers: dict[int, LayerRecord] = {}
         self._files: dict[int, dict[str, tuple[list[int], torch.dtype]]] = {}
+        self._rows: dict[int, int] = {}  # of a layer, that it was given so far
+        self._seen: dict[
+            int, list[tuple[int, Tensor | None]]
+        ] = {}  # of each piece: first row, ranges
+        self._holed: set[int] = set()  # layers with a mask that ranges do not say
 
     def read(self, ids: Tensor) -> None:
         """The first tokens [tokens], as the next piece will have read them."""
@@ -108,9 +113,16 @@ class Pieces:
         """The call with its tokens, and its first key where a block begins.
 
         A window's cache has dropped keys up to anywhere; hidden ones of zeros fill the block up. Every
-        query is too far from them to see them.
+        query is too far from them to see them. No token is padding, so that a cache that holds them all begins
+        with the first.
         """
-        start, keys = call.mask.start, call.key.shape[2]
+        keys = call.key.shape[2]
+        if not call.mask.placed and keys == self._rows.get(call.layer, 0) + call.query.shape[2]:
+            first_token = torch.zeros(len(call.key), dtype=torch.long)
+            call = replace(call, mask=replace(call.mask, first=first_token, start=0, placed=True))
+        if call.mask.allowed is not None and call.mask.ranges() is None:
+            self._holed.add(call.layer)
+        start = call.mask.start
         short = start % self._block
         first = start - short
         ids = self._ids.to(call.key.device)
@@ -123,8 +135,12 @@ class Pieces:
         length = self._ids.shape[1]
         if record.layer not in self._layers:
             self._layers[record.layer] = replace(
-                record, queries=length, keys=length, key_start=0, query_start=0, variables={}
-            )
+                record, queries=length, keys=length, key_start=0, query_start=0, variables={},
+                partition=None,
+            )  # fmt: skip
+        self._rows[record.layer] = record.query_start + record.queries
+        ranges = None if record.seen is None else record.seen + record.key_start
+        self._seen.setdefault(record.layer, []).append((record.query_start, ranges))
         for name, part in record.variables.items():
             starts = {
                 "query": record.query_start,
@@ -165,10 +181,24 @@ class Pieces:
             self._files.setdefault(layer, {})[name] = (shape, dtype)
         return torch.from_numpy(np.memmap(path, kind, mode, shape=tuple(shape)))
 
+    def _ranges(self, record: LayerRecord) -> Tensor | None:
+        """`seen` of the rows of all pieces; None where no piece has any, or one can say none."""
+        pieces = self._seen[record.layer]
+        if record.layer in self._holed or all(ranges is None for _, ranges in pieces):
+            return None
+        query = torch.arange(record.queries)
+        reach = record.queries if record.window is None else record.window
+        whole = torch.stack([(query - reach + 1).clamp(min=0), query + 1])
+        for start, ranges in pieces:
+            if ranges is not None:
+                whole[:, start : start + ranges.shape[1]] = ranges
+        return whole
+
     def records(self, length: int | None = None) -> Iterator[LayerRecord]:
         """One record for each layer, in order, of the whole or of the first tokens; each is let go of."""
         for layer in sorted(self._layers):
             found, files = self._layers[layer], self._files.pop(layer, {})
+            found = replace(found, seen=self._ranges(found))
             for name, (shape, dtype) in files.items():
                 found.variables[name] = self._whole(layer, name, shape, dtype)
             del self._layers[layer]
@@ -184,7 +214,8 @@ def _cut(record: LayerRecord, length: int, block: int) -> LayerRecord:
         name: tensor[tuple(map(slice, _whole_shape(name, tensor, length, block)))].clone()
         for name, tensor in record.variables.items()
     }
-    return replace(record, queries=length, keys=length, variables=variables)
+    seen = None if record.seen is None else record.seen[:, :length]
+    return replace(record, queries=length, keys=length, variables=variables, seen=seen)
 
 
 def _whole_shape(name: str, part: Tensor, length: int, block: int) -> list[int]:

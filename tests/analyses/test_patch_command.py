@@ -1,5 +1,7 @@
 """`lens patch`: the maps of layer by token in a section, in the report, on their page and against the library."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from lens_analyses.steps import patching
@@ -162,3 +164,14 @@ def test_where_the_stream_carries_the_answer(high, said):
         assert "brings back more than 0.04 of the answer" in sentence
     else:
         assert f"at token {said}; 1 brings back all of it." in sentence
+
+
+def test_runs_of_one_metric_have_nothing_to_move():
+    """Not NaN of the answer: corrupt prompts may leave what is measured, such as the accuracy, as it is."""
+    found = replace(_effects("r", np.full((3, 3), 0.2)), source=np.ones(2))
+    assert np.isnan(found.effects).all()
+    assert "largest none, both runs have the same metric" in repr(found)
+    assert patching._strongest("mlp", found) is None
+    told = patching._carried(found)
+    assert told.startswith("Both runs have the same logit difference (1, mean of 2 prompts)")
+    assert len(found.plot().data) == 1

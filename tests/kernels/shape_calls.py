@@ -2,6 +2,7 @@
 
 import doctest
 import importlib
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -66,7 +67,7 @@ def everything_else() -> None:
     decode(Q, K, V, block_mask=blocks, key_weights=torch.ones(2, 2, 11))
     explain(Q, K, V, groups=torch.zeros(2, 11, dtype=torch.int32))
     attention(Q, K, V).state()
-    redistribute([merge(STATE, STATE, sink_logits=torch.zeros(4)), STATE], Mask([0]))
+    redistribute([merge(STATE, replace(STATE), sink_logits=torch.zeros(4)), STATE], Mask([0]))
 
 
 RIGHT = {

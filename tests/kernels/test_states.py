@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -175,6 +176,94 @@ def test_first_keys_of_a_slice_are_not_those_of_the_whole():
             result.state(**place)
 
 
+ROW_STATES = AttentionState(
+    torch.zeros(2, 5, 3), torch.zeros(2, 5), {"match_mass": torch.zeros(2, 5, 1)}
+)
+LENGTHS = {"key_lengths": [5], "query_lengths": [3]}
+
+
+@pytest.mark.parametrize(
+    ("mask", "place", "names", "message"),
+    [
+        (
+            {"causal": True},
+            (0, 4),
+            (),
+            "causal of a slice with 4 keys behind it count from its last",
+        ),
+        ({"causal": True, "window": 3}, (0, 1), (), "causal, window of a slice with 1 keys behind"),
+        ({"alibi_slopes": torch.ones(2)}, (2, 1), (), "alibi_slopes of a slice with 1 keys behind"),
+        (
+            {"causal": True, "prefix": 2},
+            (2, 0),
+            (),
+            "prefix of a slice with 2 keys before it count",
+        ),
+        (LENGTHS, (2, 0), ("distance",), "key_lengths, query_lengths of a slice with other keys"),
+        (
+            {"key_start": [1]},
+            (2, 0),
+            ("moments",),
+            "key_start of a slice with 2 keys before it moves",
+        ),
+    ],
+)
+def test_masks_that_count_positions_are_not_those_of_a_slice(mask, place, names, message):
+    """Each merged to other numbers than those of the whole: outputs off by up to 1.8."""
+    options = {"mask": AttentionMask(**mask), "statistics": ("lse", *names)}
+    part = attention(*tensors(1, 2, 1, 3, 7), **options)
+    before, after = place
+    with pytest.raises(ValueError, match=message):
+        part.state(keys_before=before, keys_after=after)
+    assert part.state(keys_before=0, keys_after=0).output is part.output
+
+
+def test_the_last_slice_counts_from_the_same_end_as_the_whole():
+    """There causality and a window see what they see in the whole; the slice before it sees `allowed`."""
+    query, key, value = tensors(1, 2, 1, 7, 13)
+    mask, names = AttentionMask(causal=True, window=5), ("lse", "entropy", "distance", "moments")
+    whole = attention(query, key, value, mask=mask, statistics=names)
+    near = torch.arange(7)[:, None] + 6 - torch.arange(13)  # anchor - key
+    hidden = AttentionMask(allowed=((near >= 0) & (near < 5))[:, :8])
+    first = attention(query, key[:, :, :8], value[:, :, :8], mask=hidden, statistics=names)
+    last = attention(query, key[:, :, 8:], value[:, :, 8:], mask=mask, statistics=names)
+    merged = merge(
+        first.state(keys_before=0, keys_after=5), last.state(keys_before=8, keys_after=0)
+    )
+    assert_close(merged.output, whole.output, 1e-5)
+    for name in names[1:]:
+        assert_close(merged.statistics[name], whole.statistics[name], 1e-5, name)
+
+
+def test_keys_that_would_count_twice_are_refused():
+    query, key, value = tensors(1, 2, 1, 3, 11)
+
+    def part(start, stop, whole=11):
+        found = attention(query, key[:, :, start:stop], value[:, :, start:stop])
+        return found.state(keys_before=start, keys_after=whole - stop)
+
+    with pytest.raises(
+        ValueError, match="keys 5 to 6 are in state 0 and in state 1, and would count"
+    ):
+        merge(part(0, 7), part(5, 11))
+    with pytest.raises(ValueError, match="keys 2 to 3 are in state 0 and in state 1"):
+        merge(merge(part(0, 2), part(2, 4)), part(2, 4))
+    with pytest.raises(ValueError, match=r"one whole, but .* is 11 of state 0, 13 of state 1"):
+        merge(part(0, 5), part(5, 11, 13))
+    one = attention(query, key, value).state()
+    with pytest.raises(ValueError, match="state 1 is given twice"):
+        merge(one, one)
+    sunk = attention(query, key, value, sink_logits=torch.zeros(2))
+    with pytest.raises(
+        ValueError, match="sink_logits are in the rows of this result, and would count"
+    ):
+        sunk.state()
+    assert_close(merge(one, sink_logits=torch.zeros(2)).output, sunk.output, 1e-6)
+    for place in ({"keys_before": "x", "keys_after": 0}, {"keys_before": 0, "keys_after": 0.5}):
+        with pytest.raises(TypeError, match="must be a number of keys"):
+            attention(query, key, value).state(**place)
+
+
 def test_a_block_map_comes_from_row_masses():
     query, key, value = tensors(2, 4, 2, 37, 53)
     mask = AttentionMask(causal=True)
@@ -303,6 +392,12 @@ STATE = AttentionState(torch.zeros(2, 5, 3), torch.zeros(2, 5), {"entropy": torc
         (
             lambda: merge(STATE, AttentionState(torch.zeros(2, 7, 3), torch.zeros(2, 7))),
             r"equal shapes: output of state 0 is \[2, 5, 3\], of state 1 \[2, 7, 3\]",
+        ),
+        (
+            lambda: merge(
+                ROW_STATES, replace(ROW_STATES, statistics={"match_mass": torch.zeros(2, 5, 4)})
+            ),
+            r"'match_mass' of state 0 is \[2, 5, 1\], of state 1 \[2, 5, 4\]",
         ),
         (
             lambda: merge(STATE, sink_logits=torch.zeros(3)),

@@ -3,12 +3,14 @@
 import numpy as np
 import pytest
 import torch
+import transformers
 
 import lens
 from lens.common.errors import LensError
 from lens.passes.interface import switched
 from tests.lens import naive
 from tests.lens.architectures import build
+from tests.lens.test_computed import CONFIGS
 
 LENGTH, NEW = 21, 9
 
@@ -101,3 +103,21 @@ def test_what_cannot_be_is_refused(options, message):
 def test_a_model_that_does_not_write_is_refused():
     with pytest.raises(LensError, match="leave new out"):
         lens.capture(lens.load(build("bert")), _ids(), new=3)
+
+
+@pytest.mark.parametrize("kind", ["bloom", "gpt_neo"])
+def test_masks_of_a_models_own_say_what_every_token_that_was_written_sees(kind, tmp_path):
+    """They said it of the prompt's tokens alone, and such a trace could not be read back; and a window of one layer hid
+    where the first token is."""
+    torch.manual_seed(0)
+    model = lens.load(transformers.AutoModelForCausalLM.from_config(CONFIGS[kind]).eval())
+    found = lens.capture(model, _ids(), new=NEW, block_size=8)
+    whole = lens.capture(
+        model, [int(one) for one in found.dataset["token_id"].values], block_size=8
+    )
+    assert found.attrs["seen"] == whole.attrs["seen"]
+    for name in ("first_mass", "rest_mass", "prefix_mass", "received", "block_mass"):
+        error = np.abs(found.dataset[name].values - whole.dataset[name].values).max()
+        assert error < 1e-4, name  # NaN fails
+    found.save(tmp_path / "written")
+    assert type(found).load(tmp_path / "written").attrs["seen"] == found.attrs["seen"]

@@ -201,6 +201,13 @@ def test_flat_and_undifferentiable_metrics_are_refused():
         with pytest.raises(LensError, match=r"flat at the clean prompts.*use method='eap-ig'"):
             score_edges(model, kl, method=method)
     assert np.abs(score_edges(model, kl, method="eap-ig").values).max() > 1e-3
+    published = EapIg(
+        steps=1, rule="left", over="activations"
+    )  # one step after the reference: clean
+    with pytest.raises(LensError, match="takes its gradient there alone, so that its scores are"):
+        score_edges(model, kl, method=published)
+    two = score_edges(model, kl, method=replace(published, steps=2))
+    assert np.abs(two.values).max() > 1e-3
     with pytest.raises(LensError, match="the metric has no gradient"):
         score_edges(model, task.with_metric("accuracy"), method="eap")
 

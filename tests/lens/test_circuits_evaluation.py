@@ -140,8 +140,12 @@ def test_what_cannot_be_evaluated_is_refused():
     with pytest.raises(LensError, match="draws must be a positive integer, got 0"):
         evaluate(model, task, other, draws=0)
     scores = score_edges(model, task, method="eap")
+    after_answers = task.clean.clone()
+    after_answers[:, -1] = (after_answers[:, -1] + 1) % 7 + 3
     with pytest.raises(LensError, match="ablating every edge does not change the metric"):
-        evaluate(model, replace(task, corrupt=task.clean), scores)
+        evaluate(model, replace(task, corrupt=after_answers, positions=task.positions - 1), scores)
+    with pytest.raises(LensError, match="'drawn' has its clean prompts as corrupt prompts"):
+        score_edges(model, replace(task, corrupt=task.clean.clone()), method="eap")
 
 
 def test_a_true_circuit_stands_out_among_circuits_of_its_size():

@@ -58,9 +58,19 @@ def test_a_window_parts_the_rate_of_gu_et_al_from_that_over_visible_queries():
     assert np.isnan(lens.sinks.find(trace).profile.rate[1])  # a window of 8 shows it to 8 queries
     assert lens.sinks.find(trace, normalise="all").profile.rate[1] == 0
     assert set(every.table()["normalise"]) == {"all"}
-    with pytest.raises(LensError, match="key 20 is seen by 8 queries"):
+    with pytest.raises(LensError, match=r"key 20 is seen by 8 queries .* a window of 8 .*'all'"):
         lens.sinks.rate(trace, key=20)
     assert lens.sinks.rate(trace, key=20, normalise="all").value == 0
+
+
+def test_learned_sinks_take_of_the_first_query_too():
+    """Nothing is its first key's by definition there: 0.05 is no less of a threshold than 0.5."""
+    trace = trace_of(windowed(67, 8) / 20, windows=[8])
+    trace.dataset.attrs["learned_sinks"] = True
+    found = lens.sinks.rate(trace, epsilon=0.01)
+    assert found.alpha[0, 0] == pytest.approx(sum(1 / n for n in range(1, 9)) / 8 / 20)
+    assert found.value == 1
+    assert found.curve((0.01, 0.1)).values.tolist() == [1, 0]
 
 
 @pytest.mark.parametrize(("name", "queries"), [("gemma2", 29), ("bert", 29)])

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from lens import circuits
-from lens.circuits.patches.effects import PatchEffects
+from lens.circuits.patches.effects import ROUNDING, PatchEffects
 from lens.common.errors import LensError
 from lens.common.head_ids import head_columns, head_of_node
 from lens.common.results import ends
@@ -114,6 +114,11 @@ def _of_heads(found: PatchEffects) -> pd.DataFrame:
 
 def _carried(found: PatchEffects) -> str:
     """At which token the residual stream carries most of the answer, layer by layer."""
+    if not found.whole:
+        return (
+            f"Both runs have the same {found.metric} ({found.base.mean():.3g}, mean of {len(found.base)} prompts), so "
+            "there is nothing for a patch to move: the corrupt prompts do not change what is measured."
+        )
     effects, done = found.effects, _DONE[found.direction]
     best, most = effects.argmax(1), effects.max(1)
     shown = np.flatnonzero(most >= _WORTH)
@@ -135,11 +140,11 @@ def _carried(found: PatchEffects) -> str:
 def _strongest(name: str, found: PatchEffects) -> Headline | None:
     """The place that moves most towards the other run, beside the median place; None where none moves more than rounding."""
     table = found.table()
-    whole = float((found.source - found.base).mean())
+    whole = found.whole
     sign = -1 if whole < 0 else 1
     low, high = ("low", "high") if sign > 0 else ("high", "low")
     largest = max(np.abs(found.base).max(), np.abs(found.source).max())
-    if len(table) < 2 or (sign * table["change"]).max() <= _ROUNDING * largest:
+    if not whole or len(table) < 2 or (sign * table["change"]).max() <= ROUNDING * largest:
         return None
     best, fields = highest(*(sign * table[end] for end in ("change", low, high)))
     row = {str(column): value for column, value in table.iloc[best].items()}
@@ -178,7 +183,6 @@ def _limits(
     return tuple(said)
 
 
-_ROUNDING = 1e-5  # of the metric: what single precision makes of nothing
 _WORTH = 0.1  # share of the answer from which on a place of the stream is named
 _DONE = {"denoising": "brings back", "noising": "takes away"}
 _WORDS = {"attention": "attention layers", "mlp": "MLPs", "heads": "heads"}

@@ -19,6 +19,9 @@ Direction = Literal["noising", "denoising"]
 EACH = "each"
 
 
+ROUNDING = 1e-5  # of the metric: what single precision makes of nothing
+
+
 @dataclass(frozen=True, repr=False, eq=False)
 class PatchEffects(Result):
     """What patching each node does to the metric.
@@ -49,8 +52,19 @@ class PatchEffects(Result):
 
     @property
     def effects(self) -> np.ndarray:
-        """[nodes, positions], (patched - base) / (source - base), ratio of means: 1 moves all of it."""
-        return (self.patched - self.base).mean(2) / (self.source - self.base).mean()
+        """[nodes, positions], (patched - base) / (source - base), ratio of means: 1 moves all of it.
+
+        NaN where both runs have the same metric, to rounding.
+        """
+        whole = self.whole or np.nan
+        return (self.patched - self.base).mean(2) / whole
+
+    @property
+    def whole(self) -> float:
+        """source - base, mean over the prompts; 0 where it is no more than rounding."""
+        whole = float((self.source - self.base).mean())
+        largest = max(np.abs(self.base).max(), np.abs(self.source).max())
+        return whole if abs(whole) > ROUNDING * largest else 0.0
 
     @property
     def relative(self) -> np.ndarray:
@@ -77,7 +91,8 @@ class PatchEffects(Result):
         return rows.loc[order].reset_index(drop=True)
 
     def __repr__(self) -> str:
-        best = ", ".join(
+        best = "" if self.whole else "none, both runs have the same metric"
+        best = best or ", ".join(
             f"{row['node']}{'' if row['position'] == 'all' else '@' + row['position']} {row['effect']:.2f}"
             for row in self.table().head(3).to_dict("records")
         )

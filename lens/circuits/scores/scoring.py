@@ -28,7 +28,7 @@ from lens.circuits.graph.mixed import mixed_of
 from lens.circuits.graph.nodes import Nodes, find_nodes
 from lens.circuits.scores.atp import atp_star, atp_star_grad_drop, atp_star_together
 from lens.circuits.scores.attribution import Stage, edge_products
-from lens.circuits.scores.batch import Batch
+from lens.circuits.scores.batch import Batch, fractions_of
 from lens.circuits.scores.methods import EapIg, Hybrid, Method, named
 from lens.circuits.scores.mixed import score_mixed
 from lens.circuits.scores.relp import relevance, relevance_of_values
@@ -114,11 +114,14 @@ def score_edges(
     check_counts(batch_size=batch_size)
     if word == "clean-corrupted":
         task.corrupt_or_refuse()
-    if task.is_flat and word in _AT_CLEAN:
+    at_clean = word in _AT_CLEAN or (
+        word == "eap-ig-activations" and fractions_of(int(steps), rule, 1.0) == [1.0]
+    )
+    if task.is_flat and at_clean:
         raise LensError(
             f"the metric {task.metric!r} is flat at the clean prompts, where it is at its best, and "
-            f"method={word!r} takes its gradient there, so that its scores are rounding; use "
-            "method='eap-ig', whose gradients are taken on the way to the corrupt prompts"
+            f"method={word!r} takes its gradient there{' alone' * (word not in _AT_CLEAN)}, so that its scores "
+            "are rounding; use method='eap-ig', whose gradients are taken on the way to the corrupt prompts"
         )
     chosen = Ablation(baseline, kv=kv)
     if (mixed := mixed_of(model)) is not None:

@@ -136,10 +136,17 @@ def alpha_at(
             raise LensError(f"key must be a position 0 to {trace.length - 1}, got {key!r}")
         alpha = alpha_of(trace, normalise)[..., key]
         if np.isnan(alpha).any():
-            seen = int(divisors(trace, normalise)[:, key].min())
+            divisor = divisors(trace, normalise)
+            seen, first = int(divisor[:, key].min()), int(divisor.min(0).max())
+            what = (
+                "near the end a key's attention to itself looks like a sink; take an earlier key"
+                if first >= FEWEST_VIEWERS
+                else f"a window of {first} shows no key to more; take normalise='all' or key 0"
+                if normalise == "visible" and trace.length >= FEWEST_VIEWERS
+                else "the prompts are too short for another key than 0; take longer ones"
+            )
             raise LensError(
-                f"key {key} is seen by {seen} queries in some layer and needs {FEWEST_VIEWERS}: near "
-                "the end a key's attention to itself looks like a sink; take an earlier key"
+                f"key {key} is seen by {seen} queries in some layer and needs {FEWEST_VIEWERS}: {what}"
             )
         found.append(alpha)
     return np.stack(found)
@@ -165,5 +172,10 @@ def check_epsilon(epsilon: float, least: float = 0.0) -> None:
 
 
 def least_alpha(trace: AttentionTrace, normalise: Normalise = "visible") -> float:
-    """Largest alpha that the first key of a layer has because its own query sees no other; 0 if it does."""
+    """Largest alpha that the first key of a layer has because its own query sees no other; 0 if it does.
+
+    So too with learned sinks: they take of the first query what they will.
+    """
+    if trace.attrs.get("learned_sinks", False):
+        return 0.0
     return float(trace.attrs["causal"] / divisors(trace, normalise)[:, 0].min())
