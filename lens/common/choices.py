@@ -10,6 +10,10 @@ from typing import Any, TypeVar
 from lens.common.errors import LensError
 
 _Choice = TypeVar("_Choice")
+_REPEATED = frozenset(
+    ("candidates", "controls", "draws", "epochs", "n", "resamples", "rounds", "runs", "seeds", "steps")
+)
+_MOST = 1_000_000
 _shown = reprlib.Repr()
 _shown.maxstring = _shown.maxother = _shown.maxlong = 80
 
@@ -40,14 +44,14 @@ def check_choice(name: str, value: _Choice, choices: Any) -> _Choice:
 
 
 def check_counts(least: int = 1, **numbers: Any) -> None:
-    """Refuse what is no whole number of at least `least`.
+    """Refuse what is no whole number of at least `least`, and what would be done more than a million times.
 
     Args:
         least: 0, or what makes sense.
-        numbers: arguments by name.
+        numbers: arguments by name; those that say how often something is done (draws, steps, ...) have the bound.
 
     Raises:
-        LensError: `draws must be a positive integer, got 0`
+        LensError: `draws must be a positive integer, got 0`; `draws must be at most 1,000,000, got 1000000000`
 
     Example:
         >>> check_counts(draws=20, resamples=5)
@@ -56,6 +60,8 @@ def check_counts(least: int = 1, **numbers: Any) -> None:
     for name, value in numbers.items():
         if not is_whole(value) or value < least:
             raise LensError(f"{name} must be {what}, got {shown(value)}")
+        if name.partition(" of ")[0] in _REPEATED and value > _MOST:
+            raise LensError(f"{name} must be at most {_MOST:,}, got {shown(value)}")
 
 
 def shown(value: Any) -> str:

@@ -10,7 +10,7 @@ from random import Random
 
 import torch
 
-from lens.common.choices import is_whole
+from lens.common.choices import check_counts
 from lens.common.errors import LensError
 from lens.models.loaded import LoadedModel
 from lens.tasks.metrics import PADDING, AnswerSets
@@ -104,8 +104,7 @@ def make_task(
     Raises:
         LensError: fewer than n prompts fit.
     """
-    if not is_whole(n) or n < 1:
-        raise LensError(f"n must be a positive integer, got {n!r}")
+    check_counts(n=n)
     random = Random(f"{name} {seed}")
     rows: dict[tuple[int, ...], _Row] = {}
     reasons: Counter[str] = Counter()

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from lens.common.choices import check_counts, check_lists, is_whole
+from lens.common.choices import check_counts, check_lists
 from lens.common.errors import LensError
 from lens.models.loaded import LoadedModel
 from lens.models.vocabulary import around, windows
@@ -46,7 +46,7 @@ def induction(
         1.0
     """
     check_predicts_tokens(model)
-    _positive("n", n)
+    check_counts(n=n)
     check_counts(0, seed=seed, length=length)
     if length < 2:
         raise LensError(f"length must be at least 2 to have a token to copy, got {length}")
@@ -99,7 +99,7 @@ def language_modelling(
     for text in texts:
         found += _cut(model, text, length) if isinstance(text, str) else [_ids(model, text)]
     if n is not None:
-        _positive("n", n)
+        check_counts(n=n)
         if len(found) < n:
             raise LensError(f"the texts make {len(found)} windows, {n} were asked for")
         found = found[:n]
@@ -185,8 +185,3 @@ def _masked(
     filled = [None if ids is None else ids.scatter(1, positions, mask) for ids in (clean, corrupt)]
     assert filled[0] is not None
     return Task(name, filled[0], positions, clean.gather(1, positions), metric, filled[1])
-
-
-def _positive(name: str, value: int) -> None:
-    if not is_whole(value) or value < 1:
-        raise LensError(f"{name} must be a positive integer, got {value!r}")

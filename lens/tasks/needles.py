@@ -16,6 +16,7 @@ from lens.common.errors import LensError
 from lens.models.loaded import LoadedModel
 from lens.models.vocabulary import ordinary_ids
 from lens.passes.logits import logits_of
+from lens.tasks.prompts import LONGEST
 
 
 @dataclass(frozen=True)
@@ -89,10 +90,10 @@ def copied(
     Raises:
         LensError: no vocabulary, fewer than one trial or token, or more than the model takes.
     """
-    check_counts(0, seed=seed)
+    check_counts(0, n=n, seed=seed)
     if model.info.vocab is None:
         raise LensError(f"{model.name} has no vocabulary, so no tokens can be drawn")
-    context = model.info.context or length + needle + 2
+    context = model.info.context or LONGEST
     if n < 1 or needle < 1 or length < needle + 4 or length + needle + 2 > context:
         raise LensError(
             f"copied needs n and needle of at least 1 and a length of needle + 4 to "

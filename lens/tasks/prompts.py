@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
     from lens.models.loaded import LoadedModel
 
+LONGEST = 1 << 24
+"""Tokens of a drawn prompt, for a model that takes any length."""
 _CHUNK = 1 << 25  # logits that are in memory at a time
 
 
@@ -111,11 +113,11 @@ def copied(model: "LoadedModel", length: int, seed: int = 0) -> list[int]:
         raise LensError(f"{model.name} has no vocabulary, so no tokens can be drawn")
     start = [] if model.bos_id is None else [model.bos_id]
     check_counts(0, length=length)
-    total = len(start) + 2 * length
-    if length < 1 or (model.info.context is not None and total > model.info.context):
+    total, most = len(start) + 2 * length, model.info.context or LONGEST
+    if length < 1 or total > most:
         raise LensError(
             f"a copied prompt of 2 × {length} tokens has {total}; {model.name} takes "
-            f"{model.info.context}: length must be 1 to {((model.info.context or 0) - len(start)) // 2}"
+            f"{most}: length must be 1 to {(most - len(start)) // 2}"
         )
     ordinary = torch.tensor(ordinary_ids(model))
     generator = torch.Generator().manual_seed(seed)

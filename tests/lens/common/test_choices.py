@@ -31,6 +31,14 @@ def test_anything_else_is_refused(value, message):
         check_choice("rule", value, Rule)
 
 
+def test_what_would_be_done_more_than_a_million_times_is_refused():
+    check_counts(draws=10**6, length=10**9)
+    with pytest.raises(LensError, match=r"^draws must be at most 1,000,000, got 1000001$"):
+        check_counts(steps=10**6, draws=10**6 + 1)
+    with pytest.raises(LensError, match=r"^rounds of Routing must be at most 1,000,000, got 1000"):
+        check_counts(0, **{"rounds of Routing": 10**18})
+
+
 def test_whole_numbers_pass():
     check_counts(draws=1, seeds=np.int64(3))
     check_counts(0, first=0)
