@@ -198,7 +198,9 @@ def report(
         from lens_analyses.listing import resolve
         from lens_analyses.report import write_report
 
-        written = write_report(resolve(run, runs), out)
+        found = resolve(run, runs)
+        _check_out(out)
+        written = write_report(found, out)
         output.result(f"report: {written.html}", written.as_json())
         if written.status != "success":
             raise SystemExit(PARTIAL)
@@ -261,6 +263,7 @@ def compare(
         from lens_analyses.listing import resolve
 
         found = [resolve(name, runs) for name in (a, b, *(more or ()))]
+        _check_out(out)
         place = out or runs / FOLDER / f"{found[0].id}--{found[-1].id}{'-series' * bool(more)}"
         words = ["lens", "compare", *(str(run.path) for run in found), "--seed", str(seed)]
         command = shlex.join(words)
@@ -304,6 +307,7 @@ def export(
         from lens_analyses.listing import resolve
 
         found = resolve(run, runs)
+        _check_out(out)
         place = out or runs / FOLDER / found.id / form
         kinds = tuple(part.strip() for part in pictures.split(",") if part.strip())
         written = export_run(found, form, place, pictures=kinds, width=width)
@@ -379,6 +383,15 @@ def root(
         raise typer.Exit
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
+
+
+def _check_out(out: Path | None) -> None:
+    """Raises UsageError: a place where no folder can be; said before anything is computed for it."""
+    from lens_analyses.making import check_place, check_writable
+
+    if out is not None:
+        check_place(out)
+        check_writable(out)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -3,7 +3,6 @@
 import hashlib
 import importlib
 import inspect
-import json
 import logging
 from collections.abc import Mapping
 from dataclasses import replace
@@ -14,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from lens.common.errors import LensError, first_line
+from lens.common.files import read_json
 from lens.common.results import of_kind
 from lens.figures.denoising import denoising_quadrants
 from lens.runs import open_run
@@ -26,7 +26,7 @@ from lens.traces.profiles import prompt_table
 from lens.traces.store import trace_files
 from lens_analyses.config.paths import local
 from lens_analyses.console import Output, UsageError, log, refused_as_usage, stoppable
-from lens_analyses.making import Making, check_place, making, prompt_row
+from lens_analyses.making import Making, check_place, check_writable, making, prompt_row
 from lens_analyses.provenance import versions
 from lens_analyses.report import render
 from lens_analyses.runner import Finished, readable
@@ -60,6 +60,7 @@ def execute(
     run = readable(find_by_config(runs, mapping))
     if run and not again and run.status == "success" and "denoising" in run.sections:
         return Finished(run, list(run.section("denoising").summary), computed=False)
+    check_writable(runs)
     log.info("loading %s", folder)
     model = load(folder)
     logging.getLogger("diffusers").setLevel(logging.ERROR)
@@ -102,7 +103,7 @@ def load(folder: Path) -> Any:
             found: Any = diffusers.DiffusionPipeline.from_pretrained(folder, **how)
             found.set_progress_bar_config(disable=True)
             return found
-        name = json.loads((folder / "config.json").read_text()).get("_class_name")
+        name = read_json(folder / "config.json").get("_class_name")
         kind = getattr(diffusers, str(name), None)
         if not (isinstance(kind, type) and issubclass(kind, diffusers.ModelMixin)):
             raise LensError(f"{folder}/config.json names no model of diffusers, but {name!r}")

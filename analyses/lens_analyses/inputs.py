@@ -4,16 +4,17 @@ Everything that can be wrong with the input is found here, before a run folder e
 """
 
 import hashlib
-import json
 from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from lens.common.errors import LensError
-from lens.common.files import open_regular, shorten
+from lens.common.errors import LensError, first_line
+from lens.common.files import json_of_line, open_regular, shorten
 from lens.models.catalogue import KNOWN
+from lens.runs import open_run
 from lens_analyses.boxes import read_boxes
 from lens_analyses.config import RunConfig
+from lens_analyses.config.analyses import CircuitSettings, ExamplesSettings, PoliciesSettings
 from lens_analyses.config.paths import local
 from lens_analyses.config.pictures import PictureConfig
 from lens_analyses.config.prompts import labelled_by
@@ -47,7 +48,7 @@ def read_sources(config: RunConfig) -> tuple[RunConfig, list[Source]]:
     Raises:
         LensError: missing, unreadable, empty or changed file, or unknown embedded text.
     """
-    config, prompts = _absolute_model(config), config.prompts
+    config, prompts = _absolute_beside(_absolute_model(config)), config.prompts
     if (name := labelled_by(prompts)) is not None:
         config, found = read_labelled_prompts(config, name)
         return config, [Source(*one) for one in found]
@@ -108,10 +109,9 @@ def load_model(config: RunConfig) -> "LoadedModel":
     name = config.model.device or "cpu"
     try:
         torch.zeros(1, device=name).item()
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".")
+    except Exception as error:  # ModuleNotFoundError too, of a device that another package brings
         raise UsageError(
-            f"device {name!r} cannot be used ({reason}); use cpu, or see `lens doctor`"
+            f"device {name!r} cannot be used ({first_line(error)}); use cpu, or see `lens doctor`"
         ) from None
     asked = config.model
     model = lens.load(asked.name, revision=asked.revision, dtype=asked.dtype, device=name)
@@ -299,6 +299,30 @@ def _absolute_model(config: RunConfig) -> RunConfig:
     return _with(config, model=_with(config.model, name=str(folder)))
 
 
+def _absolute_beside(config: RunConfig) -> RunConfig:
+    """What an analysis lays beside its own, by its full path; a file that is none is refused before a model is loaded."""
+    settings = config.analysis
+    if isinstance(settings, PoliciesSettings) and settings.published is not None:
+        path = local(settings.published)
+        if not path.exists():
+            raise LensError(f"no file {path}; --published takes one of policies, or a folder")
+        from lens.policies.files import format_of
+
+        format_of(path)
+        return _with(config, analysis=_with(settings, published=str(path)))
+    if isinstance(settings, CircuitSettings) and settings.compare is not None:
+        path = local(settings.compare)
+        from lens_analyses.steps.run_circuits import circuit_of
+
+        circuit_of(open_run(path))  # of which model it is is asked later
+        return _with(config, analysis=_with(settings, compare=str(path)))
+    if isinstance(settings, ExamplesSettings) and settings.corpus is not None:
+        path = local(settings.corpus)
+        _read(path)
+        return _with(config, analysis=_with(settings, corpus=str(path)))
+    return config
+
+
 def _read(path: Path) -> str:
     if not path.exists():
         raise LensError(
@@ -328,10 +352,10 @@ def _batch(path: Path, content: str) -> list[Source]:
 
 def _record(place: str, line: str) -> Source:
     try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
+        record = json_of_line(line)
+    except ValueError as error:
         raise LensError(
-            f"{place} is no JSON: {error.msg}; each line is an object with a text"
+            f"{place} is no JSON: {first_line(error)}; each line is an object with a text"
         ) from None
     text = record.get("text") if isinstance(record, dict) else None
     if not isinstance(text, str) or not text.strip():

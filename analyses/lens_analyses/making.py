@@ -1,6 +1,8 @@
 """A run while it is made: its log, how it is stopped, and what its folder says of how it ended."""
 
+import errno
 import logging
+import tempfile
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -9,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from lens.common.errors import LensError, in_words
+from lens.common.files import PART, on_disk, shorten
 from lens.runs import Run
 from lens.runs.manifest import remove_own
 from lens.runs.writer import RunWriter
-from lens_analyses.console import LogFile, UsageError, log, stoppable
+from lens_analyses.console import LogFile, UsageError, log, refused_as_usage, stoppable
 
 
 @dataclass
@@ -44,11 +47,34 @@ def check_place(runs: Path) -> None:
     Raises:
         UsageError: it, or one above it, is a file.
     """
-    there = next(one for one in (runs, *runs.absolute().parents) if one.exists())
+    with refused_as_usage():
+        there = _nearest(runs)
     if not there.is_dir():
         raise UsageError(
-            f"--out {runs}: {there} is a file where a folder should be; choose another"
+            f"--out {shorten(str(runs))}: {there} is a file where a folder should be; choose another"
         )
+
+
+def check_writable(runs: Path) -> None:
+    """Before a model is loaded for a run that is not finished: whether its folder can be made.
+
+    Raises:
+        UsageError: the disk is read-only, or takes no folders; OSError: it is full.
+    """
+    try:
+        with tempfile.TemporaryDirectory(prefix=".", suffix=PART, dir=_nearest(runs)):
+            pass
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UsageError(
+            f"--out {shorten(str(runs))}: no folder can be made there ({error.strerror}); choose another"
+        ) from None
+
+
+def _nearest(runs: Path) -> Path:
+    """The folder itself, or the nearest above it that is there."""
+    return next(one for one in (on_disk(runs), *runs.absolute().parents) if one.exists())
 
 
 @contextmanager

@@ -6,6 +6,9 @@ from typing import Annotated, Any, Literal
 import typer
 from typer.core import TyperCommand, TyperOption
 
+from lens.common.errors import LensError
+from lens.common.files import on_disk
+
 RUNS = Path("runs")
 RUN_COMMANDS = {
     "run": "Profile every attention head of a model on a text and on copied random tokens.",
@@ -47,7 +50,7 @@ DryRun = Annotated[
 
 
 class Command(TyperCommand):
-    """Refuses an option of one value that is given twice, of which the last would stand for all, unsaid."""
+    """Refuses an option of one value that is given twice, of which the last would stand for all; reads `~` in paths."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         *_, given = self.make_parser(ctx).parse_args(list(args))
@@ -61,4 +64,17 @@ class Command(TyperCommand):
                     f"{name} is given twice; give it once (where it takes several values: with commas)"
                 )
             seen.add(name)
-        return super().parse_args(ctx, args)
+        rest = super().parse_args(ctx, args)
+        for one in self.params:
+            given = ctx.params.get(one.name)
+            if isinstance(given, Path):
+                ctx.params[one.name] = _place(ctx, max(one.opts, key=len), given)
+        return rest
+
+
+def _place(ctx: Any, name: str, given: Path) -> Path:
+    """The path as this machine has it: of `--out ~/runs` the folder at home, and none called ~."""
+    try:
+        return on_disk(given)
+    except LensError as error:
+        ctx.fail(f"{name}: {error}")

@@ -27,7 +27,7 @@ from lens_analyses.config.analyses import GenerateSettings
 from lens_analyses.console import Output, log, progress_bar, refused_as_usage
 from lens_analyses.estimate import expect, refuse_excess, work
 from lens_analyses.inputs import load_model, plan, read_sources
-from lens_analyses.making import Making, check_place, making, prompt_row
+from lens_analyses.making import Making, check_place, check_writable, making, prompt_row
 from lens_analyses.planned import PlannedPrompt
 from lens_analyses.provenance import versions
 from lens_analyses.report import render
@@ -127,6 +127,7 @@ def execute(
     run = readable(find_by_config(runs, mapping))
     if run and not again and run.status == "success" and (run.path / "report.html").exists():
         return Finished(run, [one.text for one in findings(run.heads)], computed=False)
+    check_writable(runs)
     if model is None:
         log.info("loading %s", config.model.name)
         model = load_model(config)

@@ -145,8 +145,9 @@ def lies_in(path: Path, folder: Path) -> bool:
         return False
 
 
-def open_regular(path: Path, *, most: int, within: Path | None = None) -> BinaryIO:
-    """A regular file of at most `most` bytes, open for reading.
+@contextlib.contextmanager
+def open_regular(path: Path, *, most: int, within: Path | None = None) -> Iterator[BinaryIO]:
+    """A regular file of at most `most` bytes, open for reading in the block.
 
     Args:
         path: of the file.
@@ -154,7 +155,7 @@ def open_regular(path: Path, *, most: int, within: Path | None = None) -> Binary
         within: folder that the file must lie in, links followed.
 
     Raises:
-        LensError: it is not there, a folder, pipe or device, larger, or a link out of `within`.
+        LensError: it is not there, a folder, pipe or device, larger, a link out of `within`, or fails while it is read.
     """
     try:
         own = within is not None and path.parent == within and not path.is_symlink()
@@ -178,7 +179,15 @@ def open_regular(path: Path, *, most: int, within: Path | None = None) -> Binary
         raise LensError(
             f"{path} has {found.st_size:,} bytes, more than the {most:,} that are read; make it again"
         )
-    return os.fdopen(handle, "rb")
+    with os.fdopen(handle, "rb") as file:
+        try:
+            yield file
+        except OSError as error:
+            if error.filename is not None or isinstance(error, LensError):
+                raise
+            raise LensError(
+                f"{path} cannot be read ({error}); restore it or make it again"
+            ) from error
 
 
 def read_text(path: Path, *, most: int = MOST_JSON, within: Path | None = None) -> str:
@@ -190,7 +199,7 @@ def read_text(path: Path, *, most: int = MOST_JSON, within: Path | None = None) 
     with open_regular(path, most=most, within=within) as file:
         try:
             return file.read(most).decode()
-        except (OSError, UnicodeDecodeError) as error:
+        except UnicodeDecodeError as error:
             raise LensError(
                 f"{path} cannot be read ({error}); restore it or make it again"
             ) from error
@@ -210,6 +219,20 @@ def read_json(path: Path, *, most: int = MOST_JSON, within: Path | None = None) 
     if not isinstance(value, dict):
         raise LensError(f"{path} must hold a JSON object, got {type(value).__name__}")
     return value
+
+
+def json_of_line(line: str) -> Any:
+    """What a line of JSON says.
+
+    Raises:
+        ValueError: it is no JSON, nests too deep, or has a number of thousands of digits.
+    """
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(error.msg) from error
+    except RecursionError as error:
+        raise ValueError("nested too deep") from error
 
 
 def shown(text: str) -> str:

@@ -8,13 +8,12 @@ prompt tuning) are refused: what they add is no token of the prompt.
 from __future__ import annotations
 
 import importlib.util
-import json
 import warnings
 from pathlib import Path
 from typing import Any
 
 from lens.common.errors import LensError, first_line
-from lens.common.files import on_disk
+from lens.common.files import on_disk, read_json
 from lens.common.results import few
 
 CONFIG = "adapter_config.json"
@@ -45,9 +44,8 @@ def adapter_base(folder: Path) -> str:
     if importlib.util.find_spec("peft") is None:
         raise LensError(f"{folder} holds an adapter, which peft reads: pip install peft")
     try:
-        settings = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        base = settings["base_model_name_or_path"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        base = read_json(folder / CONFIG)["base_model_name_or_path"]
+    except (LensError, KeyError) as error:
         raise LensError(f"cannot read {folder / CONFIG}: {first_line(error)}") from error
     if not isinstance(base, str) or not base:
         raise LensError(

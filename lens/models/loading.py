@@ -318,8 +318,10 @@ def _refuse_absent_weights(model: PreTrainedModel) -> None:
 
 def _device(device: str | torch.device | None) -> torch.device:
     try:
-        return torch.empty(0, device=device or "cpu").device
-    except (RuntimeError, AssertionError, TypeError) as error:
+        found = torch.zeros(1, device=device or "cpu")
+        found.item()  # "meta" holds no numbers
+        return found.device
+    except Exception as error:  # ModuleNotFoundError too, of a device that another package brings
         raise LensError(
             f"device {str(device)!r} cannot be used ({first_line(error)}); use cpu, or see "
             "what is there with `lens doctor`"

@@ -79,7 +79,7 @@ class Door:
         """A TOML file."""
         try:
             return tomllib.loads(self.text(name))
-        except (tomllib.TOMLDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise LensError(
                 f"{self.folder / name} cannot be read ({error}); run the analysis again"
             ) from error

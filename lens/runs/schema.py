@@ -112,6 +112,8 @@ class _ModelEntry(_Open):
     heads: _Size
     class_: _Line | None = Field(None, alias="class")
     revision: _Line | None = None
+    attending: list[_Count] | None = None
+    part: _Line | None = None
     kv_heads: _Size | None = None
     head_dim: _Size | None = None
     vocab: _Size | None = None

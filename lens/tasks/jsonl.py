@@ -1,6 +1,5 @@
 """Tasks from a file: one JSON object per line, with `clean`, `corrupt`, `correct` and `wrong`."""
 
-import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -8,8 +7,8 @@ from typing import Any
 import torch
 
 from lens.common.choices import is_whole
-from lens.common.errors import LensError
-from lens.common.files import as_path, read_text
+from lens.common.errors import LensError, first_line
+from lens.common.files import as_path, json_of_line, read_text
 from lens.models.loaded import LoadedModel
 from lens.passes.logits import check_predicts_tokens, logits_of
 from lens.tasks.candidates import Misfit
@@ -134,9 +133,9 @@ def _filled(ids: list[int], width: int) -> list[int]:
 
 def _parse(line: str, number: int, path: Path) -> dict[str, Any]:
     try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise LensError(f"{path.name}: line {number} is no JSON ({error.msg})") from error
+        row = json_of_line(line)
+    except ValueError as error:
+        raise LensError(f"{path.name}: line {number} is no JSON ({first_line(error)})") from error
     if not isinstance(row, dict) or any(field not in row for field in _NEEDED):
         raise LensError(f"{path.name}: line {number} must be an object with {', '.join(_NEEDED)}")
     if unknown := sorted(set(row) - {*_NEEDED, *_OPTIONAL}):

@@ -6,7 +6,6 @@ for beside the table).
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from io import StringIO
@@ -17,7 +16,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from lens.common.errors import LensError, first_line
-from lens.common.files import on_disk, read_text
+from lens.common.files import json_of_line, on_disk, read_text
 
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 TABLES = (".csv", ".jsonl", ".ndjson")
@@ -99,7 +98,7 @@ def read_table(path: Path, expected: str) -> pd.DataFrame:
         if path.suffix == ".csv":
             return pd.read_csv(StringIO(content), dtype=str, keep_default_na=False, na_values=[""])
         return pd.DataFrame(
-            [dict(json.loads(line)) for line in content.splitlines() if line.strip()]
+            [dict(json_of_line(line)) for line in content.splitlines() if line.strip()]
         )
     except (ValueError, TypeError) as error:
         raise LensError(

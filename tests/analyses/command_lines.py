@@ -25,6 +25,9 @@ _FILES = {
     "ctl.txt": b"a\x00b\x1b[31m c\r\n",
     "bad.toml": b"a = ",
     "deep.toml": b"a = " + b"[" * 100_000,
+    "deep.jsonl": b"[" * 100_000 + b"\n",
+    "digits.jsonl": b'{"text": ' + b"9" * 5000 + b"}\n",
+    "digits.toml": b"seed = " + b"9" * 5000,
     "list.toml": b"models = [1]\nanalyses = [[2]]\n",
 }
 
@@ -38,9 +41,11 @@ class Line:
     slow: bool
 
     def words(self, places: dict[str, Path]) -> list[str]:
-        """With the places filled in; LONG and HUGE are names of 300 and 5,000 characters."""
+        """With the places filled in; LONG and HUGE are names of 300 and 5,000 characters, NINES a number of as many."""
         text = self.text.format(**places)
-        return shlex.split(text.replace("LONG", "x" * 300).replace("HUGE", "y" * 5000))
+        return shlex.split(
+            text.replace("LONG", "x" * 300).replace("HUGE", "y" * 5000).replace("NINES", "9" * 5000)
+        )
 
 
 def lines() -> list[Line]:

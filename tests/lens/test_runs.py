@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 
 from lens.common.errors import LensError
-from lens.common.files import write_json, write_text
+from lens.common.files import open_regular, write_json, write_text
 from lens.runs import BrokenRun, find_run, list_runs, open_run
 from lens.runs.writer import RunWriter, config_hash, find_by_config
 from lens.traces.profiles import COLUMNS
@@ -234,6 +234,27 @@ def test_what_the_schema_does_not_allow_is_refused_and_listed(tmp_path, change, 
         RunWriter.start(tmp_path, CONFIG, META)
     with pytest.raises(LensError, match=message):
         find_run(tmp_path, run.id)
+
+
+@pytest.mark.parametrize(
+    ("entry", "value"), [("attending", True), ("attending", [0, "x"]), ("part", ["a"])]
+)
+def test_what_a_run_can_be_without_is_left_out_and_said(tmp_path, entry, value):
+    run = finished(tmp_path)
+    model = {**run.meta["model"], entry: value}
+    write_json(run.path / "run.json", {**run.meta, "model": model})
+    found = open_run(run.path)
+    assert found.meta["model"][entry] is None
+    assert f"model.{entry}" in " ".join(found.damage)
+
+
+def test_a_fault_while_a_file_is_read_names_it(tmp_path):
+    write_text(tmp_path / "x", "a")
+    with (
+        pytest.raises(LensError, match=r"x cannot be read.*broken"),
+        open_regular(tmp_path / "x", most=9),
+    ):
+        raise OSError(5, "broken")
 
 
 def test_a_folder_that_cannot_be_read_is_listed(tmp_path, monkeypatch):

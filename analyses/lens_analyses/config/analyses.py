@@ -316,6 +316,9 @@ class PatchSettings(_OnTask):
                 f"analysis.task {self.task} has no paired prompts to patch from; give analysis.corruption=noise, or a "
                 "task that has them, e.g. induction"
             )
+        if self.corruption == "counterfactual" and (self.at is not None or float(self.noise) != 3):
+            name = "noise" if self.at is None else "at"
+            raise ValueError(f"analysis.{name} goes with analysis.corruption=noise")
         return self
 
 

@@ -101,7 +101,7 @@ def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
             )
         try:
             found[name.strip()] = tomllib.loads(f"value = {value}")["value"]
-        except tomllib.TOMLDecodeError:
+        except (ValueError, RecursionError):  # no TOML, or more than Python reads
             found[name.strip()] = value
     return found
 
@@ -123,7 +123,7 @@ def read_toml(path: Path, kind: str, hint: str) -> dict[str, Any]:
         return tomllib.loads(read_text(path, most=_LARGEST))
     except UsageError:
         raise
-    except (LensError, tomllib.TOMLDecodeError, RecursionError) as error:
+    except (LensError, ValueError, RecursionError) as error:
         raise UsageError(f"cannot read the {kind} {path}: {error}") from None
 
 
@@ -192,7 +192,7 @@ def _unknown(dotted: str, settings: Iterable[str]) -> str:
 
 
 def _renamed(message: str, flags: Mapping[str, str]) -> str:
-    """The message with the settings called as they were given."""
+    """The message with the settings called as they were given; what is quoted is a value."""
     for dotted, flag in flags.items():
-        message = re.sub(rf"(?<![\w.]){re.escape(dotted)}(?![\w.])", flag, message)
+        message = re.sub(rf"(?<![\w.'\"-]){re.escape(dotted)}(?![\w.])", flag, message)
     return message

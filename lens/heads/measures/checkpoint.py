@@ -66,8 +66,8 @@ class Checkpoint:
         try:
             with np.load(path, allow_pickle=False) as file:
                 arrays = dict(file)
-            theirs = json.loads(str(arrays.pop(_CONFIGURATION)))
-        except (OSError, ValueError, KeyError, EOFError) as error:
+            theirs = dict(json.loads(str(arrays.pop(_CONFIGURATION))))
+        except Exception as error:
             raise LensError(
                 f"{path} is no checkpoint of lens.heads ({error}); remove it or name another file"
             ) from error
