@@ -199,7 +199,7 @@ def report(
         from lens_analyses.report import write_report
 
         found = resolve(run, runs)
-        _check_out(out)
+        _check_out(out or found.path)
         written = write_report(found, out)
         output.result(f"report: {written.html}", written.as_json())
         if written.status != "success":
@@ -263,8 +263,8 @@ def compare(
         from lens_analyses.listing import resolve
 
         found = [resolve(name, runs) for name in (a, b, *(more or ()))]
-        _check_out(out)
         place = out or runs / FOLDER / f"{found[0].id}--{found[-1].id}{'-series' * bool(more)}"
+        _check_out(place)
         words = ["lens", "compare", *(str(run.path) for run in found), "--seed", str(seed)]
         command = shlex.join(words)
         if more:
@@ -307,8 +307,8 @@ def export(
         from lens_analyses.listing import resolve
 
         found = resolve(run, runs)
-        _check_out(out)
         place = out or runs / FOLDER / found.id / form
+        _check_out(place)
         kinds = tuple(part.strip() for part in pictures.split(",") if part.strip())
         written = export_run(found, form, place, pictures=kinds, width=width)
         output.result(written.text(), written.as_json())
@@ -385,13 +385,12 @@ def root(
         typer.echo(context.get_help())
 
 
-def _check_out(out: Path | None) -> None:
+def _check_out(out: Path) -> None:
     """Raises UsageError: a place where no folder can be; said before anything is computed for it."""
     from lens_analyses.making import check_place, check_writable
 
-    if out is not None:
-        check_place(out)
-        check_writable(out)
+    check_place(out)
+    check_writable(out)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -95,6 +95,8 @@ def resolve(name: str, folder: Path) -> Run:
     Raises:
         LensError: there is none, there are several, or it cannot be read.
     """
+    if not name.strip():
+        raise LensError("a run must be named, got an empty text; `lens list` shows the runs")
     path = Path(name)
     if path.is_dir():
         return open_run(path)

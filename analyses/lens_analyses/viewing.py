@@ -60,7 +60,6 @@ def view_runs(
         )
     single = (target / "run.json").exists()
     folder = target.resolve().parent if single else target.resolve()
-    check_port(port, host)
     try:
         from lens_dashboards.server import check_reach, serve
     except ModuleNotFoundError as error:
@@ -71,6 +70,7 @@ def view_runs(
         ) from error
     with refused_as_usage():
         check_reach(host, token)
+    check_port(port, host)
     path = f"/run/{target.resolve().name}" if single else "/"
     if not quiet:
         say(f"dashboard: {_link(host, port, path, token)} (stop it with Ctrl-C)")

@@ -11,7 +11,18 @@ from lens.common.errors import LensError
 
 _Choice = TypeVar("_Choice")
 _REPEATED = frozenset(
-    ("candidates", "controls", "draws", "epochs", "n", "resamples", "rounds", "runs", "seeds", "steps")
+    (
+        "candidates",
+        "controls",
+        "draws",
+        "epochs",
+        "n",
+        "resamples",
+        "rounds",
+        "runs",
+        "seeds",
+        "steps",
+    )
 )
 _MOST = 1_000_000
 _shown = reprlib.Repr()

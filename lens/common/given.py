@@ -18,6 +18,7 @@ MADE_BY = {
     "Effect": "lens.effect(model, prompts, edit) makes one",
     "Segments": "lens.vision.segments(model, inputs) makes them",
     "Graph": "lens.circuits.score_edges(model, task).graph is one",
+    "Ablation": "lens.circuits.score_edges(model, task).ablation is one",
     "PositionScores": "lens.circuits.scores.positions(model, task) makes them",
     "Tensor": "torch.tensor(numbers) makes one",
     "Overlay": "trace.overlay() makes one",

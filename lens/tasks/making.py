@@ -50,7 +50,7 @@ def induction(
     check_counts(0, seed=seed, length=length)
     if length < 2:
         raise LensError(f"length must be at least 2 to have a token to copy, got {length}")
-    first = seed * _SEEDS
+    first = seed * _SEEDS % 2**62  # torch draws from seeds of 64 bits
     clean = torch.tensor([copied(model, length, first + 2 * row) for row in range(n)])
     other = torch.tensor([copied(model, length, first + 2 * row + 1) for row in range(n)])
     start = clean.shape[1] - length  # first token of the second copy

@@ -5,7 +5,9 @@ import inspect
 
 import pytest
 
+import lens
 from docs.public import rooms
+from lens.circuits.graph.graph import Graph
 from lens.common.errors import LensError
 
 ODD = {"an object": object(), "a text": "a text", "a number": 3.5, "nothing": None, "no list": []}
@@ -44,3 +46,8 @@ def test_what_is_of_no_kind_is_refused_in_words(odd):
             raw += [] if takes else [f"{name} takes it"]
     assert len(names) > 150
     assert raw == []
+
+
+def test_an_ablation_that_is_none_is_refused_before_it_is_kept():
+    with pytest.raises(LensError, match=r"ablation must be an Ablation .*got object"):
+        lens.circuits.make_circuit(Graph(2, 4, 4, mlps=False), [], ablation=object())

@@ -299,6 +299,9 @@ def test_tasks_that_do_not_fit_together_are_refused(changes, message):
 def test_other_refusals(toy, reader):
     with pytest.raises(LensError, match="n must be a positive integer, got 0"):
         induction(toy, n=0)
+    with pytest.raises(LensError, match="n must be at most 1,000,000"):
+        induction(toy, n=10**18)
+    assert induction(toy, n=2, seed=2**62).n == 2
     with pytest.raises(LensError, match="length must be at least 2"):
         induction(toy, n=1, length=1)
     with pytest.raises(LensError, match="no texts were given"):
