@@ -196,10 +196,11 @@ def report(
     output = Output(json, quiet, debug)
     with output.session():
         from lens_analyses.listing import resolve
+        from lens_analyses.making import check_writable
         from lens_analyses.report import write_report
 
         found = resolve(run, runs)
-        _check_out(out or found.path)
+        check_writable(out or found.path)
         written = write_report(found, out)
         output.result(f"report: {written.html}", written.as_json())
         if written.status != "success":
@@ -261,10 +262,11 @@ def compare(
         from lens_analyses.comparing import FOLDER, write_comparison
         from lens_analyses.comparing.series import write_series
         from lens_analyses.listing import resolve
+        from lens_analyses.making import check_writable
 
         found = [resolve(name, runs) for name in (a, b, *(more or ()))]
         place = out or runs / FOLDER / f"{found[0].id}--{found[-1].id}{'-series' * bool(more)}"
-        _check_out(place)
+        check_writable(place)
         words = ["lens", "compare", *(str(run.path) for run in found), "--seed", str(seed)]
         command = shlex.join(words)
         if more:
@@ -305,10 +307,11 @@ def export(
     with output.session():
         from lens_analyses.exporting import FOLDER, export_run
         from lens_analyses.listing import resolve
+        from lens_analyses.making import check_writable
 
         found = resolve(run, runs)
         place = out or runs / FOLDER / found.id / form
-        _check_out(place)
+        check_writable(place)
         kinds = tuple(part.strip() for part in pictures.split(",") if part.strip())
         written = export_run(found, form, place, pictures=kinds, width=width)
         output.result(written.text(), written.as_json())
@@ -383,14 +386,6 @@ def root(
         raise typer.Exit
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
-
-
-def _check_out(out: Path) -> None:
-    """Raises UsageError: a place where no folder can be; said before anything is computed for it."""
-    from lens_analyses.making import check_place, check_writable
-
-    check_place(out)
-    check_writable(out)
 
 
 def main(arguments: list[str] | None = None) -> None:

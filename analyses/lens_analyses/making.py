@@ -56,11 +56,12 @@ def check_place(runs: Path) -> None:
 
 
 def check_writable(runs: Path) -> None:
-    """Before a model is loaded for a run that is not finished: whether its folder can be made.
+    """Before anything is computed for it: whether a folder can be made there.
 
     Raises:
-        UsageError: the disk is read-only, or takes no folders; OSError: it is full.
+        UsageError: as `check_place`, or the disk is read-only, or takes no folders; OSError: it is full.
     """
+    check_place(runs)
     try:
         with tempfile.TemporaryDirectory(prefix=".", suffix=PART, dir=_nearest(runs)):
             pass
