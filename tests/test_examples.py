@@ -10,6 +10,7 @@ import importlib
 import inspect
 import runpy
 import tomllib
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,14 +65,16 @@ EXAMPLES = [
 ]
 
 
-PUBLIC = {
-    (inspect.unwrap(value).__module__, value.__qualname__): value
-    for room, names in rooms().items()
-    for name in names
-    if callable(value := getattr(importlib.import_module(room), name))
-    and hasattr(value, "__qualname__")
-}
-"""Module and name -> a public function or class as its room hands it out."""
+@cache
+def public() -> dict[tuple[str, str], Any]:
+    """Module and name -> a public function or class as its room hands it out."""
+    return {
+        (inspect.unwrap(value).__module__, value.__qualname__): value
+        for room, names in rooms().items()
+        for name in names
+        if callable(value := getattr(importlib.import_module(room), name))
+        and hasattr(value, "__qualname__")
+    }
 
 
 class _WhereShown(doctest.OutputChecker):
@@ -116,7 +119,7 @@ def _marks(example: Docstring) -> list[pytest.MarkDecorator]:
 
 
 def test_public_functions_are_known_by_their_examples():
-    assert sum((example.module, example.owner) in PUBLIC for example in EXAMPLES) > 150
+    assert sum((example.module, example.owner) in public() for example in EXAMPLES) > 150
 
 
 @pytest.mark.parametrize(
@@ -125,7 +128,7 @@ def test_public_functions_are_known_by_their_examples():
 def test_example_runs_and_odd_arguments_are_refused_in_words(example, given, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = {**vars(importlib.import_module(example.module)), **given}
-    assert run(example, names, PUBLIC.get((example.module, example.owner))) == []
+    assert run(example, names, public().get((example.module, example.owner))) == []
 
 
 def test_the_failing_are_examples_of_today():

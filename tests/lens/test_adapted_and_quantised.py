@@ -1,5 +1,6 @@
 """Adapters of PEFT, 4 and 8 bit of bitsandbytes, GGUF files: captured as they are, weights read as they work."""
 
+import importlib.util
 import json
 import shutil
 
@@ -13,24 +14,43 @@ from lens.models import adapters
 from lens.models.weights import matrix
 from lens.passes.replay import proved
 
-gguf = pytest.importorskip("gguf")
-peft = pytest.importorskip("peft")
-bnb = pytest.importorskip("bitsandbytes")
-
-pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is:FutureWarning")
+MISSING = [one for one in ("gguf", "peft", "bitsandbytes") if not importlib.util.find_spec(one)]
+pytestmark = [
+    pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}"),
+    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is:FutureWarning"),
+]
 IDS = [3, 5, 7, 9, 2, 4, 8]
 KINDS = {
-    "lora": peft.LoraConfig(target_modules=["q_proj", "o_proj"], init_lora_weights=False),
-    "dora": peft.LoraConfig(
-        target_modules=["q_proj", "v_proj"], init_lora_weights=False, use_dora=True
+    "lora": (
+        "LoraConfig",
+        {"target_modules": ["q_proj", "o_proj"], "init_lora_weights": False},
     ),
-    "ia3": peft.IA3Config(
-        target_modules=["k_proj", "o_proj"],
-        feedforward_modules=["o_proj"],
-        init_ia3_weights=False,
+    "dora": (
+        "LoraConfig",
+        {"target_modules": ["q_proj", "v_proj"], "init_lora_weights": False, "use_dora": True},
     ),
-    "oft": peft.OFTConfig(target_modules=["q_proj"], init_weights=False, oft_block_size=8),
+    "ia3": (
+        "IA3Config",
+        {
+            "target_modules": ["k_proj", "o_proj"],
+            "feedforward_modules": ["o_proj"],
+            "init_ia3_weights": False,
+        },
+    ),
+    "oft": (
+        "OFTConfig",
+        {"target_modules": ["q_proj"], "init_weights": False, "oft_block_size": 8},
+    ),
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _libraries():
+    """Imported by the tests: while they are collected every worker would wait two seconds for them."""
+    global gguf, peft, bnb
+    import bitsandbytes as bnb
+    import gguf
+    import peft
 
 
 def _tiny(layers=2):
@@ -47,10 +67,10 @@ def folder(tmp_path_factory):
     """A base model, and beside it an adapter of each kind."""
     place = tmp_path_factory.mktemp("models")
     _tiny().save_pretrained(place / "base")
-    for number, (kind, config) in enumerate(KINDS.items()):
+    for number, (kind, (made_by, options)) in enumerate(KINDS.items()):
         base = AutoModelForCausalLM.from_pretrained(place / "base", dtype=torch.float32)
         torch.manual_seed(number)
-        made = peft.get_peft_model(base, config)
+        made = peft.get_peft_model(base, getattr(peft, made_by)(**options))
         with torch.no_grad():
             for name, one in made.named_parameters():
                 if "ia3" in name:

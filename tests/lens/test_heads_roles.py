@@ -5,7 +5,6 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from transformer_lens import head_detector
 
 import lens
 from lens.common.errors import LensError
@@ -249,6 +248,8 @@ def test_the_detector_is_that_of_transformer_lens(pattern, bos, current):
     found = detect(
         trace_of(p, ids=ids.tolist()), pattern, exclude_bos=bos, exclude_current_token=current
     )
+    from transformer_lens import head_detector  # not while tests are collected: it takes long
+
     make = getattr(head_detector, f"get_{pattern}_detection_pattern")
     mask = make(torch.tensor(ids)[None]).double()
     for layer, head in itertools.product(range(2), range(3)):
@@ -263,6 +264,8 @@ def test_the_detector_is_that_of_transformer_lens(pattern, bos, current):
 
 
 def test_the_detector_agrees_on_a_real_model(toy):
+    from transformer_lens import head_detector
+
     ids = lens.tasks.copied(toy, 13)
     trace = lens.capture(toy, ids, progress=False)
     found = detect(trace, "induction_head")
