@@ -158,12 +158,22 @@ judged.plot()
 # Another row of attention may write the same: then what a head looks at is not even determined by what it does.
 
 # %%
-other = reading.adversary(model, prompts[0], "L0H0", draws=3, progress=False)
-print(
-    f"{other.free} free directions of L0H0's answering row; the most different row that was found writes the same to "
-    f"{other.error:.0e}, and differs by {other.divergence:.2f} of at most 0.69 nats."
-)
-assert other.error < 1e-5
+other = reading.adversary(model, prompts, draws=3, progress=False)
+for sentence in other.findings():
+    print("-", sentence)
+assert other.error.max() < 1e-5
+assert abs(other.change).max() < 1e-4
+other.plot()
+
+# %% [markdown]
+# And how much hangs on where each head looks: the loss of the answer when its attention logits change, along the
+# gradient (dearest) and at random, by the size of the change.
+
+# %%
+changed = reading.perturb(model, prompts, ["L0H1", "L1H0", HEAD], draws=2, progress=False)
+for sentence in changed.findings():
+    print("-", sentence)
+changed.plot()
 
 # %% [markdown]
 # ## Long prompts

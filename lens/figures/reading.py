@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from lens.reading.judged import Faithfulness
     from lens.reading.removals import Removals
     from lens.reading.retrieved import RetrievalKinds
-    from lens.reading.robustness import Robustness
     from lens.reading.shares import ComponentShares
 
 Curve: TypeAlias = Literal["sufficiency", "comprehensiveness"]
@@ -360,32 +359,3 @@ def block_bars(result: BlockScores, **look: Unpack[Look]) -> go.Figure:
         f"What the answer rests on by {result.method}, blocks of {result.block} ({result.model})"
     )
     return style(figure, escaped(title), look)
-
-
-@draws("Robustness")
-def robustness_curves(result: Robustness, **look: Unpack[Look]) -> go.Figure:
-    """Change of loss against the size of a change of attention logits: along the gradient, and random, of each head.
-
-    Example:
-        >>> found = lens.reading.perturb(small, lens.tasks.copied(small, 8), ["L1H0"], sizes=[0.5, 1.0], draws=1)
-        >>> figure = found.plot()
-    """
-    figure = go.Figure()
-    for place, head in enumerate(result.heads):
-        for kind, found, color in (
-            ("worst", result.worst, ACCENT),
-            ("random", result.random, BASELINE),
-        ):
-            figure.add_scatter(
-                x=list(result.sizes),
-                y=found[place].mean(-1),
-                name=kind,
-                legendgroup=kind,
-                showlegend=place == 0,
-                mode="lines+markers",
-                line={"color": color},
-                hovertemplate=f"{head}, {kind}: size %{{x:g}}, %{{y:+.4f}} nats<extra></extra>",
-            )
-    figure.update_xaxes(title="Size of the change (L2 over the logits of a head, nats)")
-    figure.update_yaxes(title="Change of loss (nats)")
-    return style(figure, escaped(f"Loss when attention logits change ({result.model})"), look)

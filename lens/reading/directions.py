@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from lens.common.head_ids import HeadId
-from lens.common.results import Result, Sentence, described
+from lens.common.results import Result, Sentence, described, ends
 from lens.stats.intervals import columns
 
 if TYPE_CHECKING:
@@ -67,13 +67,14 @@ class SubspaceRemovals(Result):
         said = [
             Sentence(
                 f"{self.head} gives {self.pairs!r} pairs {own['clean']:.1%}; without {self.rank} of {self.width} directions "
-                f"of its queries, found by contrast on other prompts, {own['mass']:.1%}.",
+                f"of its queries, found by contrast on other prompts, {own['mass']:.1%}{_ends(own, 'mass')}.",
                 kind="contrast",
             ),
             Sentence(
                 f"As many principal components of its queries leave {table.loc['queries', 'mass']:.1%}, of its keys "
                 f"{table.loc['keys', 'mass']:.1%}, another head's contrast {table.loc['other head', 'mass']:.1%}, random "
-                f"directions {chance['mass']:.1%}: the drop alone " + self._beside(),
+                f"directions {chance['mass']:.1%}{_ends(chance, 'mass')}: the drop alone "
+                + self._beside(),
                 kind="control",
             ),
         ]
@@ -81,8 +82,8 @@ class SubspaceRemovals(Result):
             said.append(
                 Sentence(
                     f"The same removal takes its {self.beside!r} pairs from {own['clean_other']:.1%} to {own['other']:.1%}; "
-                    f"the loss at these queries changes by {own['loss_change']:+.3g} nats, without random directions by "
-                    f"{chance['loss_change']:+.3g}.",
+                    f"the loss at these queries changes by {own['loss_change']:+.3g}{_ends(own, 'loss_change', '+.3g')} nats, without "
+                    f"random directions by {chance['loss_change']:+.3g}.",
                     kind="specific",
                 )
             )
@@ -101,3 +102,7 @@ class SubspaceRemovals(Result):
 
     def __repr__(self) -> str:
         return described(self)
+
+
+def _ends(row: pd.Series, name: str, form: str = ".1%") -> str:
+    return ends(row[f"{name}_low"], row[f"{name}_high"], form)

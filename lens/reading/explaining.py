@@ -20,13 +20,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lens.common.choices import check_choice, check_counts, check_lists, is_whole
+from lens.common.choices import check_choice, check_counts, is_whole
 from lens.common.errors import LensError
 from lens.common.head_ids import AnyHead
 from lens.common.progress import advancing
 from lens.models.loaded import LoadedModel, check_loaded
 from lens.passes.inputs import Prompt, read_prompts
 from lens.passes.replay import proved
+from lens.reading._groups import By, check_by, groups_of, rank
 from lens.reading._head import Head, read_head
 from lens.reading._pairs import Pairs, check_pairs, pairs_of
 from lens.reading._writers import Parts, take_apart
@@ -123,7 +124,7 @@ def explain_pairs(
     head: AnyHead,
     pairs: Pairs = "induction",
     *,
-    by: Literal["offset"] | Sequence[Sequence[str]] | None = None,
+    by: By | Sequence[Sequence[str]] | None = None,
     against: Literal["keys", "attention"] = "keys",
     seed: int = 0,
     progress: bool = True,
@@ -136,7 +137,8 @@ def explain_pairs(
         head: such as "L1H3".
         pairs: "induction" (the keys after earlier copies of the query's token), "duplicate" (earlier copies),
             "previous" (the key before), "strongest" (each row's strongest key), or for each prompt its pairs.
-        by: tell them apart by offset (query less key), or by class: for each prompt the class of each token.
+        by: tell them apart by "offset" (query less key), by "class" of the two tokens (first, delimiter, number, word, piece of
+            a word), or by your own: for each prompt the class of each token.
         against: as in `explain`.
         seed: of the bootstrap.
         progress: show a bar, on stderr, if that is a terminal.
@@ -154,14 +156,14 @@ def explain_pairs(
     check_pairs(pairs, len(read))
     check_choice("against", against, _MEANS)
     check_counts(0, seed=seed)
-    _check_by(by)
+    check_by(by)
     layout, place = proved(model), model.info.head(head)
     gathered = _Gathered()
     with advancing(f"{model.name}: {place}", len(read), progress) as advance:
         for number, prompt in enumerate(read):
             one = read_head(layout, prompt.inputs, place)
             chosen = pairs_of(one, pairs, number)
-            groups = _groups(by, chosen, number, one.tokens)
+            groups = groups_of(by, chosen, number, _tokens(model, prompt, one.tokens))
             for some in _by_rows(chosen[:, 0]):
                 gathered.add(
                     number,
@@ -176,6 +178,7 @@ def explain_pairs(
         prompts=len(read),
         seed=seed,
         model=model.name,
+        by="" if by is None else by if isinstance(by, str) else "classes",
     )
 
 
@@ -302,7 +305,7 @@ class _Gathered:
             raise LensError(
                 f"no prompt has any of {pairs}; take prompts in which tokens come again, or give the pairs"
             )
-        groups = sorted({group for group, _ in self._sums}, key=_rank)
+        groups = sorted({group for group, _ in self._sums}, key=rank)
         shapes = [one.shape for one in next(iter(self._sums.values()))]
         means = [np.full((len(groups), prompts, *shape), np.nan) for shape in shapes]
         means[-1][:] = 0
@@ -326,39 +329,6 @@ class _Gathered:
             error=self._error,
             **said,
         )
-
-
-def _rank(group: str) -> tuple[int, str]:
-    """Offsets in their order, classes in theirs."""
-    return (int(group), "") if group.isdigit() else (0, group)
-
-
-def _check_by(by: Any) -> None:
-    """Raises: LensError: another word than "offset", or no lists of classes."""
-    if by is None or (isinstance(by, str) and by == "offset"):
-        return
-    if isinstance(by, str):
-        raise LensError(
-            f"by must be 'offset', or the class of each token of each prompt; got {by!r}"
-        )
-    check_lists(by=by)
-    check_lists(**{f"by[{number}]": own for number, own in enumerate(by)})
-
-
-def _groups(by: Any, pairs: Tensor, number: int, tokens: int) -> list[str]:
-    """The group of each pair.
-
-    Raises:
-        LensError: classes of another number of tokens.
-    """
-    if by is None:
-        return ["all"] * len(pairs)
-    if isinstance(by, str):
-        return [str(query - key) for query, key in pairs.tolist()]
-    if number >= len(by) or len(by[number]) != tokens:
-        has = len(by[number]) if number < len(by) else "no"
-        raise LensError(f"by has {has} classes for prompt {number}, which has {tokens} tokens")
-    return [f"{by[number][query]} → {by[number][key]}" for query, key in pairs.tolist()]
 
 
 def _by_rows(queries: Tensor) -> list[Tensor]:

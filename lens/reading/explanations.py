@@ -11,7 +11,7 @@ import pandas as pd
 
 from lens.common.choices import check_choice
 from lens.common.head_ids import HeadId
-from lens.common.results import Result, Sentence, described
+from lens.common.results import Result, Sentence, described, ends, few
 from lens.stats.intervals import columns, over_units
 
 if TYPE_CHECKING:
@@ -160,7 +160,7 @@ class PairExplanation(Result):
     Attributes:
         head: whose attention.
         pairs: which pairs, in words.
-        groups: what they were told apart by, or one name.
+        groups: the offsets or classes that they were told apart by, or one name.
         against: as in `Explanation`.
         parts: as in `Explanation`.
         values, contrast, content: [group, prompt, query part, key part] as in `Explanation`; NaN where a
@@ -171,6 +171,7 @@ class PairExplanation(Result):
         error: largest difference of a sum from what the model computed, nats.
         seed: of the bootstrap.
         model: its name.
+        by: what the groups are: "offset", "class" or "classes" (a user's own).
     """
 
     head: HeadId
@@ -188,6 +189,7 @@ class PairExplanation(Result):
     error: float
     seed: int
     model: str
+    by: str = ""
 
     def table(self, *, top: int | None = 50) -> pd.DataFrame:
         """One row per group and pair of parts, the largest contrast of each group first.
@@ -260,15 +262,94 @@ class PairExplanation(Result):
             tables.append(table.iloc[order])
         return pd.concat(tables, ignore_index=True)
 
-    def findings(self) -> tuple[Sentence, ...]:
-        """Of each group: the pairs ("pairs"), and what carries them on each side ("key", "query")."""
-        said = []
-        for number, group in enumerate(self.groups):
-            some = self.count[number] > 0
-            named = "" if len(self.groups) == 1 else f" ({group})"
+    def leading(self, side: Side) -> pd.DataFrame:
+        """One row per group: the part of one side that carries most of it, and by how much more than the second.
+
+        Columns: `group`, `part`, `share` with `_low`, `_high`, `second`, `lead` (nats, sizes of the two contrasts) with
+        `_low`, `_high` (95 % bootstrap over prompts), `n` prompts and `pairs`.
+
+        Raises:
+            LensError: another side.
+        """
+        table, axis = self.side(side), 3 if side == "query" else 2
+        names = self.parts[0 if side == "query" else 1]
+        found = []
+        for number, (_, rows) in enumerate(table.groupby("group", sort=False)):
+            two = [names.index(part) for part in rows["part"].iloc[:2]]
+            each = self.contrast[number, self.count[number] > 0].sum(axis - 1)[:, two]
+            sized = each * np.sign(each.mean(0))
+            lead = sized[:, 0] - sized[:, 1:].sum(1)
+            best = rows.iloc[:1][
+                ["group", "part", "share", "share_low", "share_high", "n", "pairs"]
+            ].reset_index(drop=True)
+            best["second"] = rows["part"].iloc[1] if len(two) > 1 else ""
+            found.append(best.assign(**columns("lead", lead[None], self.seed)))
+        return pd.concat(found, ignore_index=True)
+
+    def _of_groups(self, side: Side) -> list[Sentence]:
+        """What leads in how many groups, from which share to which, and what leads elsewhere."""
+        rows = self.leading(side)
+        rows = rows[
+            np.isfinite(rows["share_low"])
+        ]  # of several prompts, in all of which it is attended more than others
+        start = f"{self.head} on {self.pairs} by {self.by}, {side} side"
+        if rows.empty:
+            return [
+                Sentence(
+                    f"{start}: no group has, in two prompts, logits above the mean.", kind="groups"
+                )
+            ]
+        best = rows["part"].mode()[0]
+        own, others = rows[rows["part"] == best], rows[rows["part"] != best]
+        least, most = (
+            f"{row['share']:.0%}{ends(row['share_low'], row['share_high'], '.0%')} ({row['group']})"
+            for row in own.sort_values("share").iloc[[0, -1]].to_dict("records")
+        )
+        span = least if len(own) == 1 else f"{least} to {most}"
+        every = self.side(side)
+        rest = every[every["group"].isin(own["group"]) & (every["part"] != best)]["share"]
+        beside = (
+            f"the median of the others {rest.median():.1%}" if len(rest) else "there is no other"
+        )
+        said = [
+            Sentence(
+                f"{start}: {best} carries most in {len(own)} of {len(rows)} groups with logits above the mean in "
+                f"two prompts or more, {span} of the logit; {beside}.",
+                kind="groups",
+            )
+        ]
+        if len(others):
+            sure = others[others["lead_low"] > 0]
+            named = few([f"{row['part']} ({row['group']})" for row in sure.to_dict("records")])
             said.append(
                 Sentence(
-                    f"{self.head} on {self.pairs}{named}: {int(self.count[number].sum())} pairs in {int(some.sum())} "
+                    f"{start}: another part leads in {len(others)}"
+                    + (f", surely {named}." if len(sure) else ", in none of them surely."),
+                    kind="other",
+                )
+            )
+        return said
+
+    def findings(self) -> tuple[Sentence, ...]:
+        """Of each group: the pairs ("pairs"), and what carries them on each side ("key", "query").
+
+        Of several groups instead, of each side: what leads in how many of them ("groups"), and where another part
+        does ("other").
+        """
+        if len(self.groups) > 1:
+            return tuple(said for side in ("key", "query") for said in self._of_groups(side))
+        said = []
+        if self.by:
+            said.append(
+                Sentence(
+                    f"{self.head}: all pairs are of one {self.by}, {self.groups[0]}.", kind="groups"
+                )
+            )
+        for number, group in enumerate(self.groups):
+            some = self.count[number] > 0
+            said.append(
+                Sentence(
+                    f"{self.head} on {self.pairs}: {int(self.count[number].sum())} pairs in {int(some.sum())} "
                     f"prompts get {self.mass[number, some].mean():.1%} of their row's attention; logits are "
                     f"{self.above[number, some].mean():+.3g} against {_against(self.against)}.",
                     kind="pairs",
@@ -277,14 +358,10 @@ class PairExplanation(Result):
             for side in ("key", "query"):
                 rows = self.side(side)
                 best = rows[rows["group"] == group].iloc[0]
-                interval = (
-                    f" [{best['share_low']:.0%}, {best['share_high']:.0%}]"
-                    if np.isfinite(best["share_low"])
-                    else ""
-                )
+                interval = ends(best["share_low"], best["share_high"], ".0%")
                 said.append(
                     Sentence(
-                        f"{self.head}{named}: on the {side} side {best['part']} carries {best['share']:.0%}{interval} of that.",
+                        f"{self.head}: on the {side} side {best['part']} carries {best['share']:.0%}{interval} of that.",
                         kind=side,
                     )
                 )

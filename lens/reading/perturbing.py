@@ -8,7 +8,7 @@ loss, beside a random one of the same size, says how much the answer hangs on wh
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lens.common.choices import check_between, check_choice, check_counts, check_lists
 from lens.common.errors import LensError
-from lens.common.head_ids import AnyHead
+from lens.common.head_ids import AnyHead, HeadId
 from lens.common.progress import advancing
 from lens.heads.pruning.distances import jensen_shannon
 from lens.models.loaded import LoadedModel, check_loaded
@@ -26,45 +26,29 @@ from lens.passes.inputs import read_prompts
 from lens.reading._answers import Answer, check_tokens
 from lens.reading._relevance import Gradients
 from lens.reading._rows import dense, with_values
-from lens.reading.robustness import Robustness
-
-
-class Adversary(NamedTuple):
-    """Another row of attention that writes the same.
-
-    Attributes:
-        attention, other: [keys], the row and the one that differs most of those that were found.
-        divergence: Jensen-Shannon, nats, at most ln 2.
-        free: dimensions in which the row can be changed without changing what is written.
-        error: largest difference of what the two write, over the largest number written.
-    """
-
-    attention: np.ndarray
-    other: np.ndarray
-    divergence: float
-    free: int
-    error: float
+from lens.reading.robustness import Adversaries, Robustness
 
 
 def adversary(
     model: LoadedModel,
-    prompt: Any,
-    head: AnyHead,
+    prompts: Any,
+    heads: Sequence[AnyHead] | None = None,
     *,
     draws: int = 20,
     seed: int = 0,
     progress: bool = True,
-) -> Adversary:
-    """The row of the answering query that differs most from a head's own and has the same output.
+) -> Adversaries:
+    """Of each head the row of the answering query that differs most from its own and has the same output.
 
     Rows with the same output and sum, and no negative entry, are a polytope; a divergence that is convex is
     largest at one of its corners, of which `draws + 1` are found by linear programs: one that takes as much as it
-    can from where the head looks, others in random directions. So it is a lower bound of the largest.
+    can from where the head looks, others in random directions. So it is a lower bound of the largest. The row is put into
+    the model, and even attention beside it.
 
     Args:
         model: as in `attribute`.
-        prompt: one, of tokens.
-        head: such as "L1H3".
+        prompts: one or several, of tokens.
+        heads: such as "L1H3"; None: all.
         draws: random directions.
         seed: of them.
         progress: show a bar, on stderr, if that is a terminal.
@@ -75,35 +59,75 @@ def adversary(
         LensError: as `attribute`, a head that the model has not got, or no draws.
 
     Example:
-        >>> found = lens.reading.adversary(model, texts[0], "L0H1", draws=2)
-        >>> found.error < 1e-6
+        >>> found = lens.reading.adversary(model, texts[0], ["L0H1"], draws=2)
+        >>> found.error.max() < 1e-6
         True
     """
     check_loaded(model)
     check_counts(0, draws=draws, seed=seed)
-    place, answer = model.info.head(head), Answer(model, prompt)
-    found = Gradients(answer)
-    row = found.attention[place.layer][0][place.head, answer.row].cpu().numpy()
-    values = found.values[place.layer][place.head].cpu().numpy()
+    chosen, (read, _) = _heads(model, heads), read_prompts(model, prompts)
+    check_tokens(read)
+    rows: list[list[np.ndarray]] = [[] for _ in chosen]
+    others: list[list[np.ndarray]] = [[] for _ in chosen]
+    numbers = np.zeros((6, len(chosen), len(read)))
+    random = np.random.default_rng(seed)
+    with advancing(f"{model.name}: other attention", len(chosen) * len(read), progress) as advance:
+        for number, prompt in enumerate(read):
+            answer = Answer(model, torch.tensor(prompt.ids))
+            found = Gradients(answer)
+            clean = _loss(answer, None)
+            for place, head in enumerate(chosen):
+                row = found.attention[head.layer][0][head.head, answer.row].cpu().numpy()
+                values = found.values[head.layer][head.head].cpu().numpy()
+                seen = row > 0
+                free, other = _furthest(row, values, draws, random)
+                even = seen * row.sum() / seen.sum()
+                written = row @ values
+                error = np.abs((other - row) @ values).max() / max(np.abs(written).max(), 1e-30)
+                numbers[:, place, number] = [
+                    _divergence(row, other),
+                    _divergence(row, even),
+                    free,
+                    error,
+                    *(_loss(answer, head, row=one) - clean for one in (other, even)),
+                ]
+                rows[place].append(row)
+                others[place].append(other)
+                advance(1)
+    divergence, uniform, free, error, change, uniform_change = numbers
+    return Adversaries(
+        heads=tuple(chosen),
+        attention=tuple(map(tuple, rows)),
+        other=tuple(map(tuple, others)),
+        divergence=divergence,
+        uniform=uniform,
+        free=free.astype(int),
+        error=error,
+        change=change,
+        uniform_change=uniform_change,
+        seed=seed,
+        model=model.name,
+    )
+
+
+def _furthest(
+    row: np.ndarray, values: np.ndarray, draws: int, random: np.random.Generator
+) -> tuple[int, np.ndarray]:
+    """Dimensions that are free, and the row [keys] with the same output that differs most of the corners that are found."""
     seen = np.flatnonzero(row > 0)
     fixed = np.concatenate([values[seen], np.ones((len(seen), 1))], 1).T
     free = len(seen) - int(np.linalg.matrix_rank(fixed))
     best, most = row, 0.0
     if free:
-        random = np.random.default_rng(seed)
-        with advancing(f"{model.name}: {place}", draws + 1, progress) as advance:
-            for goal in (row[seen], *random.normal(size=(draws, len(seen)))):
-                advance(1)
-                solved = linprog(goal, A_eq=fixed, b_eq=fixed @ row[seen], bounds=(0, None))
-                if solved.x is None:
-                    continue
-                other = np.zeros_like(row)
-                other[seen] = solved.x.clip(min=0)  # the solver is off by its tolerance
-                if (apart := _divergence(row, other)) > most:
-                    best, most = other, apart
-    written = row @ values
-    error = float(np.abs((best - row) @ values).max() / max(np.abs(written).max(), 1e-30))
-    return Adversary(row, best, most, free, error)
+        for goal in (row[seen], *random.normal(size=(draws, len(seen)))):
+            solved = linprog(goal, A_eq=fixed, b_eq=fixed @ row[seen], bounds=(0, None))
+            if solved.x is None:
+                continue
+            other = np.zeros_like(row)
+            other[seen] = solved.x.clip(min=0)  # the solver is off by its tolerance
+            if (apart := _divergence(row, other)) > most:
+                best, most = other, apart
+    return free, best
 
 
 def perturb(
@@ -144,13 +168,7 @@ def perturb(
     check_counts(0, seed=seed)
     check_choice("along", along, ("logits", "pairs"))
     check_between(0, float("inf"), sizes=sizes)
-    chosen = model.info.every_head
-    if heads is not None:
-        check_lists(heads=heads)
-        chosen = list(dict.fromkeys(model.info.head(one) for one in heads))
-        if not chosen:
-            raise LensError("heads names none; leave it out for all of them")
-    read, _ = read_prompts(model, prompts)
+    chosen, (read, _) = _heads(model, heads), read_prompts(model, prompts)
     check_tokens(read)
     generator = torch.Generator().manual_seed(seed)
     worst = np.zeros((len(chosen), len(sizes), len(read)))
@@ -172,8 +190,7 @@ def perturb(
                         directions.append(drawn.to(slope.device) * seen)
                 for step, size in enumerate(sizes):
                     lost = [
-                        _loss(answer, (head.layer, head.head, size * _unit(one))) - clean
-                        for one in directions
+                        _loss(answer, head, change=size * _unit(one)) - clean for one in directions
                     ]
                     worst[place, step, number] = lost[0]
                     random[place, step, number] = np.mean(lost[1:])
@@ -203,15 +220,40 @@ def _pairs(slope: Tensor, draws: int, generator: torch.Generator) -> list[Tensor
     return found
 
 
-def _loss(answer: Answer, change: tuple[int, int, Tensor] | None) -> float:
-    """Minus log probability of the answer with the logits of one head changed."""
+def _heads(model: LoadedModel, heads: Sequence[AnyHead] | None) -> list[HeadId]:
+    """Those that are asked for, each once; all of them for None.
+
+    Raises:
+        LensError: none at all, or one that the model has not got.
+    """
+    if heads is None:
+        return list(model.info.every_head)
+    check_lists(heads=heads)
+    if not heads:
+        raise LensError("heads names none; leave it out for all of them")
+    return list(dict.fromkeys(model.info.head(one) for one in heads))
+
+
+def _loss(
+    answer: Answer,
+    head: HeadId | None,
+    *,
+    change: Tensor | None = None,
+    row: np.ndarray | None = None,
+) -> float:
+    """Minus log probability of the answer; with the logits of one head changed, or another row of the query that answers."""
 
     def on_layer(call: LayerCall) -> Tensor:
         added = None
-        if change is not None and call.layer == change[0]:
-            added = torch.zeros_like(change[2]).expand(call.query.shape[1], -1, -1).clone()
-            added[change[1]] = change[2]
-        return with_values(call, dense(call, added)[1])
+        here = head is not None and call.layer == head.layer
+        if here and change is not None:
+            added = torch.zeros_like(change).expand(call.query.shape[1], -1, -1).clone()
+            added[head.head] = change
+        attention = dense(call, added)[1]
+        if here and row is not None:
+            attention = attention.clone()
+            attention[:, head.head, answer.row] = torch.from_numpy(row).to(attention)
+        return with_values(call, attention)
 
     with torch.no_grad():
         logits = answer.logits(answer.own[None], on_layer)[0]

@@ -1,4 +1,4 @@
-"""What `lens.reading.perturb` gives back: loss against the size of a change of attention logits."""
+"""What `lens.reading.perturb` and `adversary` give back: how far attention can be changed, and what that costs."""
 
 from __future__ import annotations
 
@@ -9,11 +9,15 @@ import numpy as np
 import pandas as pd
 
 from lens.common.head_ids import HeadId, head_columns
-from lens.common.results import Result, Sentence, described
+from lens.common.results import Result, Sentence, described, ends, few
 from lens.stats.intervals import columns
 
 if TYPE_CHECKING:
     from jaxtyping import Float
+
+
+_NAMED = 3  # heads that get a sentence
+_NOTHING = 0.01  # nats: hardly another row
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -50,19 +54,114 @@ class Robustness(Result):
         return pd.concat(tables, ignore_index=True).assign(n=self.worst.shape[-1])
 
     def findings(self) -> tuple[Sentence, ...]:
-        """The head whose attention the answer hangs on most ("head")."""
-        worst = self.worst[:, -1].mean(-1)
-        way = ("along their gradient", "in a random direction")
+        """The heads whose attention the answer hangs on most ("head"), and those whose gradient costs no more than a random
+        direction ("none"), at the largest size."""
+        rows = self.table()
+        rows = rows[rows["size"] == self.sizes[-1]].reset_index(drop=True)
+        more = columns("more", self.worst[:, -1] - self.random[:, -1], self.seed)
+        alike = ~(more["more_low"] > 0) & np.isfinite(more["more_low"])
+        way = ("along their gradient", "in random directions")
         if self.along == "pairs":
             way = ("from one token to another, the pair of the gradient,", "between random tokens")
-        most = int(np.argmax(worst))
-        return (
+        said = [
             Sentence(
-                f"A change of size {self.sizes[-1]:g} of the attention logits of {self.heads[most]} {way[0]} "
-                f"costs {worst[most]:+.3g} nats, {way[1]} {self.random[most, -1].mean():+.3g}.",
+                f"A change of size {self.sizes[-1]:g} of the attention logits of {row['name']} {way[0]} costs the answer "
+                f"{row['worst']:+.3g}{ends(row['worst_low'], row['worst_high'])} nats, {way[1]} "
+                f"{row['random']:+.3g}{ends(row['random_low'], row['random_high'])}.",
                 kind="head",
-            ),
-        )
+            )
+            for row in _largest(rows[~alike], "worst")
+        ]
+        if alike.any():
+            said.append(
+                Sentence(
+                    f"{way[0].capitalize()} no more than {way[1]}, as far as {self.worst.shape[-1]} prompts tell: "
+                    f"{few(list(rows['name'][alike]))}.",
+                    kind="none",
+                )
+            )
+        return tuple(said)
 
     def __repr__(self) -> str:
         return described(self)
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Adversaries(Result):
+    """Other rows of attention that write what a head's own row does, at the query that answers.
+
+    Attributes:
+        heads: whose.
+        attention, other: of each head and prompt [keys]: its row, and the one that differs most of those that were found.
+        divergence: [head, prompt], Jensen-Shannon of the two, nats, at most ln 2.
+        uniform: [head, prompt], the same of the head's row and even attention to what it sees.
+        free: [head, prompt], dimensions in which the row can be changed without changing what is written.
+        error: [head, prompt], largest difference of what the two write, over the largest number written.
+        change, uniform_change: [head, prompt], loss of the model's own answer with the other row, or with even attention, in
+            the place of the head's, less that of the model as it is; nats.
+        seed: of the draws.
+        model: its name.
+    """
+
+    heads: tuple[HeadId, ...]
+    attention: tuple[tuple[np.ndarray, ...], ...]
+    other: tuple[tuple[np.ndarray, ...], ...]
+    divergence: Float[np.ndarray, "heads prompts"]
+    uniform: Float[np.ndarray, "heads prompts"]
+    free: np.ndarray
+    error: Float[np.ndarray, "heads prompts"]
+    change: Float[np.ndarray, "heads prompts"]
+    uniform_change: Float[np.ndarray, "heads prompts"]
+    seed: int
+    model: str
+
+    def table(self) -> pd.DataFrame:
+        """One row per head: `name`, `layer`, `head`; `divergence`, `uniform`, `change`, `uniform_change`, means over prompts with
+        `_low` and `_high` (95 % bootstrap over prompts); the largest `free` and `error`; `n` prompts."""
+        found: dict = head_columns(self.heads)
+        for name in ("divergence", "uniform", "change", "uniform_change"):
+            found |= columns(name, getattr(self, name), self.seed)
+        found |= {"free": self.free.max(1), "error": self.error.max(1)}
+        return pd.DataFrame(found).assign(n=self.divergence.shape[1])
+
+    def findings(self) -> tuple[Sentence, ...]:
+        """The heads whose row says least ("same"), and those for which no other row was found ("none")."""
+        rows = self.table()
+        alone = rows["divergence"] < _NOTHING
+        said = [
+            Sentence(
+                f"{row['name']}: a row of attention that differs by {row['divergence']:.2g}"
+                f"{ends(row['divergence_low'], row['divergence_high'], '.2g')} nats (at most {np.log(2):.2f}) writes the same, "
+                f"and changes the answer's loss by {_rounded(row['change'])}; even attention differs by {row['uniform']:.2g} and "
+                f"changes it by {row['uniform_change']:+.2g}{ends(row['uniform_change_low'], row['uniform_change_high'], '.2g')}.",
+                kind="same",
+            )
+            for row in _largest(rows[~alone], "divergence")
+        ]
+        if alone.any():
+            names = few(list(rows["name"][alone]))
+            why = (
+                ": there are no more keys than values and the sum leave free"
+                if not rows["free"][alone].any()
+                else ""
+            )
+            said.append(
+                Sentence(
+                    f"No row that differs by {_NOTHING:g} nats and writes the same was found for {names}{why}.",
+                    kind="none",
+                )
+            )
+        return tuple(said)
+
+    def __repr__(self) -> str:
+        return described(self)
+
+
+def _largest(rows: pd.DataFrame, column: str) -> list[dict]:
+    """The first few rows by a column."""
+    return rows.sort_values(column, ascending=False, kind="stable").head(_NAMED).to_dict("records")
+
+
+def _rounded(change: float) -> str:
+    """Without the rounding of single precision."""
+    return "0.0000" if abs(change) < 5e-5 else f"{change:+.4f}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -33,3 +34,23 @@ def nearest_copy(
     if both_ways:
         distance[order[:-1]] = np.minimum(distance[order[:-1]], gap)
     return distance
+
+
+def token_classes(tokens: Sequence[str]) -> list[str]:
+    """Of each token of a row "first", "delimiter", "number", "word" (a word, or how one begins) or "piece" (how one goes on).
+
+    In a row without any space each token is a word of its own, as symbols are.
+    """
+    found: list[str] = []
+    whole = not any(one.isspace() for token in tokens for one in token)
+    opens = True  # whether the next token begins a word
+    for place, token in enumerate(tokens):
+        text = token.strip()
+        if is_delimiter(token) or not text:
+            found.append("delimiter")
+        elif text.isnumeric():
+            found.append("number")
+        else:
+            found.append("word" if whole or opens or token[0].isspace() else "piece")
+        opens = found[-1] == "delimiter" or place == 0 or token[-1:].isspace()
+    return ["first", *found[1:]] if found else []

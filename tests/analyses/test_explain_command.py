@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from lens_analyses.config.listed import EXPLAIN_SECTIONS
 
 import lens
 from lens.passes.loading import load
@@ -19,7 +20,7 @@ def run(lens_command, tmp_path_factory):
 
 
 def test_the_sections_are_there_and_the_folder_is_whole(run):
-    assert run.sections == ["explain", "removal", "retrieval_kinds", "faithfulness"]
+    assert run.sections == list(EXPLAIN_SECTIONS)
     assert validate(run) == []
     assert sorted(run.section("explain").configuration["heads"]) == ["L1H0", "L1H2", "L1H3"]
     html = (run.path / "report.html").read_text()
@@ -52,6 +53,41 @@ def test_scores_of_tokens_stand_beside_random_order(run):
     found = lens.reading.faithfulness(load("induction-2l"), prompts, draws=5, progress=False)
     assert np.allclose(table["sufficiency"], found.table()["sufficiency"])
     assert section.summary[0] == found.findings()[0]
+
+
+def test_groups_controls_and_changes_are_those_of_the_library(run):
+    model = load("induction-2l")
+    prompts, heads = lens.tasks.induction(model, 3).prompts, ["L1H2"]
+    groups = run.section("groups").tables["groups"].query("name == 'L1H2' and side == 'key'")
+    found = lens.reading.explain_pairs(model, prompts, "L1H2", by="offset", progress=False)
+    rows = groups[groups["by"] == "offset"]
+    assert rows["group"].tolist() == list(found.groups)
+    assert np.allclose(rows["lead"], found.leading("key")["lead"])
+    assert set(found.findings()) <= set(run.section("groups").summary)
+    assert groups[groups["by"] == "class"]["group"].tolist() == ["word → word"]
+    table = run.section("subspace").tables["subspace"].query("name == 'L1H2'")
+    found = lens.reading.subspace(model, prompts, "L1H2", progress=False)
+    assert np.allclose(table["mass"], found.table()["mass"])
+    assert set(found.findings()) <= set(run.section("subspace").summary)
+    table = run.section("adversary").tables["adversary"].query("name == 'L1H2'")
+    found = lens.reading.adversary(model, prompts, heads, draws=1, progress=False)
+    assert np.allclose(table["uniform_change"], found.table()["uniform_change"])
+    table = run.section("perturbation").tables["perturbation"].query("name == 'L1H2'")
+    found = lens.reading.perturb(model, prompts, heads, draws=1, progress=False)
+    assert np.allclose(table[table["along"] == "logits"]["worst"], found.table()["worst"])
+    assert table["size"].tolist() == [0.5, 1, 2] * 2
+
+
+def test_sizes_and_groups_that_are_none_are_refused(lens_command, tmp_path):
+    for given, told in (
+        (("--sizes", "0,1"), "must be numbers above 0 with commas"),
+        (("--by", "colour"), "must be some of offset, class, with commas"),
+        (("--sections", "sums"), "must be some of explain, groups, removal, subspace"),
+    ):
+        answer = lens_command(*COMMAND.split(), *given, "--out", tmp_path)
+        assert answer.code == 2
+        assert told in answer.err
+    assert not list(tmp_path.iterdir())
 
 
 def test_heads_that_are_none_are_refused_before_any_work(lens_command, tmp_path):

@@ -22,6 +22,10 @@ def where(serve, explain_run):
         ("faithfulness", "sufficiency", "the highest tokens alone"),
         ("retrieval_kinds", "recall", "Needles without retrieval heads"),
         ("removal", "removal_l1h0", "predicted and measured"),
+        ("groups", "offset_l1h0", "Parts by distance"),
+        ("subspace", "subspace_l1h0", "Without a subspace"),
+        ("adversary", "adversary", "Other attention with the same answer"),
+        ("perturbation", "pairs", "moves from token to token"),
     ],
 )
 def test_a_run_with_one_of_its_sections_has_the_page(explain_run, monkeypatch, name, figure, told):
@@ -33,7 +37,7 @@ def test_a_run_with_one_of_its_sections_has_the_page(explain_run, monkeypatch, n
     assert told in said
     assert "no explained heads" not in said
     assert name in NEEDS["reading"]
-    assert ("Why does this head attend" in said) == (name == "removal")
+    assert ("Why does this head attend" in said) == (name in ("removal", "groups", "subspace"))
 
 
 @pytest.mark.browser

@@ -1,6 +1,7 @@
 """Logits taken apart: exact on every architecture, equal to a slow twin, and the parts that were written down."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -381,6 +382,50 @@ def test_kinds_of_pairs_and_groups():
     classes = [["start", *"abcabc"[:6]]]
     found = lens.reading.explain_pairs(model, prompt, "L1H0", by=classes, progress=False)
     assert found.groups == ("a → b", "b → c", "c → b")
+    with pytest.raises(LensError, match="by must be 'offset', 'class', or the class of each token"):
+        lens.reading.explain_pairs(model, prompt, "L1H0", by="distance", progress=False)
+    with pytest.raises(LensError, match="by has no classes for prompt 0, which has 7 tokens"):
+        lens.reading.explain_pairs(model, prompt, "L1H0", by=[[]], progress=False)
+
+
+def test_what_leads_in_each_group_is_said_with_the_groups_where_it_does_not():
+    """Of a head that looks at the first token or at copies: what leads there is another part, surely; not so by offset."""
+    model = lens.load("induction-2l")
+    prompts = [lens.tasks.copied(model, length, length) for length in (8, 8, 12, 12)]
+    asked = {"progress": False, "head": "L1H0"}
+    offsets = lens.reading.explain_pairs(model, prompts, by="offset", **asked)
+    kinds = {one.kind for one in offsets.findings()}
+    assert kinds == {"groups"}
+    (said,) = [one for one in offsets.findings() if "key side" in one]
+    rows = offsets.leading("key")
+    often = rows[rows["share_low"].notna()]
+    assert set(often["part"]) == {"L0H1"}
+    assert f"L0H1 carries most in {len(often)} of {len(often)} groups with logits above" in said
+    classes = lens.reading.explain_pairs(model, prompts, pairs="strongest", by="class", **asked)
+    assert classes.groups == ("word → first", "word → word")
+    leading = classes.leading("key").set_index("group")
+    assert leading["part"].tolist() == ["embedding", "L0H1"]
+    assert (leading["lead_low"] > 0).all()
+    (other,) = [one for one in classes.findings() if one.kind == "other" and "key side" in one]
+    assert "another part leads in 1, surely " in other
+    alone = lens.reading.explain_pairs(model, prompts, by="class", **asked)
+    assert alone.findings()[0] == "L1H0: all pairs are of one class, word → word."
+    key = classes.contrast[1].sum(1)  # [prompts, parts]
+    own, second = (key[:, classes.parts[1].index(leading.loc["word → word", name])] for name in ("part", "second"))  # fmt: skip
+    lead = (own * np.sign(own.mean()) - second * np.sign(second.mean())).mean()
+    assert leading.loc["word → word", "lead"] == pytest.approx(lead)
+    cells = np.zeros((2, 4, 1, 2))
+    cells[0, :, 0, 0], cells[1, :, 0, 0], cells[1, :, 0, 1] = 1, 0.1, [2, -1, -1, 2]
+    ones = np.ones((2, 4))
+    unsure = replace(
+        classes, parts=(("q",), ("a", "b")), values=cells, contrast=cells, size=cells, content=cells,
+        above=ones, mass=ones, count=ones.astype(int),
+    )  # fmt: skip
+    (other,) = [one for one in unsure.findings() if one.kind == "other"]
+    assert other.endswith("key side: another part leads in 1, in none of them surely.")
+    below = replace(unsure, above=-ones)
+    (said,) = [one for one in below.findings() if "key side" in one]
+    assert said.endswith("no group has, in two prompts, logits above the mean.")
 
 
 def test_induction_heads_are_explained_by_the_previous_token_head():

@@ -1,6 +1,7 @@
 """Scores of tokens: published identities, conservation of relevance, and deletion that rewards no method for keeping more."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,10 +9,12 @@ import torch
 
 import lens
 from lens.common.errors import LensError
+from lens.common.head_ids import HeadId
 from lens.reading import _maps, attributing, judging
 from lens.reading._answers import Answer
 from lens.reading._relevance import Gradients
 from lens.reading._rows import dense, with_values
+from lens.reading.robustness import Robustness
 from tests.lens.layouts import layout_model
 
 
@@ -345,26 +348,68 @@ def test_methods_without_rules_are_named_and_the_rest_is_scored(models):
 
 def test_another_row_of_attention_gives_the_same_logits(models):
     model = models("llama", attention_bias=False)
-    found = lens.reading.adversary(model, prompt(), "L1H3", draws=10)
-    assert found.free == 11 - 5  # eleven keys, four dimensions and the sum
-    assert found.error < 1e-6
-    assert found.other.min() >= 0
-    assert found.other.sum() == pytest.approx(1)
-    assert 0.05 < found.divergence <= math.log(2)
+    found = lens.reading.adversary(model, prompt(), ["L1H3"], draws=10, progress=False)
+    row, other = found.attention[0][0], found.other[0][0]
+    assert found.free[0, 0] == 11 - 5  # eleven keys, four dimensions and the sum
+    assert found.error[0, 0] < 1e-6
+    assert other.min() >= 0
+    assert other.sum() == pytest.approx(1)
+    assert 0.05 < found.divergence[0, 0] <= math.log(2)
+    middle = (row + other) / 2
+    apart = sum(np.sum(one * np.log((one + 1e-300) / middle)) for one in (row, other)) / 2
+    assert found.divergence[0, 0] == pytest.approx(apart)
     answer = Answer(model, prompt())
 
-    def on_layer(call):
-        attention = dense(call)[1]
-        if call.layer == 1:
-            attention = attention.clone()
-            attention[0, 3, -1] = torch.tensor(found.other, dtype=attention.dtype)
-        return with_values(call, attention)
+    def logits(instead):
+        def on_layer(call):
+            attention = dense(call)[1]
+            if call.layer == 1:
+                attention = attention.clone()
+                attention[0, 3, -1] = torch.tensor(instead, dtype=attention.dtype)
+            return with_values(call, attention)
 
-    with torch.no_grad():
-        own, changed = answer.logits(answer.own[None]), answer.logits(answer.own[None], on_layer)
+        with torch.no_grad():
+            return answer.logits(answer.own[None], on_layer)
+
+    own, changed, even = logits(row), logits(other), logits(np.full(11, 1 / 11))
     assert torch.allclose(own, changed, atol=1e-5)
-    few = lens.reading.adversary(model, prompt(4), "L1H3")
-    assert (few.free, few.divergence) == (0, 0.0)
+    assert found.change[0, 0] == pytest.approx(0, abs=1e-5)
+    lost = (own.log_softmax(-1) - even.log_softmax(-1))[0, answer.answer]
+    assert found.uniform_change[0, 0] == pytest.approx(float(lost), abs=1e-5)
+    assert abs(float(lost)) > 1e-4
+    few = lens.reading.adversary(model, prompt(4), ["L1H3"], progress=False)
+    assert (few.free[0, 0], few.divergence[0, 0]) == (0, 0.0)
+
+
+def test_a_row_is_said_to_be_one_of_many_only_where_another_was_found(models):
+    model = models("llama", attention_bias=False)
+    heads = ["L0H0", "L1H3", "L2H1", "L2H4"]
+    found = lens.reading.adversary(model, [prompt(), prompt(12)], heads, draws=1, progress=False)
+    assert [one.kind for one in found.findings()] == ["same"] * 3
+    assert found.table()["n"].tolist() == [2] * 4
+    few = lens.reading.adversary(model, prompt(4), ["L1H3", "L0H0"], draws=0, progress=False)
+    (said,) = few.findings()
+    assert said.kind == "none"
+    assert "L1H3, L0H0: there are no more keys than values and the sum leave free" in said
+    one_key = replace(found, divergence=np.full_like(found.divergence, 0.004))
+    (said,) = one_key.findings()
+    assert said.endswith("was found for L0H0, L1H3, L2H1, L2H4.")
+    assert len(found.plot().data[0].x) == 4
+
+
+def test_a_gradient_is_said_to_cost_more_only_where_it_surely_does(models):
+    """The same masses of loss: a head with more in every prompt, one with as much, one that alternates."""
+    heads = tuple(HeadId(0, place) for place in range(3))
+    worst = np.array([[[0.5, 0.6, 0.7, 0.8]], [[0.1, 0.2, 0.1, 0.2]], [[2.0, 0.0, 0.0, 0.1]]])
+    random = np.array([[[0.1] * 4], [[0.1, 0.2, 0.1, 0.2]], [[0.1] * 4]])
+    found = Robustness(heads, (1.0,), worst, random, 0, "none")
+    first, second = found.findings()
+    assert (first.kind, second.kind) == ("head", "none")
+    assert "of L0H0 along their gradient costs the answer +0.65 [" in first
+    assert second.endswith("as far as 4 prompts tell: L0H1, L0H2.")
+    assert len(found.plot().data) == 6
+    one = replace(found, worst=worst[..., :1], random=random[..., :1])
+    assert [said.kind for said in one.findings()] == ["head"] * 3  # without an interval
 
 
 def test_the_loss_grows_most_along_its_gradient(models):

@@ -10,12 +10,14 @@ from lens.common.files import shorten
 from lens_analyses.config.listed import (
     EDITS,
     EXPLAIN_SECTIONS,
+    GROUPS,
     MOVES,
     POLICY_SECTIONS,
     STREAMS,
     check_amounts,
     check_edits,
     check_explained,
+    check_groups,
     check_heads,
     check_loss,
     check_measures,
@@ -23,6 +25,7 @@ from lens_analyses.config.listed import (
     check_noise,
     check_overlays,
     check_sections,
+    check_sizes,
     check_spans,
     check_streams,
     check_temperature,
@@ -210,11 +213,25 @@ class ExplainSettings(_OnTask):
         "induction",
         "Which keys: after earlier copies of the query's token, earlier copies, or the key before.",
     )
+    by: Annotated[str, AfterValidator(check_groups)] = setting(
+        ",".join(GROUPS),
+        "What the section groups tells pairs apart by, with commas: offset (query less key), class of the two tokens.",
+    )
+    sizes: Annotated[str, AfterValidator(check_sizes)] = setting(
+        "0.5,1,2",
+        "Of the changes of attention logits in the section perturbation, L2 over those of a head, with commas.",
+    )
     sections: Annotated[str, AfterValidator(check_explained)] = setting(
         ",".join(EXPLAIN_SECTIONS),
-        "Which analyses to make, with commas: explain what wrote the logits, removal of each part, retrieval_kinds, faithfulness of "
-        "attention (of a large model the longest by far).",
+        "Which analyses to make, with commas: explain what wrote the logits, groups of pairs, removal of each part, subspace, "
+        "retrieval_kinds, faithfulness of attention (of a large model the longest by far), adversary: other attention with the same "
+        "answer, perturbation of attention logits.",
     )
+
+    @property
+    def sizes_of_changes(self) -> tuple[float, ...]:
+        """The sizes as numbers, in the given order."""
+        return tuple(map(float, listed(self.sizes)))
 
 
 class VisionSettings(AnalysisSettings):

@@ -13,7 +13,17 @@ from lens.heads.measures import methods
 MEASURES: tuple[str, ...] = get_args(methods.Method)
 BASELINES: tuple[str, ...] = get_args(methods.Baseline)
 POLICY_SECTIONS = ("policies", "running", "stability", "search")
-EXPLAIN_SECTIONS = ("explain", "removal", "retrieval_kinds", "faithfulness")
+EXPLAIN_SECTIONS = (
+    "explain",
+    "groups",
+    "removal",
+    "subspace",
+    "retrieval_kinds",
+    "faithfulness",
+    "adversary",
+    "perturbation",
+)
+GROUPS = ("offset", "class")
 MOVES = ("var", "act", "pasta")
 STREAMS = ("residual", "attention", "mlp", "heads")
 EDITS = ("mask", "drop", "mean_value", "zero_value", "move", "transfer")
@@ -76,6 +86,26 @@ def check_explained(words: str) -> str:
     if "removal" in listed(words) and "explain" not in listed(words):
         raise ValueError(f"removal needs the section explain; got {words!r}")
     return found
+
+
+def check_groups(words: str) -> str:
+    """The words, if each is what pairs are told apart by; errors as in `check_sections`."""
+    return _some_of(words, GROUPS)
+
+
+def check_sizes(words: str) -> str:
+    """The words, if all are numbers above 0.
+
+    Raises:
+        ValueError: otherwise.
+    """
+    try:
+        sizes = [float(word) for word in listed(words)]
+    except ValueError:
+        sizes = [math.nan]
+    if not all(0 < size < math.inf for size in sizes):
+        raise ValueError(f"must be numbers above 0 with commas, e.g. 0.5,1,2; got {words!r}")
+    return _once(words, (f"{size:g}" for size in sizes))
 
 
 def check_streams(words: str) -> str:

@@ -115,9 +115,13 @@ STEPS: dict[str, tuple[Step, ...]] = {
     "generate": (Step("generation", "generation"),),
     "explain": (
         Step("explain", "explain"),
+        Step("groups", "explain"),
         Step("removal", "explain", needs="explain"),
-        Step("retrieval_kinds", "explain"),
-        Step("faithfulness", "explain"),
+        Step("subspace", "explain"),
+        Step("retrieval_kinds", "explain_answers"),
+        Step("faithfulness", "explain_answers"),
+        Step("adversary", "explain_answers"),
+        Step("perturbation", "explain_answers"),
     ),
 }
 """What a run does -> its steps, in order; later ones may read the sections of earlier ones."""

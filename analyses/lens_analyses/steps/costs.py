@@ -127,6 +127,14 @@ def _circuit_factor(load: Load) -> float:
     return 1 + 0.04 * load.layers
 
 
+def _of_answers(load: Load, passes: int) -> Cost:
+    """So many passes of each chosen head over the first six prompts, and one with gradients."""
+    heads = load.settings.heads.count(",") + 1 if load.settings.heads else 3
+    prompts = min(6, load.settings.n)
+    count = heads * passes + 4
+    return Cost(count * load.task * prompts / load.settings.n, count * prompts)
+
+
 ALIGNMENT = Cost(0)
 """Of cross-attention, whatever else the run does: from its traces."""
 COSTS: dict[str, dict[str, Callable[[Load], Cost]]] = {
@@ -166,9 +174,13 @@ COSTS: dict[str, dict[str, Callable[[Load], Cost]]] = {
     "mixers": {"mixers": lambda load: _of_windows(load, 12)},
     "explain": {
         "explain": lambda load: Cost(21 * load.task, 21 * load.settings.n),
+        "groups": lambda load: Cost(12 * load.task, 12 * load.settings.n),
         "removal": lambda load: Cost(36 * load.task, 36 * load.settings.n),
+        "subspace": lambda load: Cost(20 * load.task, 20 * load.settings.n),
         "retrieval_kinds": lambda load: Cost(6_000, 300),
         "faithfulness": lambda load: Cost(1200 * load.task * min(1, 6 / load.settings.n), 600),
+        "adversary": lambda load: _of_answers(load, 2),
+        "perturbation": lambda load: _of_answers(load, 8 * len(load.settings.sizes_of_changes)),
     },
     "vision": {
         "overlays": lambda load: Cost(0, seconds=3),

@@ -21,6 +21,9 @@ from lens_dashboards.pages.parts import (
 from lens_dashboards.pages.section_page import section_page
 from lens_dashboards.selection import Selection
 
+_OF_HEADS = {"explain": "sides", "groups": "groups", "removal": "removal", "subspace": "subspace"}
+"""Sections of heads, and the table in which each names them."""
+_OF_ANSWERS = ("retrieval_kinds", "faithfulness", "adversary", "perturbation")
 _PARTS = 12  # of each side, in the table
 _ROUNDING = 1e-6  # nats
 
@@ -32,7 +35,7 @@ def page(library: Library, view: Selection) -> list[Any]:
         view,
         _cards,
         title="Reading",
-        names=("explain", "removal", "retrieval_kinds", "faithfulness"),
+        names=(*_OF_HEADS, *_OF_ANSWERS),
         missed=("explained heads", "explain"),
     )
 
@@ -54,8 +57,8 @@ def _cards(run: Run, view: Selection, known: dict[str, Section], notes: list[str
 
 
 def _heads(known: dict[str, Section]) -> list[str]:
-    """Heads that were taken apart, or of which parts were taken out."""
-    for name, table in (("explain", "sides"), ("removal", "removal")):
+    """Heads that were taken apart, or of which parts or directions were taken out."""
+    for name, table in _OF_HEADS.items():
         if name in known:
             return list(dict.fromkeys(known[name].tables[table]["name"]))
     return []
@@ -183,10 +186,13 @@ def _percent(share: float) -> str:
 
 
 def _figures(known: dict[str, Section], head: str) -> list[tuple[Section, str, str]]:
-    """Of one head: parts over all prompts, without a part, components."""
+    """Of one head: parts over all prompts and by group, without a part or a subspace, components; then of the answers."""
     wanted = (
         ("explain", f"parts_{head.lower()}", "Parts over all prompts"),
         ("removal", f"removal_{head.lower()}", "Without a part: predicted and measured"),
+        ("groups", f"offset_{head.lower()}", "Parts by distance"),
+        ("groups", f"class_{head.lower()}", "Parts by class of token"),
+        ("subspace", f"subspace_{head.lower()}", "Without a subspace, beside controls"),
         ("explain", f"components_{head.lower()}", "Singular components"),
         ("retrieval_kinds", "recall", "Needles without retrieval heads"),
         (
@@ -199,6 +205,9 @@ def _figures(known: dict[str, Section], head: str) -> list[tuple[Section, str, s
             "comprehensiveness",
             "Does attention explain the answer: without the highest tokens",
         ),
+        ("adversary", "adversary", "Other attention with the same answer"),
+        ("perturbation", "logits", "The answer when attention logits change"),
+        ("perturbation", "pairs", "The answer when attention moves from token to token"),
     )
     return [
         (known[name], figure, title)

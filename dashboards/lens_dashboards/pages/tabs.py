@@ -29,7 +29,16 @@ NEEDS = {
     "mixers": {"mixers"},
     "patching": {"patching"},
     "circuits": {"edges"},
-    "reading": {"explain", "removal", "retrieval_kinds", "faithfulness"},
+    "reading": {
+        "explain",
+        "groups",
+        "removal",
+        "subspace",
+        "retrieval_kinds",
+        "faithfulness",
+        "adversary",
+        "perturbation",
+    },
     "vision": {"overlays"},
 }
 """Page -> sections of which it needs one."""
