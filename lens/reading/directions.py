@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -62,8 +63,8 @@ class SubspaceRemovals(Result):
 
     def findings(self) -> tuple[Sentence, ...]:
         """What the contrast takes away ("contrast"), beside what does ("control"), and whether it is specific ("specific")."""
-        table = self.table().set_index("basis")
-        own, chance = table.loc["contrast"], table.loc["random"]
+        rows: dict[Any, Any] = self.table().set_index("basis").to_dict("index")
+        own, chance = rows["contrast"], rows["random"]
         said = [
             Sentence(
                 f"{self.head} gives {self.pairs!r} pairs {own['clean']:.1%}; without {self.rank} of {self.width} directions "
@@ -71,8 +72,8 @@ class SubspaceRemovals(Result):
                 kind="contrast",
             ),
             Sentence(
-                f"As many principal components of its queries leave {table.loc['queries', 'mass']:.1%}, of its keys "
-                f"{table.loc['keys', 'mass']:.1%}, another head's contrast {table.loc['other head', 'mass']:.1%}, random "
+                f"As many principal components of its queries leave {rows['queries']['mass']:.1%}, of its keys "
+                f"{rows['keys']['mass']:.1%}, another head's contrast {rows['other head']['mass']:.1%}, random "
                 f"directions {chance['mass']:.1%}{_ends(chance, 'mass')}: the drop alone "
                 + self._beside(),
                 kind="control",
@@ -104,5 +105,5 @@ class SubspaceRemovals(Result):
         return described(self)
 
 
-def _ends(row: pd.Series, name: str, form: str = ".1%") -> str:
+def _ends(row: Mapping[Any, Any], name: str, form: str = ".1%") -> str:
     return ends(row[f"{name}_low"], row[f"{name}_high"], form)

@@ -339,13 +339,10 @@ class PairExplanation(Result):
         if len(self.groups) > 1:
             return tuple(said for side in ("key", "query") for said in self._of_groups(side))
         said = []
-        if self.by:
-            said.append(
-                Sentence(
-                    f"{self.head}: all pairs are of one {self.by}, {self.groups[0]}.", kind="groups"
-                )
-            )
         for number, group in enumerate(self.groups):
+            if self.by:
+                text = f"{self.head}: all pairs are of one {self.by}, {group}."
+                said.append(Sentence(text, kind="groups"))
             some = self.count[number] > 0
             said.append(
                 Sentence(

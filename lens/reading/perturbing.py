@@ -244,14 +244,14 @@ def _loss(
     """Minus log probability of the answer; with the logits of one head changed, or another row of the query that answers."""
 
     def on_layer(call: LayerCall) -> Tensor:
+        if head is None or call.layer != head.layer:
+            return with_values(call, dense(call)[1])
         added = None
-        here = head is not None and call.layer == head.layer
-        if here and change is not None:
+        if change is not None:
             added = torch.zeros_like(change).expand(call.query.shape[1], -1, -1).clone()
             added[head.head] = change
         attention = dense(call, added)[1]
-        if here and row is not None:
-            attention = attention.clone()
+        if row is not None:
             attention[:, head.head, answer.row] = torch.from_numpy(row).to(attention)
         return with_values(call, attention)
 

@@ -1,6 +1,7 @@
 """Why heads attend where they do: logits taken apart, parts taken out, singular components."""
 
 from collections.abc import Iterator
+from typing import Literal
 
 import pandas as pd
 
@@ -27,7 +28,11 @@ from lens_analyses.steps.subject import Subject
 
 _CELLS = 15  # of each head, in the table
 _PARTS = 6  # of each head that are taken out
-_BESIDE = {"induction": "previous", "duplicate": "previous", "previous": "duplicate"}
+_BESIDE: dict[str, Literal["previous", "duplicate"]] = {
+    "induction": "previous",
+    "duplicate": "previous",
+    "previous": "duplicate",
+}
 _PAIRS, _SIDE = 10, 10  # pairs of the first prompt shown one by one, and parts of each side
 
 

@@ -1,5 +1,7 @@
 """What the sections of `lens explain` share: which heads and pairs, and what their columns mean."""
 
+from typing import Literal
+
 import pandas as pd
 
 from lens.common.head_ids import HeadId, head_columns
@@ -24,7 +26,7 @@ def heads_of(subject: Subject) -> list[HeadId]:
     return [HeadId(int(layer), int(head)) for layer, head in list(means.index)[:_HEADS]]
 
 
-def pairs_of(subject: Subject) -> str:
+def pairs_of(subject: Subject) -> Literal["induction", "duplicate", "previous"]:
     """Which keys they are asked about."""
     return subject.settings.pairs
 
