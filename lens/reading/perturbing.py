@@ -60,7 +60,7 @@ def adversary(
 
     Example:
         >>> found = lens.reading.adversary(model, texts[0], ["L0H1"], draws=2)
-        >>> found.error.max() < 1e-6
+        >>> bool(found.error.max() < 1e-6)
         True
     """
     check_loaded(model)
