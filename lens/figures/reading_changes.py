@@ -15,8 +15,10 @@ from lens.figures.style import Look, escaped, named_below, style
 
 if TYPE_CHECKING:
     from lens.reading.explanations import PairExplanation, Side
+    from lens.reading.mixtures import MixingRatios
     from lens.reading.robustness import Adversaries, Robustness
 
+_FEW_LAYERS = 16
 _TOLD_APART = len(CLASSES)  # heads that have a colour of their own
 
 
@@ -137,3 +139,39 @@ def adversary_bars(result: Adversaries, **look: Unpack[Look]) -> go.Figure:
     figure.update_yaxes(title="Divergence from its row, nats", range=[0, 0.75])
     title = f"Other attention that writes the same ({result.model})"
     return named_below(style(figure, escaped(title), look, height=420))
+
+
+@draws("MixingRatios")
+def mixing_lines(result: MixingRatios, **look: Unpack[Look]) -> go.Figure:
+    """Share of a token's next state that other tokens bring, layer by layer and measure by measure; dotted: even attention.
+
+    Example:
+        >>> figure = lens.reading.mixing(small, lens.tasks.copied(small, 12)).plot()
+    """
+    figure = go.Figure()
+    for place, (measure, rows) in enumerate(result.table().groupby("measure", sort=False)):
+        name, color = str(measure).replace("_", ", "), CLASSES[place]
+        figure.add_scatter(
+            x=rows["layer"],
+            y=rows["ratio"],
+            name=name,
+            legendgroup=name,
+            mode="lines+markers",
+            line={"color": color},
+            error_y=bars(rows, "ratio"),
+            hovertemplate=f"{name}, layer %{{x}}: %{{y:.1%}}<extra></extra>",
+        )
+        figure.add_scatter(
+            x=rows["layer"],
+            y=rows["uniform"],
+            name=f"{name}, even attention",
+            legendgroup=name,
+            showlegend=False,
+            mode="lines",
+            line={"color": color, "dash": "dot"},
+            hovertemplate=f"{name}, even attention, layer %{{x}}: %{{y:.1%}}<extra></extra>",
+        )
+    figure.update_xaxes(title="Layer", dtick=1 if len(result.layers) <= _FEW_LAYERS else None)
+    figure.update_yaxes(title="Brought by other tokens", tickformat=".0%", range=[0, 1.02])
+    title = f"Mixing of tokens, dotted with even attention ({result.model})"
+    return named_below(style(figure, escaped(title), look, height=440))

@@ -7,6 +7,7 @@ from .examples import examples as examples
 from .explaining import explain as explain
 from .explaining import explain_pairs as explain_pairs
 from .judging import faithfulness as faithfulness
+from .mixing import mixing as mixing
 from .perturbing import adversary as adversary
 from .perturbing import perturb as perturb
 from .removing import removal as removal
