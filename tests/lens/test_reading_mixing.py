@@ -85,7 +85,7 @@ def test_with_residual_weights_are_half_and_even_attention_is_known():
     np.testing.assert_allclose(found.ratios[residual], found.ratios[weights] / 2, rtol=1e-6)
     count = np.arange(1, 18)
     np.testing.assert_allclose(found.uniform[weights], (1 - 1 / count).mean(), rtol=1e-6)
-    assert len(found.plot().data) == 8  # four measures, each beside even attention
+    assert len(list(found.plot().select_traces())) == 8  # four measures, each beside even attention
     mixing, less = found.findings()
     assert mixing.startswith("By attention weights other tokens bring ")
     assert less.endswith(": less than weights say.")
