@@ -190,7 +190,14 @@ def _row(model: LoadedModel) -> tuple[Architecture | None, str, nn.Module]:
 
 
 def _blocks(base: nn.Module, row: Architecture, layers: int) -> list[nn.Module]:
-    found: Any = base.get_submodule(row.blocks)
+    try:
+        found: Any = base.get_submodule(row.blocks)
+    except AttributeError as error:
+        config: Any = base.config
+        raise LensError(
+            f"{type(base).__name__} is not built as models of type {config.model_type!r} are, as which its configuration "
+            "describes it: model_type and architectures of config.json must fit together"
+        ) from error
     if len(found) != layers and not row.shared:
         raise LensError(
             f"{type(base).__name__} has {len(found)} blocks and {layers} layers of attention"

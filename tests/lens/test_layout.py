@@ -172,6 +172,15 @@ class _Split(torch.Tensor):
     """A tensor that is more than its numbers, such as a DTensor."""
 
 
+def test_a_class_of_another_type_than_its_configuration_is_captured_and_its_blocks_refused():
+    root = layout_model("llama")
+    root.config.model_type = "gpt2"
+    model = lens.load(root)
+    assert lens.capture(model, [[1, 2, 3]])[0].layers
+    with pytest.raises(LensError, match="LlamaModel is not built as models of type 'gpt2' are"):
+        blocks(model)
+
+
 def test_weights_that_cannot_be_read_are_refused():
     root = layout_model("llama", attention_bias=False)
     attention = root.model.layers[2].self_attn
