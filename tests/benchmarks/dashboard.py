@@ -128,7 +128,14 @@ def _in_browser(address: str, pid: int) -> dict[str, float]:
         names = ",".join(f"L0H{number}" for number in range(MAPS))
         wall = [load(f"/maps?heads={names}", _WALL) for _ in range(3)]
         load("/head/0/0", "#map[data-ready]")
+        asked: list[Any] = []
+        page.on("request", lambda one: asked.append(one.url))
+        renderer = page.context.new_cdp_session(page)
+        renderer.send("Performance.enable", {"timeDomain": "threadTicks"})
+        used = _seconds(pid), _drawn(renderer)
         switches = [page.evaluate(_NEXT) / 1000 for _ in range(SWITCHES)]
+        spent = _seconds(pid) - used[0], _drawn(renderer) - used[1]
+        page.wait_for_selector("#curves .js-plotly-plot")
         browser.close()
     return {
         "atlas, the first time": cold,
@@ -137,6 +144,9 @@ def _in_browser(address: str, pid: int) -> dict[str, float]:
         "nine linked maps": statistics.median(wall),
         "next head": statistics.median(switches),
         "next head, the slowest of 60": max(switches),
+        "requests of a next head": len(asked) / SWITCHES,
+        "next head, processor of the server": spent[0] / SWITCHES,
+        "next head, processor of the page": spent[1] / SWITCHES,
         "memory of the server before": before,
         "memory of the server": _memory(pid),
     }
@@ -179,6 +189,18 @@ def _environment() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
 
 
+def _seconds(pid: int) -> float:
+    """Seconds of a processor that a process has used."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def _drawn(session: Any) -> float:
+    """Seconds of a processor that the page's own thread has used."""
+    found = session.send("Performance.getMetrics")["metrics"]
+    return next(one["value"] for one in found if one["name"] == "TaskDuration")
+
+
 def _memory(pid: int) -> float:
     """Megabytes of its own, without files that are mapped and can be dropped."""
     status = Path(f"/proc/{pid}/status").read_text()
@@ -207,7 +229,8 @@ def main() -> None:
         "| | measured | goal |\n|---|--:|--:|\n"
     )
     for name, value in found.items():
-        shown = f"{value:,.0f} MB" if name.startswith("memory") else f"{value:.2f} s"
+        unit = {"memory": f"{value:,.0f} MB", "requests": f"{value:.1f}"}
+        shown = unit.get(name.split()[0], f"{value:.2f} s")
         sys.stdout.write(f"| {name} | {shown} | {GOALS.get(name, '')} |\n")
 
 
