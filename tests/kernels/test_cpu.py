@@ -744,6 +744,27 @@ def test_processes_that_start_together_make_one_library(folder: Path, copying: N
     assert re.fullmatch(r"kernels(-[0-9a-f]{20}){3}\.so", made.name)
 
 
+_FORKED = """
+import os, torch
+from lens_kernels import AttentionMask, attention
+torch.set_num_threads(2)
+query = torch.linspace(-1, 1, 2 * 200 * 16).view(1, 2, 200, 16)
+run = lambda: attention(query, query, query, mask=AttentionMask(causal=True), backend="cpu").output.sum()
+mine = run()
+child = os.fork()
+if not child:
+    os._exit(0 if torch.equal(run(), mine) else 3)
+raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@needs_library
+def test_a_fork_of_a_process_that_used_its_threads_does_not_wait_for_them() -> None:
+    environment = os.environ | {"PYTHONPATH": str(Path(cpu.__file__).parents[2])}
+    command = [sys.executable, "-W", "ignore", "-c", _FORKED]
+    assert subprocess.run(command, env=environment, timeout=100).returncode == 0
+
+
 @needs_library
 def test_a_library_is_made_once(
     monkeypatch: pytest.MonkeyPatch, folder: Path, tmp_path: Path

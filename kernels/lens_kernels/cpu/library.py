@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 from pathlib import Path
 
 import torch
@@ -120,13 +121,27 @@ def openmp_parallel() -> int | None:
     """Address of `GOMP_parallel` in the OpenMP library that torch itself runs on, or None.
 
     gcc's and LLVM's OpenMP both offer it; looked up through torch's library, so that it is the same
-    copy, with the same threads.
+    copy, with the same threads. None in a process that was forked: those threads stayed in its parent, and gcc's OpenMP
+    would wait for them for ever.
     """
+    if _forked:
+        return None
     try:
         torch_library = ctypes.CDLL(str(Path(torch.__file__).with_name("lib") / "libtorch_cpu.so"))
         return ctypes.cast(torch_library.GOMP_parallel, _POINTER).value
     except (OSError, AttributeError):
         return None
+
+
+def _in_a_fork() -> None:
+    global _forked
+    _forked = True
+    openmp_parallel.cache_clear()
+
+
+_forked = False
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_in_a_fork)
 
 
 @functools.cache
