@@ -139,17 +139,15 @@ class Effect(Result):
         """What the task gains or loses."""
         low, high = row["gain_low"], row["gain_high"]
         judged = (
-            "one prompt has no interval"
+            "; one prompt has no interval"
             if np.isnan(low)
-            else "it goes better"
-            if low > 0
-            else "it goes worse"
-            if high < 0
-            else "the interval holds 0"
+            else "; the interval holds 0"
+            if low <= 0 <= high
+            else ""
         )
         text = (
-            f"{self.task} gains {row['gain']:+.4f}{ends(low, high, '+.4f')} in {self.metric}, which is then "
-            f"{row['metric']:.4f}: {judged}."
+            f"{self.task} goes {_better(row['gain'], low, high)} in {self.metric}, which is then "
+            f"{row['metric']:.4f}{judged}."
         )
         return Sentence(text, kind="gain")
 
@@ -158,7 +156,7 @@ class Effect(Result):
         if len(rows) < 2:
             return []
         shown = "; ".join(
-            f"{row['amount']:g}: {row['delta_loss']:+.4f}{ends(row['delta_loss_low'], row['delta_loss_high'], '+.4f')}"
+            f"{row['amount']:g}: {row['delta_loss']:+z.4f}{ends(row['delta_loss_low'], row['delta_loss_high'], '+z.4f')}"
             for row in rows.to_dict("records")
         )
         steps = rows["delta_loss"].diff().iloc[1:]
@@ -170,9 +168,9 @@ class Effect(Result):
         if self.task:
             row = rows.iloc[int(rows["gain"].to_numpy().argmax())]
             best = (
-                f"Of {len(rows)} amounts {row['amount']:g} gains most in {self.metric} of {self.task}: "
-                f"{row['gain']:+.4f}{ends(row['gain_low'], row['gain_high'], '+.4f')}. It was chosen on "
-                "these prompts, which flatters it."
+                f"Of {len(rows)} amounts {row['amount']:g} is best in {self.metric} of {self.task}: it goes "
+                f"{_better(row['gain'], row['gain_low'], row['gain_high'])}. It was chosen on these prompts, which "
+                "flatters it."
             )
             found.append(Sentence(best, kind="best"))
         return found
@@ -227,6 +225,13 @@ class Effect(Result):
 
 def _with_interval(row: Any, name: str) -> str:
     return f"{row[name]:.4f}{ends(row[f'{name}_low'], row[f'{name}_high'], '.4f')}"
+
+
+def _better(gain: float, low: float, high: float) -> str:
+    """ "better by 0.2 [0.1, 0.3]": a gain is of the task, whatever the sign of its metric."""
+    sign = -1 if gain < 0 else 1
+    low, high = (low, high) if sign > 0 else (-high, -low)
+    return f"{'worse' if sign < 0 else 'better'} by {abs(gain):.4f}{ends(low, high, 'z.4f')}"
 
 
 def _called(control: str) -> str:

@@ -236,7 +236,7 @@ def _lines(
     for start, reader, value in edges:
         node, _, part = reader.rstrip(">").partition("<")
         total, text = found.get((start, node), (0.0, f"{start} to {node}"))
-        found[start, node] = (total + value, f"{text}<br>{part or 'reads'} {value:+.3g}")
+        found[start, node] = (total + value, f"{text}<br>{part or 'reads'} {value:+z.3g}")
     return found
 
 

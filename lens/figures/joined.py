@@ -58,6 +58,6 @@ def sink_check_plot(check: SinkCheck, **look: Unpack[Look]) -> go.Figure:
     figure.update_layout(barmode="group")
     figure.update_yaxes(title=f"gained {check.metric}")
     excluded, moved = table.loc[table["heads"] == "circuit", "change"]
-    finding = f"Without the first key in {len(check.heads)} heads: {excluded:+.3g}; its mass moved: {moved:+.3g}"
+    finding = f"Without the first key in {len(check.heads)} heads: {excluded:+z.3g}; its mass moved: {moved:+z.3g}"
     meta = {"task": check.task, "model": check.model}
     return style(figure, finding, look, meta=meta)

@@ -53,7 +53,7 @@ def parts_matrix(
     rows, row_names = _largest(result.parts[0], np.abs(cells).sum(1), top)
     columns, column_names = _largest(result.parts[1], np.abs(cells).sum(0), top)
     shown = rows @ cells @ columns.T
-    title = f"Why {result.head} attends there: logit {shown.sum():+.3g} in parts ({result.model})"
+    title = f"Why {result.head} attends there: logit {shown.sum():+z.3g} in parts ({result.model})"
     return _matrix(shown, row_names, column_names, escaped(title), look)
 
 

@@ -110,7 +110,7 @@ class PolicySearch(Result):
             Sentence(
                 f"{len(sparse)} of {len(table)} heads run sparse; over all heads {table['density'].mean():.1%} of "
                 f"the blocks are kept, and the loss on the prompts that chose grows by "
-                f"{self.calibration_change:+.4f} of the {self.asked:g} nats that it may."
+                f"{self.calibration_change:+z.4f} of the {self.asked:g} nats that it may."
                 if len(sparse)
                 else f"No candidate keeps the loss within {self.asked:g} nats: every head stays full.",
                 kind="policy",
@@ -120,7 +120,7 @@ class PolicySearch(Result):
             chosen = row["chosen"]
             said += [
                 Sentence(
-                    f"On held-out prompts the loss changes by {chosen['loss_change']:+.4f} "
+                    f"On held-out prompts the loss changes by {chosen['loss_change']:+z.4f} "
                     f"[{chosen['loss_change_low']:.4f}, {chosen['loss_change_high']:.4f}] nats per token from "
                     f"{self.dense_loss:.4f}"
                     + (
@@ -132,9 +132,9 @@ class PolicySearch(Result):
                 ),
                 Sentence(
                     "With as many blocks, the first and the query's own and the rest drawn at random, it changes by "
-                    f"{row['random']['loss_change']:+.4f} "
+                    f"{row['random']['loss_change']:+z.4f} "
                     f"[{row['random']['loss_change_low']:.4f}, {row['random']['loss_change_high']:.4f}], with the "
-                    f"best ones by the exact masses by {row['oracle']['loss_change']:+.4f} "
+                    f"best ones by the exact masses by {row['oracle']['loss_change']:+z.4f} "
                     f"[{row['oracle']['loss_change_low']:.4f}, {row['oracle']['loss_change_high']:.4f}].",
                     kind="controls",
                 ),

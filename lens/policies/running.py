@@ -73,7 +73,7 @@ class PolicyRuns(Result):
         """One sentence per policy ("change"), and what was sparse ("limit")."""
         said = []
         for row in self.table().to_dict("records"):
-            ends = f" [{row['change_low']:+.4f}, {row['change_high']:+.4f}]"
+            ends = f" [{row['change_low']:+z.4f}, {row['change_high']:+z.4f}]"
             if np.isnan(row["change_low"]):
                 ends = ""
             worse = self.sign * row["change"] < 0
@@ -81,7 +81,7 @@ class PolicyRuns(Result):
             said.append(
                 Sentence(
                     f"Under {row['policy']}, with {row['density']:.1%} of the blocks, the {self.metric} goes from "
-                    f"{row['dense']:.4f} to {row['sparse']:.4f}, {row['change']:+.4f}{ends}"
+                    f"{row['dense']:.4f} to {row['sparse']:.4f}, {row['change']:+z.4f}{ends}"
                     f"{' (worse)' if worse else ''}{divergence}.",
                     kind="change",
                 )

@@ -83,8 +83,8 @@ class SubspaceRemovals(Result):
             said.append(
                 Sentence(
                     f"The same removal takes its {self.beside!r} pairs from {own['clean_other']:.1%} to {own['other']:.1%}; "
-                    f"the loss at these queries changes by {own['loss_change']:+.3g}{_ends(own, 'loss_change', '+.3g')} nats, without "
-                    f"random directions by {chance['loss_change']:+.3g}.",
+                    f"the loss at these queries changes by {own['loss_change']:+z.3g}{_ends(own, 'loss_change', '+z.3g')} nats, without "
+                    f"random directions by {chance['loss_change']:+z.3g}.",
                     kind="specific",
                 )
             )

@@ -111,7 +111,7 @@ class Explanation(Result):
         said = [
             Sentence(
                 f"{self.head}: {self.tokens[0]!r} at {self.query} gives {where} {self.mass:.1%} of its attention; the "
-                f"logit is {self.logit:.3g}, {above:+.3g} against {_against(self.against)}.",
+                f"logit is {self.logit:.3g}, {above:+z.3g} against {_against(self.against)}.",
                 kind="pair",
             )
         ]
@@ -121,14 +121,14 @@ class Explanation(Result):
             share = f", {best['share']:.0%} of it" if abs(above) > self.error else ""
             said.append(
                 Sentence(
-                    f"On the {side} side {best['part']}{looks} carries {best['contrast']:+.3g}{share}.",
+                    f"On the {side} side {best['part']}{looks} carries {best['contrast']:+z.3g}{share}.",
                     kind=side,
                 )
             )
         cell = self.table().iloc[0]
         said.append(
             Sentence(
-                f"The largest product is {cell['query_part']} × {cell['key_part']}: {cell['contrast']:+.3g}.",
+                f"The largest product is {cell['query_part']} × {cell['key_part']}: {cell['contrast']:+z.3g}.",
                 kind="cell",
             )
         )
@@ -136,7 +136,7 @@ class Explanation(Result):
         if np.any(self.values != self.content):
             said.append(
                 Sentence(
-                    f"At one place the logit would be {self.content.sum():.3g}; the distance adds {distance:+.3g}.",
+                    f"At one place the logit would be {self.content.sum():.3g}; the distance adds {distance:+z.3g}.",
                     kind="distance",
                 )
             )
@@ -348,7 +348,7 @@ class PairExplanation(Result):
                 Sentence(
                     f"{self.head} on {self.pairs}: {int(self.count[number].sum())} pairs in {int(some.sum())} "
                     f"prompts get {self.mass[number, some].mean():.1%} of their row's attention; logits are "
-                    f"{self.above[number, some].mean():+.3g} against {_against(self.against)}.",
+                    f"{self.above[number, some].mean():+z.3g} against {_against(self.against)}.",
                     kind="pairs",
                 )
             )

@@ -66,8 +66,8 @@ class Robustness(Result):
         said = [
             Sentence(
                 f"A change of size {self.sizes[-1]:g} of the attention logits of {row['name']} {way[0]} costs the answer "
-                f"{row['worst']:+.3g}{ends(row['worst_low'], row['worst_high'])} nats, {way[1]} "
-                f"{row['random']:+.3g}{ends(row['random_low'], row['random_high'])}.",
+                f"{row['worst']:+z.3g}{ends(row['worst_low'], row['worst_high'])} nats, {way[1]} "
+                f"{row['random']:+z.3g}{ends(row['random_low'], row['random_high'])}.",
                 kind="head",
             )
             for row in _largest(rows[~alike], "worst")
@@ -133,7 +133,7 @@ class Adversaries(Result):
                 f"{row['name']}: a row of attention that differs by {row['divergence']:.2g}"
                 f"{ends(row['divergence_low'], row['divergence_high'], '.2g')} nats (at most {np.log(2):.2f}) writes the same, "
                 f"and changes the answer's loss by {_rounded(row['change'])}; even attention differs by {row['uniform']:.2g} and "
-                f"changes it by {row['uniform_change']:+.2g}{ends(row['uniform_change_low'], row['uniform_change_high'], '.2g')}.",
+                f"changes it by {row['uniform_change']:+z.2g}{ends(row['uniform_change_low'], row['uniform_change_high'], '.2g')}.",
                 kind="same",
             )
             for row in _largest(rows[~alone], "divergence")
@@ -164,4 +164,4 @@ def _largest(rows: pd.DataFrame, column: str) -> list[dict]:
 
 def _rounded(change: float) -> str:
     """Without the rounding of single precision."""
-    return "0.0000" if abs(change) < 5e-5 else f"{change:+.4f}"
+    return "0.0000" if abs(change) < 5e-5 else f"{change:+z.4f}"

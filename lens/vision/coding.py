@@ -69,7 +69,7 @@ class CodingRate(Result):
         by_layer = self.rate.mean(-1)
         low, high = self.change
         told = "rises" if low > 0 else "falls" if high < 0 else "is not told apart from no change"
-        held = f"The coding rate {told} from first to last layer: {low:+.2f} to {high:+.2f} nats over {self.n} prompts."
+        held = f"The coding rate {told} from first to last layer: {low:+z.2f} to {high:+z.2f} nats over {self.n} prompts."
         return (
             Sentence(
                 f"The coding rate of values goes from {by_layer[0]:.1f} nats in layer {self.layers[0]} to {by_layer[-1]:.1f} in "

@@ -102,7 +102,7 @@ class Flow(Result):
             goes = (
                 f"Keys are {'more' if low > 0 else 'less'} unequal in layer {self.layers[-1]} than in layer {self.layers[0]}: Gini "
                 f"{last:.2f} and {first:.2f} (uniform attention {self.uniform['gini'][-1].mean():.2f} and "
-                f"{self.uniform['gini'][0].mean():.2f}), beyond that apart by {low:+.2f} to {high:+.2f} over {self.n} pictures."
+                f"{self.uniform['gini'][0].mean():.2f}), beyond that apart by {low:+z.2f} to {high:+z.2f} over {self.n} pictures."
             )
             found.append(Sentence(goes, kind="rises"))
         if not found:

@@ -76,7 +76,7 @@ class ReceptiveField(Result):
             ),
             Sentence(
                 f"After layer {self.layers[-1]} that is {told} what uniform attention in all {len(self.layers)} layers reaches "
-                f"({self.alike[-1]:.2f}; the difference is {low:+.2f} to {high:+.2f}).",
+                f"({self.alike[-1]:.2f}; the difference is {low:+z.2f} to {high:+z.2f}).",
                 kind="beyond",
             ),
         )

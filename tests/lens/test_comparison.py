@@ -193,6 +193,24 @@ def test_runs_that_share_no_prompt_are_not_said_to_be_alike(tmp_path):
     ) in of_kind(said, "heads")
 
 
+def test_runs_that_share_copied_prompts_alone_say_nothing_of_heads_on_text(tmp_path):
+    """Orders and differences on text were told of as if both had read the same."""
+    alike, texts = [("r", "s"), ("t", "u")], [("a",), ("b",), ("c",), ("d",)]
+    drawn = np.random.default_rng(0).random((6, 5, LAYERS, HEADS))
+    other = np.concatenate([1 - drawn[:4], drawn[4:]])
+    a = make_run(tmp_path, 1, copied=alike, scores=drawn, texts=texts)
+    b = make_run(tmp_path, 2, copied=alike, scores=other, texts=[("q",), ("r",), ("s",), ("t",)])
+    comparison = compare_runs(a, b)
+    assert comparison.shared == {"text": 0, "copied": 2}
+    said = comparison.findings()
+    assert of_kind(said, "order") == (
+        "Every score puts the heads of both runs into the same order: Spearman's correlation is never below 1.000.",
+    )
+    assert of_kind(said, "change") == (
+        "No head's share of attention on copied random tokens differs by 0.005 or more.",
+    )
+
+
 def test_the_sentence_on_losses_names_each_run_with_its_own(tmp_path):
     a, b = make_run(tmp_path, 1), make_run(tmp_path, 2)
     comparison = compare_runs(a, b)

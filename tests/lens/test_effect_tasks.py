@@ -89,11 +89,11 @@ def test_the_sentences_name_the_amount_that_gains_most_and_what_the_last_one_doe
     gains = np.array([[0.1, 0.1, 0.1], [0.5, 0.7, 0.6], [-0.2, -0.4, -0.3]])
     said = {one.kind: str(one) for one in an_effect(gains).findings()}
     assert said["best"] == (
-        "Of 3 amounts 0.5 gains most in accuracy of toy: +0.6000 [+0.5000, +0.7000]. It was chosen on "
+        "Of 3 amounts 0.5 is best in accuracy of toy: it goes better by 0.6000 [0.5000, 0.7000]. It was chosen on "
         "these prompts, which flatters it."
     )
     assert said["gain"] == (
-        "toy gains -0.3000 [-0.4000, -0.2000] in accuracy, which is then 0.0000: it goes worse."
+        "toy goes worse by 0.3000 [0.2000, 0.4000] in accuracy, which is then 0.0000."
     )
     assert "and -0.3000 [-0.4000, -0.2000] in accuracy." in said["size"]
 
@@ -114,7 +114,11 @@ def test_a_loss_grows_where_every_step_of_the_amount_adds_to_it(losses, grows):
 
 @pytest.mark.parametrize(
     ("last", "words"),
-    [((0.2, 0.4, 0.3), "it goes better"), ((-0.2, 0.4, 0.0), "the interval holds 0")],
+    [
+        ((0.2, 0.4, 0.3), "toy goes better by 0.3000 [0.2000, 0.4000]"),
+        ((-0.2, 0.4, 0.0), "the interval holds 0"),
+        ((-3e-6, -1e-6, -2e-6), "toy goes worse by 0.0000 [0.0000, 0.0000]"),
+    ],
 )
 def test_a_gain_is_judged_by_its_interval(last, words):
     gains = np.array([[0.1] * 3, [0.2] * 3, last])

@@ -147,7 +147,7 @@ def strip_of(headline: dict[str, Any]) -> str:
 
 def signed(value: float | None) -> str:
     """A difference with its sign, three significant digits."""
-    return "–" if value is None else f"{value:+.3g}".replace("-", "−")
+    return "–" if value is None else f"{value:+z.3g}".replace("-", "−")
 
 
 def percent(value: float | None) -> str:

@@ -216,7 +216,7 @@ def _name(task: Task) -> str:
 
 def _scores_in_words(scores: EdgeScores, table: pd.DataFrame) -> list[str]:
     best = "; ".join(
-        f"{row['edge'].replace('->', ' to ')} {row['value']:+.3g} [{row['low']:+.3g}, {row['high']:+.3g}]"
+        f"{row['edge'].replace('->', ' to ')} {row['value']:+z.3g} [{row['low']:+z.3g}, {row['high']:+z.3g}]"
         for row in table.head(4).to_dict("records")
     )
     said = [
@@ -270,7 +270,7 @@ def _complete(found: Completeness, beside: Control) -> str:
     drawn_edges = float(beside.table().set_index("circuit")["faithfulness"]["uniform"])
     return (
         f"It is incomplete by {found.incompleteness:.0%} at worst: without {row['removed'] or 'nothing'} "
-        f"model and circuit differ by {row['gap']:+.3g} [{row['low']:+.3g}, {row['high']:+.3g}] "
+        f"model and circuit differ by {row['gap']:+z.3g} [{row['low']:+z.3g}, {row['high']:+z.3g}] "
         f"{found.metric} (sets of heads drawn at random: {drawn.mean():.3g} on average). As many random edges are "
         f"incomplete by {abs(1 - drawn_edges):.0%} with nothing taken out."
     )

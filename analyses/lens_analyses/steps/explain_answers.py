@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import pandas as pd
 
 import lens
+from lens.common.errors import LensError
 from lens.common.results import Sentence, ends, of_kind
 from lens.runs.headlines import Headline
 from lens.runs.sections import Section
@@ -24,13 +25,17 @@ _TRIALS, _MASKED, _RANDOM = 4, (1, 3), 2  # of the section on retrieval
 
 def retrieval_kinds(subject: Subject) -> Section:
     """Retrieval heads by three definitions on copied needles, and the needles without the first of each."""
+    heads = len(subject.model.info.every_head)
+    masked = [count for count in _MASKED if 2 * count <= heads]
+    if not masked:
+        raise LensError("a model of one head has no other to hold needles against without it")
     trials = lens.tasks.needles.copied(
         subject.model, n=_TRIALS, length=32, needle=6, seed=subject.seed
     )
     found = lens.reading.retrieval(
         subject.model,
         trials,
-        masked=_MASKED,
+        masked=masked,
         draws=_RANDOM,
         seed=subject.seed,
         progress=subject.progress,
@@ -59,7 +64,7 @@ def retrieval_kinds(subject: Subject) -> Section:
         columns=defined(tables.values(), COLUMNS),
         configuration={
             "trials": _TRIALS,
-            "masked": list(_MASKED),
+            "masked": masked,
             "draws": _RANDOM,
             "seed": subject.seed,
         },

@@ -199,7 +199,7 @@ def of_edits(table: pd.DataFrame, figures: Mapping[str, str]) -> Iterator[Headli
         share = "" if amount == 1 else f" by {amount:g}"
         yield beside(
             f"{str(edit).replace('_', ' ').capitalize()}{share} in {scope}: the loss changes by "
-            f"{change(one, 'delta_loss')} nats a token, and by {control['delta_loss']:+.3g} where as much "
+            f"{change(one, 'delta_loss')} nats a token, and by {control['delta_loss']:+z.3g} where as much "
             "attention to other keys is edited.",
             "delta_loss",
             one,
@@ -282,8 +282,8 @@ def of_search(judged: pd.DataFrame, metric: str, figure: str) -> Iterator[Headli
         return
     chosen, every = rows["chosen"], rows["all"]
     yield beside(
-        f"Moved in the chosen heads alone, {metric} gains {change(chosen, 'gain')} on held-out prompts; "
-        f"in all heads {change(every, 'gain')}.",
+        f"Moved in the chosen heads alone, {metric} is better by {change(chosen, 'gain')} on held-out prompts; "
+        f"in all heads by {change(every, 'gain')}.",
         "gain",
         chosen,
         every,
@@ -324,7 +324,7 @@ def of_sink_check(table: pd.DataFrame, task: str, metric: str, figure: str) -> I
             one, others = by["circuit"], by["others"]
             yield beside(
                 f"With the first key {edit} in the circuit's heads {task} changes by {change(one, 'change')} {metric} "
-                f"(more is better), in as many others of the same layers by {others['change']:+.3g}.",
+                f"(more is better), in as many others of the same layers by {others['change']:+z.3g}.",
                 "change",
                 one,
                 others,
@@ -378,7 +378,7 @@ def _highest_row(table: pd.DataFrame, column: str) -> tuple[dict[str, Any], dict
 def change(row: _Row, column: str) -> str:
     """A change, with its sign, and its interval behind it."""
     low, high = row[f"{column}_low"], row[f"{column}_high"]
-    return f"{row[column]:+.3g}{ends(low, high, '+.3g')}"
+    return f"{row[column]:+z.3g}{ends(low, high, '+z.3g')}"
 
 
 def _is_apart(low: float, high: float) -> bool:

@@ -243,7 +243,7 @@ def _worst(runs: PolicyRuns, rows: pd.DataFrame) -> Sentence:
     one = {"text": "Text", "needles": "Needles"}[rows["task"].iloc[0]]
     where = "all rows sparse" if rows["rows"].iloc[0] == "all" else "sparse from the question on"
     said = [
-        f"{row['policy']} {row['change']:+.4f} at {row['density']:.1%}"
+        f"{row['policy']} {row['change']:+z.4f} at {row['density']:.1%}"
         for row in (better.iloc[0], better.iloc[-1])
     ]
     return Sentence(

@@ -129,8 +129,8 @@ def of_sinks(found: KnockOut | None) -> Iterator[Headline]:
     rows = {str(row["condition"]): row for row in found.table().to_dict("records")}
     own, other = rows["edit"], float(rows["size"]["delta_loss"])
     yield Headline(
-        f"Without its visual sinks ({own['mass']:.0%} of its attention) the text's loss changes by {own['delta_loss']:+.3g} "
-        f"nats a token, without as many random tokens of the image by {other:+.3g}.",
+        f"Without its visual sinks ({own['mass']:.0%} of its attention) the text's loss changes by {own['delta_loss']:+z.3g} "
+        f"nats a token, without as many random tokens of the image by {other:+z.3g}.",
         *(float(own[f"delta_loss{end}"]) for end in ("", "_low", "_high")),
         baseline=other,
         against="as many random image tokens",

@@ -72,7 +72,7 @@ def nodes_table(
             [
                 (str(head), view.to_head(*head).url()) if head else node,
                 f"{row['edges']:,}",
-                f"{row['score']:+.3g}",
+                f"{row['score']:+z.3g}",
                 (act, view.where(pins=",".join(after)).url(), f"{act} {node}"),
             ]
         )

@@ -84,22 +84,22 @@ class SinkCheck(Result):
         found = []
         for name, rows in self.table().groupby("edit", sort=False):
             row = rows.iloc[0]
-            interval = f"[{row['change_low']:+.3g}, {row['change_high']:+.3g}]"
+            interval = f"[{row['change_low']:+z.3g}, {row['change_high']:+z.3g}]"
             words = (
                 f"With the first key {name} in {len(self.heads)} heads, {self.task} goes from "
-                f"{self.plain.mean():.3g} to {row['value']:.3g} ({row['change']:+.3g} {interval} {self.metric}, "
+                f"{self.plain.mean():.3g} to {row['value']:.3g} ({row['change']:+z.3g} {interval} {self.metric}, "
                 "more is better)"
             )
             if len(rows) > 1:
                 words += (
-                    f"; in {self.drawn} others of the same layers by {rows.iloc[1]['change']:+.3g}"
+                    f"; in {self.drawn} others of the same layers by {rows.iloc[1]['change']:+z.3g}"
                 )
             found.append(Sentence(f"{words}.", kind=str(name)))
         return tuple(found)
 
     def __repr__(self) -> str:
         changes = ", ".join(
-            f"{name} {(values - self.plain).mean():+.3g}" for name, values in self.edited.items()
+            f"{name} {(values - self.plain).mean():+z.3g}" for name, values in self.edited.items()
         )
         return f"SinkCheck({len(self.heads)} heads on {self.task!r}, {self.model}: {changes})"
 

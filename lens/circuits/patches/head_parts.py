@@ -92,22 +92,22 @@ class JoinedHeads(Result):
         return token, float(first.loc[first["token"] == token, "mass"].mean())
 
     def _finding(self, row: dict) -> Sentence:
-        interval = f"[{row['full_low']:+.3g}, {row['full_high']:+.3g}]"
+        interval = f"[{row['full_low']:+z.3g}, {row['full_high']:+z.3g}]"
         looks = (
             f"it looks most at {row['attends_to']!r} ({row['attends_mass']:.0%}) and keeps "
             f"{row['sink_mass']:.0%} on the first key"
         )
         if row["full_low"] <= 0 <= row["full_high"]:
-            text = f"{row['name']}: effect {row['full']:+.3g} {interval}, the interval holds 0; {looks}."
+            text = f"{row['name']}: effect {row['full']:+z.3g} {interval}, the interval holds 0; {looks}."
             return Sentence(text, kind="none")
         if np.isnan(row["full_low"]):
             interval = "(one prompt, no interval)"
         through = "its pattern" if abs(row["pattern"]) > abs(row["value"]) else "its values"
         text = (
-            f"{row['name']}: effect {row['full']:+.3g} {interval} {self.metric}, mostly through "
-            f"{through} (pattern {row['pattern']:+.3g}, value {row['value']:+.3g}, interaction "
-            f"{row['interaction']:+.3g}); {looks}; without the first key the effect is "
-            f"{row['without_sink']:+.3g}."
+            f"{row['name']}: effect {row['full']:+z.3g} {interval} {self.metric}, mostly through "
+            f"{through} (pattern {row['pattern']:+z.3g}, value {row['value']:+z.3g}, interaction "
+            f"{row['interaction']:+z.3g}); {looks}; without the first key the effect is "
+            f"{row['without_sink']:+z.3g}."
         )
         return Sentence(text, kind="effect")
 

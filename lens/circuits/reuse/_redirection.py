@@ -152,7 +152,7 @@ class Redirection(Result):
             low, high = change[f"{self.name}_low"], change[f"{self.name}_high"]
             metric = (
                 f"The {self.name.replace('_', ' ')} goes from {self.metric[0].mean():.3g} to "
-                f"{self.metric[1].mean():.3g} ({change[self.name]:+.3g} [{low:+.3g}, {high:+.3g}]), with "
+                f"{self.metric[1].mean():.3g} ({change[self.name]:+z.3g} [{low:+z.3g}, {high:+z.3g}]), with "
                 f"other heads to {self.metric[2:].mean():.3g}, p {self.p_value('metric'):.2g}."
             )
             found.append(Sentence(metric, kind="metric"))

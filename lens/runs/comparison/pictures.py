@@ -212,7 +212,7 @@ def _finding(comparison: Comparison, metric: str, variant: str, kind: str) -> st
     row = table[chosen].iloc[0]
     without = ", sink excluded" if variant == "sink_excluded" else ""
     changed = (
-        f"most changed {row['largest']}, {row['largest_difference']:+.3g}"
+        f"most changed {row['largest']}, {row['largest_difference']:+z.3g}"
         if row["largest"]
         else "no head differs"
     )

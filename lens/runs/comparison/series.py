@@ -95,7 +95,7 @@ class RunSeries(Result):
         return [
             Sentence(
                 f"{row['name']} {METRICS[row['metric']].label.lower()} on {KIND_WORDS[row['prompts']]} changes by "
-                f"{row['since_last']:+.2f} [{row['since_last_low']:+.2f}, {row['since_last_high']:+.2f}] from "
+                f"{row['since_last']:+z.2f} [{row['since_last_low']:+z.2f}, {row['since_last_high']:+z.2f}] from "
                 f"{self.names[row['place'] - 1]} to {row['run']}, where it is {row['value']:.2f} ({row['since_last_n']} shared "
                 "prompts).",
                 kind="jump",

@@ -53,7 +53,7 @@ def sentences(
     found = {
         "heads": _kinds_of_heads(a, b, heads, shared),
         "change": [] if refusal else _changes(heads, shared),
-        "order": [] if refusal else _orders(metrics),
+        "order": [] if refusal else _orders(metrics, shared),
         "loss": map(_loss, losses.to_dict("records")),
         "circuit": map(_circuit, circuits.to_dict("records")),
     }
@@ -86,7 +86,7 @@ def limits(
 
 def signed(value: float) -> str:
     """A difference with its sign, three significant digits."""
-    return f"{value:+.3g}".replace("-", "−")
+    return f"{value:+z.3g}".replace("-", "−")
 
 
 def bracket(low: float, high: float) -> str:
@@ -141,9 +141,9 @@ def _lengths(a: Run, b: Run, kind: str) -> str:
 
 
 def _above(finding: Finding, heads: pd.DataFrame, side: str) -> list[str]:
-    """Names, highest first; where heads are compared, of those still above on the shared prompts."""
+    """Names, highest first; where heads are compared on such prompts, of those still above on the shared ones."""
     named = [head.name for head in finding.heads] if finding.found else []
-    if heads.empty:
+    if heads.empty or finding.prompt_id not in set(heads["prompts"]):
         return named
     rows = heads[
         (heads["prompts"] == finding.prompt_id)
@@ -172,12 +172,17 @@ def _changes(heads: pd.DataFrame, shared: Mapping[str, int]) -> list[str]:
         ]
     rows = heads[heads["metric"].isin(SHARES) & heads["prompts"].isin(paired)]
     rows = rows[rows["difference"].abs() >= SEEN]
+    only = (
+        ""
+        if len(paired) == len(shared)
+        else f" on {' and '.join(KIND_WORDS[one] for one in paired)}"
+    )
     if rows.empty:
-        return [f"No head's share of attention differs by {SEEN:g} or more."]
+        return [f"No head's share of attention{only} differs by {SEEN:g} or more."]
     if heads["low"].notna().any():
         rows = rows[(rows["low"] > 0) | (rows["high"] < 0)]
     if rows.empty:
-        return ["No head's share of attention differs beyond its interval."]
+        return [f"No head's share of attention{only} differs beyond its interval."]
     rows = rows.reindex(rows["difference"].abs().sort_values(ascending=False, kind="stable").index)
     rows = rows.drop_duplicates(["layer", "head"]).head(_CHANGES)
     return [
@@ -197,19 +202,23 @@ def _change(row: Mapping[Any, Any]) -> str:
     )
 
 
-def _orders(metrics: pd.DataFrame) -> list[str]:
+def _orders(metrics: pd.DataFrame, shared: Mapping[str, int]) -> list[str]:
+    """By which scores the heads are in the same order, of shared prompts where there are any."""
     rows = metrics[(metrics["variant"] == "raw") & metrics["rank_correlation"].notna()]
+    paired = [kind for kind, count in shared.items() if count]
+    rows = rows[rows["prompts"].isin(paired)] if paired else rows
     if rows.empty:
         return []
+    apart = "" if paired else ", each on prompts of its own"
     rows = rows.sort_values("rank_correlation", kind="stable")
     least, most = rows.iloc[0], rows.iloc[-1]
     if least["rank_correlation"] >= _SAME_ORDER:
         return [
-            "Every score puts the heads of both runs into the same order: Spearman's correlation is never "
+            f"Every score puts the heads of both runs{apart} into the same order: Spearman's correlation is never "
             f"below {least['rank_correlation']:.3f}."
         ]
     return [
-        f"Over all heads the two runs agree most on the order by {_ordered(most)} and least by "
+        f"Over all heads the two runs{apart} agree most on the order by {_ordered(most)} and least by "
         f"{_ordered(least)}; 1 is the same order, 0 none."
     ]
 

@@ -64,7 +64,7 @@ class SinkKinds(Result):
         said = [Sentence(f"Of {len(self.rows)} heads the sinks are: {shown}.", kind="kinds")]
         for kind, rows in self.tests.groupby("kind", sort=False):
             parts = [
-                f"{_TEST[row['test']]} {row['delta_loss']:+.4f}{ends(row['delta_loss_low'], row['delta_loss_high'], '+.4f')}"
+                f"{_TEST[row['test']]} {row['delta_loss']:+z.4f}{ends(row['delta_loss_low'], row['delta_loss_high'], '+z.4f')}"
                 + _beside(row)
                 for row in rows.to_dict("records")
             ]
@@ -131,7 +131,7 @@ def _beside(row: Mapping[Any, Any]) -> str:
     apart = "more" if low > 0 else "less" if high < 0 else "not told apart"
     apart = "" if low != low else f", {apart}"
     here = f"{row['mass']:.0%}" + (" of the output held back" if row["test"] == "open" else "")
-    return f" (random keys with {row['control_mass']:.0%} of the attention, {here} here, {row['control']:+.4f}{apart})"
+    return f" (random keys with {row['control_mass']:.0%} of the attention, {here} here, {row['control']:+z.4f}{apart})"
 
 
 _ORIGIN = {
