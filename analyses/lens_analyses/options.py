@@ -77,4 +77,4 @@ def _place(ctx: Any, name: str, given: Path) -> Path:
     try:
         return on_disk(given)
     except LensError as error:
-        ctx.fail(f"{name}: {error}")
+        return ctx.fail(f"{name}: {error}")

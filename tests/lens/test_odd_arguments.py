@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+from typing import Any
 
 import pytest
 
@@ -49,5 +50,6 @@ def test_what_is_of_no_kind_is_refused_in_words(odd):
 
 
 def test_an_ablation_that_is_none_is_refused_before_it_is_kept():
+    odd: Any = object()
     with pytest.raises(LensError, match=r"ablation must be an Ablation .*got object"):
-        lens.circuits.make_circuit(Graph(2, 4, 4, mlps=False), [], ablation=object())
+        lens.circuits.make_circuit(Graph(2, 4, 4, mlps=False), [], ablation=odd)
