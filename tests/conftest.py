@@ -39,6 +39,11 @@ def pytest_collection_finish():
     gc.enable()
 
 
+def pytest_unconfigure():
+    """What has to be gone at the end may go: Triton's parts would complain."""
+    gc.unfreeze()
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
     """Files go to the workers whole, and the dashboard's together: each worker would make their runs anew."""
