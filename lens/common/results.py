@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from lens.common.plots import draw, opened
 
@@ -50,22 +50,6 @@ def of_kind(sentences: Iterable[Sentence], *kinds: str) -> tuple[Sentence, ...]:
     return tuple(sentence for sentence in sentences if sentence.kind in kinds)
 
 
-class _Says(Protocol):
-    def findings(self) -> Sequence[str]: ...
-
-
-def described(result: _Says) -> str:
-    """`Name`, then up to `SENTENCES` findings, one a line; how many more there are.
-
-    Example:
-        >>> print(described(lens.effect(model, texts, lens.edits.Mask("first"))))
-    """
-    said = list(result.findings())
-    more = len(said) - SENTENCES
-    rest = [f"... {more} more in .findings()"] if more > 0 else []
-    return "\n  ".join([type(result).__name__, *said[:SENTENCES], *rest])
-
-
 def ends(low: float, high: float, form: str = ".3g") -> str:
     """` [low, high]` behind a number, both in this form; nothing where one is NaN, as of a single prompt."""
     return "" if math.isnan(low) or math.isnan(high) else f" [{low:{form}}, {high:{form}}]"
@@ -84,6 +68,10 @@ class Result:
         """The numbers, with intervals where there are any."""
         raise NotImplementedError
 
+    def findings(self) -> tuple[Sentence, ...]:
+        """What the numbers say; nothing where they stand alone."""
+        return ()
+
     def plot(self, *args: Any, **options: Any) -> go.Figure:
         """The figure of this result; `title`, `width`, `height` and `theme` are options of every figure.
 
@@ -99,6 +87,13 @@ class Result:
             LensError: the dashboard is not installed.
         """
         return opened(self)
+
+    def __repr__(self) -> str:
+        """`Name`, then up to `SENTENCES` findings, one a line; how many more there are."""
+        said = self.findings()
+        more = len(said) - SENTENCES
+        rest = [f"... {more} more in .findings()"] if more > 0 else []
+        return "\n  ".join([type(self).__name__, *said[:SENTENCES], *rest])
 
     def _repr_html_(self) -> str:
         return as_html(repr(self), self.table())

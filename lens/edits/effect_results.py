@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lens.common.results import Result, Sentence, described, ends
+from lens.common.results import Result, Sentence, ends
 from lens.edits.losses import MEASURES
 from lens.stats import over_units
 
@@ -18,7 +18,7 @@ TOOK_OVER = 0.1
 """Another key took over in a head where its alpha rose by more than this."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class Effect(Result):
     """What an edit did to the predictions, beside what the same edit of each control did.
 
@@ -91,9 +91,6 @@ class Effect(Result):
             low, high = over_units(numbers, np.ones(len(numbers)), self.seed)
             row |= {name: numbers.mean(), f"{name}_low": float(low), f"{name}_high": float(high)}
         return row
-
-    def __repr__(self) -> str:
-        return described(self)
 
     def findings(self) -> tuple[Sentence, ...]:
         """What the largest amount does, how that came about with several, and what the numbers do not say.

@@ -14,7 +14,7 @@ from lens.common.errors import LensError
 from lens.common.given import given_as
 from lens.common.head_ids import HeadId
 from lens.common.progress import advancing
-from lens.common.results import Result, Sentence, described, ends, few
+from lens.common.results import Result, Sentence, ends, few
 from lens.edits.language import OfHeads
 from lens.edits.running import edit as run
 from lens.models.loaded import LoadedModel, check_loaded
@@ -22,7 +22,7 @@ from lens.stats import over_units
 from lens.tasks.task import Task
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class HeadSearch(Result):
     """Heads chosen on validation prompts, and what they are worth on test prompts.
 
@@ -92,9 +92,6 @@ class HeadSearch(Result):
                 }
             )
         return pd.DataFrame(rows)
-
-    def __repr__(self) -> str:
-        return described(self)
 
     def findings(self) -> tuple[Sentence, ...]:
         """What was `chosen`, what it is worth (`gain`), and whether that is shown (`verdict`)."""

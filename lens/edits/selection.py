@@ -8,10 +8,10 @@ import numpy as np
 import pandas as pd
 
 from lens.common.head_ids import HeadId
-from lens.common.results import Result, Sentence, described
+from lens.common.results import Result, Sentence
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class HeadSelection(Result):
     """Rows of text tokens by head.
 
@@ -53,9 +53,6 @@ class HeadSelection(Result):
             }
         )
         return rows.sort_values("share", ascending=False, kind="stable", ignore_index=True)
-
-    def __repr__(self) -> str:
-        return described(self)
 
     def findings(self) -> tuple[Sentence, ...]:
         """How many heads were image-centric and in how many rows, as the kind `selected`."""

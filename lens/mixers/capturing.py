@@ -14,7 +14,7 @@ import torch
 from lens.common.errors import LensError
 from lens.common.head_ids import layers_in_words
 from lens.common.progress import advancing
-from lens.common.results import Result, Sentence, described
+from lens.common.results import Result, Sentence
 from lens.mixers.measures import MixerMeasures, measure
 from lens.mixers.phi import BLOCK, Phi, joined
 from lens.mixers.reading import Scan, recorded
@@ -83,9 +83,6 @@ class MixerCapture(Result):
     def findings(self) -> tuple[Sentence, ...]:
         """What each layer's mixer says."""
         return tuple(sentence for one in self.measures for sentence in one.findings())
-
-    def __repr__(self) -> str:
-        return described(self)
 
 
 def capture(model: Any, prompt: Any, *, block: int = BLOCK, progress: bool = True) -> MixerCapture:

@@ -16,7 +16,7 @@ import torch
 from lens.common.choices import check_counts
 from lens.common.errors import LensError
 from lens.common.head_ids import head_columns
-from lens.common.results import Result, Sentence, described
+from lens.common.results import Result, Sentence
 from lens.mixers.phi import BLOCK, Phi
 from lens.stats import over_rows
 from lens.stats.intervals import known_mean
@@ -107,9 +107,6 @@ class MixerMeasures(Result):
                 )
             )
         return tuple(said)
-
-    def __repr__(self) -> str:
-        return described(self)
 
 
 def measure(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lens.common.choices import check_choice, check_counts
 from lens.common.progress import advancing
-from lens.common.results import Result, Sentence, described
+from lens.common.results import Result, Sentence
 from lens.models.loaded import LoadedModel
 from lens.reading import _blocks
 from lens.reading._answers import Answer
@@ -74,9 +74,6 @@ class BlockScores(Result):
             Sentence(f"By {self.method} the blocks {best} score highest.", kind="best"),
             Sentence(f"The score of a block of {self.block} tokens is {kind}.", kind="limit"),
         )
-
-    def __repr__(self) -> str:
-        return described(self)
 
 
 def attribute_blocks(

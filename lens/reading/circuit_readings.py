@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import pandas as pd
 
-from lens.common.results import Result, Sentence, described, ends
+from lens.common.results import Result, Sentence, ends
 
 NO_KIND = "another token"
 LOOKS: Mapping[str, Callable[[Sequence[int], int, int], bool]] = {
@@ -95,9 +95,6 @@ class CircuitReading(Result):
             )
             said.append(Sentence(text, kind="fails"))
         return tuple(said)
-
-    def __repr__(self) -> str:
-        return described(self)
 
 
 def _because(row: Mapping, looks: Mapping[str, str]) -> str:  # type: ignore[type-arg]

@@ -149,9 +149,6 @@ class Explanation(Result):
             )
         return tuple(said)
 
-    def __repr__(self) -> str:
-        return described(self)
-
 
 @dataclass(frozen=True, repr=False, eq=False)
 class PairExplanation(Result):
@@ -363,9 +360,6 @@ class PairExplanation(Result):
                     )
                 )
         return tuple(said)
-
-    def __repr__(self) -> str:
-        return described(self)
 
 
 def _against(what: str | int) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from lens.common.results import Result, Sentence, described, few
+from lens.common.results import Result, Sentence, few
 from lens.stats.intervals import columns
 
 if TYPE_CHECKING:
@@ -142,6 +142,3 @@ class Faithfulness(Result):
             )
         )
         return tuple(said)
-
-    def __repr__(self) -> str:
-        return described(self)

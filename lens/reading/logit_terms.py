@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from lens.common.head_ids import HeadId, head_columns
-from lens.common.results import Result, Sentence, described
+from lens.common.results import Result, Sentence
 from lens.stats.intervals import columns
 
 if TYPE_CHECKING:
@@ -85,6 +85,3 @@ class LogitTerms(Result):
                 kind="head",
             ),
         )
-
-    def __repr__(self) -> str:
-        return described(self)

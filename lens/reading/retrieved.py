@@ -11,7 +11,7 @@ import pandas as pd
 
 from lens.common.choices import check_choice
 from lens.common.head_ids import HeadId, all_heads, head_columns
-from lens.common.results import Result, Sentence, described
+from lens.common.results import Result, Sentence
 from lens.stats.intervals import columns
 from lens.stats.orders import spearman
 
@@ -116,6 +116,3 @@ class RetrievalKinds(Result):
         ]
         said.append(Sentence(f"Rank correlations: {', '.join(pairs)}.", kind="agreement"))
         return tuple(said)
-
-    def __repr__(self) -> str:
-        return described(self)

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from lens.common.head_ids import HeadId
-from lens.common.results import Result, Sentence, described
+from lens.common.results import Result, Sentence
 from lens.stats.intervals import columns
 
 if TYPE_CHECKING:
@@ -100,6 +100,3 @@ class ComponentShares(Result):
                 )
             )
         return tuple(said)
-
-    def __repr__(self) -> str:
-        return described(self)

@@ -212,7 +212,6 @@ def _section(result: Result) -> Section:
     table = result.table().reset_index(drop=True)
     table.columns = [str(name) for name in table.columns]
     kind = type(result).__name__
-    said = tuple(result.findings()) if hasattr(result, "findings") else ()  # pyright: ignore[reportAttributeAccessIssue]
     try:
         figures = {"figure": result.plot()}
     except LensError:
@@ -220,7 +219,7 @@ def _section(result: Result) -> Section:
     return Section(
         name=_name(result),
         title=re.sub(r"(?<=[a-z])(?=[A-Z])", " ", kind).capitalize(),
-        summary=said or tuple(repr(result).splitlines()),
+        summary=result.findings() or tuple(repr(result).splitlines()),
         limits=("Opened from memory: how it was made is not kept here.",),
         columns=dict.fromkeys(table.columns, f"As in {kind}.table(), see help({kind})."),
         tables={"table": table},

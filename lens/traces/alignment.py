@@ -17,7 +17,7 @@ from scipy.stats import kendalltau
 from lens.common.choices import check_choice, check_lists, is_whole
 from lens.common.errors import LensError
 from lens.common.head_ids import head_columns
-from lens.common.results import Result, Sentence, described
+from lens.common.results import Result, Sentence
 from lens.stats import over_rows, over_units
 from lens.stats.intervals import known_mean
 from lens.traces.parts import TraceParts
@@ -115,9 +115,6 @@ class Alignment(Result):
                 )
             )
         return tuple(said)
-
-    def __repr__(self) -> str:
-        return described(self)
 
 
 def alignment(

@@ -21,7 +21,7 @@ from lens.common.colors import VIRIDIS
 from lens.common.errors import LensError
 from lens.common.given import given_as
 from lens.common.head_ids import AnyHead, HeadId
-from lens.common.results import Result, Sentence, described, few
+from lens.common.results import Result, Sentence, few
 from lens.traces.metrics import VARIANTS
 from lens.traces.pictures import PatchGrid, grids_of
 
@@ -55,7 +55,7 @@ class Traced(Protocol):
     ) -> np.ndarray: ...
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class Overlay(Result):
     """Attention of one or several heads (or means of heads) on a picture.
 
@@ -199,9 +199,6 @@ class Overlay(Result):
         )
         at = np.ix_(rows.clip(0, self.grid.height - 1), columns.clip(0, self.grid.width - 1))
         return np.where(inside, values[at], np.nan)
-
-    def __repr__(self) -> str:
-        return described(self)
 
 
 def overlay(

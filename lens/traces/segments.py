@@ -11,7 +11,7 @@ import torch
 
 from lens.common.errors import LensError
 from lens.common.given import given_as
-from lens.common.results import Result, Sentence, described
+from lens.common.results import Result, Sentence
 from lens.models.loaded import LoadedModel, check_loaded
 from lens.models.sizes import image_token
 from lens.traces.patches import grid_of
@@ -24,7 +24,7 @@ PADDING, SYSTEM, IMAGE, TEXT = range(-1, 3)
 KINDS = {"system": SYSTEM, "image": IMAGE, "text": TEXT}
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class Segments(Result):
     """What each token of each prompt is.
 
@@ -96,9 +96,6 @@ class Segments(Result):
                 )
             ]
         return pd.DataFrame(rows)
-
-    def __repr__(self) -> str:
-        return described(self)
 
     def findings(self) -> tuple[Sentence, ...]:
         """How many tokens are what ("tokens"), and where the images are ("grids")."""

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lens.common.choices import check_counts
 from lens.common.progress import advancing
-from lens.common.results import Result, Sentence, described
+from lens.common.results import Result, Sentence
 from lens.models.loaded import LoadedModel
 from lens.models.stages import stages
 from lens.passes.calls import LayerCall, attend
@@ -36,7 +36,7 @@ EPSILON2 = 0.01
 _ZERO = 1e-3
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class CodingRate(Result):
     """Rates of every head and sparsity of every layer, mean over prompts.
 
@@ -83,9 +83,6 @@ class CodingRate(Result):
                 kind="change",
             ),
         )
-
-    def __repr__(self) -> str:
-        return described(self)
 
 
 def rate(vectors: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from lens.common.choices import check_counts
 from lens.common.errors import LensError
 from lens.common.given import given_traces
 from lens.common.head_ids import HeadId
-from lens.common.results import Result, Sentence, described
+from lens.common.results import Result, Sentence
 from lens.stats import over_units
 from lens.stats.intervals import LEVEL
 from lens.vision._patches import SMALLEST, head_table, uniform_maps
@@ -37,7 +37,7 @@ _DIGITS = 6  # of a Gini: single precision is no finding
 _NAMES = ("largest", "gini", "entropy", "exclusive")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class Flow(Result):
     """Conserved flow of every head; every array is [layers, heads], mean over pictures.
 
@@ -109,9 +109,6 @@ class Flow(Result):
             none = f"Over {self.n} pictures flow is not told apart from uniform attention, and the last layer not from the first."
             found.append(Sentence(none, kind="limit"))
         return tuple(found)
-
-    def __repr__(self) -> str:
-        return described(self)
 
 
 def flow(traces: AttentionTrace | Sequence[AttentionTrace], *, seed: int = 0) -> Flow:

@@ -22,7 +22,7 @@ import pandas as pd
 from lens.common.choices import check_counts
 from lens.common.errors import LensError
 from lens.common.given import given_as
-from lens.common.results import Result, Sentence, described
+from lens.common.results import Result, Sentence
 from lens.stats import over_rows
 from lens.vision._patches import (
     SMALLEST,
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from lens.traces.trace import AttentionTrace
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class PatchDistances(Result):
     """How far each head looks; every array is [layers, heads].
 
@@ -89,9 +89,6 @@ class PatchDistances(Result):
                 kind="distance",
             ),
         )
-
-    def __repr__(self) -> str:
-        return described(self)
 
 
 def patch_distance(trace: AttentionTrace, *, seed: int = 0) -> PatchDistances:

@@ -18,7 +18,7 @@ import pandas as pd
 from lens.common.choices import check_counts, check_lists, is_number
 from lens.common.errors import LensError
 from lens.common.given import given_as
-from lens.common.results import Result, Sentence, described
+from lens.common.results import Result, Sentence
 from lens.stats.intervals import columns
 from lens.traces.overlays import Overlay
 
@@ -27,7 +27,7 @@ Box = tuple[float, float, float, float]
 _COLUMNS = ("pointing", "pointing_blind", "pointing_middle", "iou", "iou_whole", "iou_middle")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class Grounding(Result):
     """How well maps find boxes.
 
@@ -69,9 +69,6 @@ class Grounding(Result):
                 kind="iou",
             ),
         )
-
-    def __repr__(self) -> str:
-        return described(self)
 
 
 def grounding(

@@ -11,13 +11,13 @@ import pandas as pd
 from lens.common.choices import is_whole
 from lens.common.errors import LensError
 from lens.common.given import given_as
-from lens.common.results import Result, Sentence, described
+from lens.common.results import Result, Sentence
 
 if TYPE_CHECKING:
     from lens.traces.segments import Segments
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class ImageGrid(Result):
     """One image, a number per token.
 
@@ -64,9 +64,6 @@ class ImageGrid(Result):
             if (cells := getattr(self, name)) is not None:
                 columns[name] = cells.ravel()
         return pd.DataFrame(columns)
-
-    def __repr__(self) -> str:
-        return described(self)
 
     def findings(self) -> tuple[Sentence, ...]:
         """The grid ("grid"), how much of it is marked ("marked"), and how much of that lies in the region

@@ -24,7 +24,7 @@ from lens.common.choices import check_counts
 from lens.common.errors import LensError
 from lens.common.given import given_traces
 from lens.common.head_ids import head_columns
-from lens.common.results import Result, Sentence, described
+from lens.common.results import Result, Sentence
 from lens.stats.grouping import Groups, grouped
 from lens.vision._autoencoder import Encoded, autoencoder, components
 from lens.vision._patches import SMALLEST, grid_of, maps
@@ -82,7 +82,7 @@ class Grouping(Result):
         )
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class PatternSummary(Result):
     """The patterns of all heads on all pictures.
 
@@ -172,9 +172,6 @@ class PatternSummary(Result):
                 )
             )
         return tuple(found)
-
-    def __repr__(self) -> str:
-        return described(self)
 
 
 def patterns(

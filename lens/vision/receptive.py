@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from lens.common.choices import check_counts
-from lens.common.results import Result, Sentence, described
+from lens.common.results import Result, Sentence
 from lens.stats import over_rows
 from lens.vision._patches import grid_of, offsets, uniform_maps
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _DIGITS = 4  # of distances in patches: single precision is no finding
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class ReceptiveField(Result):
     """What can have reached a patch through the layers.
 
@@ -80,9 +80,6 @@ class ReceptiveField(Result):
                 kind="beyond",
             ),
         )
-
-    def __repr__(self) -> str:
-        return described(self)
 
 
 def receptive_field(trace: AttentionTrace, *, image: int = 0, seed: int = 0) -> ReceptiveField:

@@ -23,7 +23,7 @@ import pandas as pd
 
 from lens.common.choices import check_counts
 from lens.common.head_ids import HeadId
-from lens.common.results import Result, Sentence, described
+from lens.common.results import Result, Sentence
 from lens.stats import over_rows
 from lens.vision._patches import (
     SMALLEST,
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 SHAPES = ("row", "column", "criss_cross", "window", "dilated")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class Rings(Result):
     """Mass by ring.
 
@@ -112,9 +112,6 @@ class Rings(Result):
             ),
         )
 
-    def __repr__(self) -> str:
-        return described(self)
-
 
 def rings(trace: AttentionTrace, *, image: int = 0, seed: int = 0) -> Rings:
     """How much each head puts on every ring round a patch.
@@ -178,7 +175,7 @@ def rings(trace: AttentionTrace, *, image: int = 0, seed: int = 0) -> Rings:
     )
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class Shapes(Result):
     """Share of the mass on patches that lies in each of `SHAPES`.
 
@@ -229,9 +226,6 @@ class Shapes(Result):
                 )
             )
         return tuple(found)
-
-    def __repr__(self) -> str:
-        return described(self)
 
 
 def shapes(

@@ -24,7 +24,7 @@ from torch import Tensor
 from lens.common.choices import check_counts
 from lens.common.errors import LensError
 from lens.common.progress import advancing
-from lens.common.results import Result, Sentence, described, ends
+from lens.common.results import Result, Sentence, ends
 from lens.edits.attention import Knockout
 from lens.edits.clean_runs import CleanRuns
 from lens.edits.effects import effect
@@ -38,7 +38,7 @@ ROUTES = ("image", "system", "image_part", "other_part")
 _MEASURES = ("delta_loss", "kl", "mass")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class TextFlow(Result):
     """What cutting each route changes, by layer.
 
@@ -113,9 +113,6 @@ class TextFlow(Result):
                 kind="limit",
             ),
         )
-
-    def __repr__(self) -> str:
-        return described(self)
 
 
 def text_flow(

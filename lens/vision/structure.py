@@ -25,7 +25,7 @@ from scipy.sparse.csgraph import connected_components
 from lens.common.choices import check_choice, check_counts, is_number
 from lens.common.errors import LensError
 from lens.common.head_ids import AnyHead, HeadId
-from lens.common.results import Result, Sentence, described
+from lens.common.results import Result, Sentence
 from lens.stats.intervals import of_share
 from lens.traces.overlays import SINK_TIMES, heads_of, received
 from lens.traces.pictures import PatchGrid
@@ -41,7 +41,7 @@ _ROUNDS = 20
 _NEVER = 1e6  # what a second root costs
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class PatchTree(Result):
     """The tree of patches of one or several heads.
 
@@ -134,9 +134,6 @@ class PatchTree(Result):
                 kind="adjacent",
             ),
         )
-
-    def __repr__(self) -> str:
-        return described(self)
 
 
 def tree(
@@ -240,7 +237,7 @@ def _depths(parents: np.ndarray) -> np.ndarray:
     return depth
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class PatchSegments(Result):
     """Patches that look alike.
 
@@ -318,9 +315,6 @@ class PatchSegments(Result):
                 kind="segments",
             ),
         )
-
-    def __repr__(self) -> str:
-        return described(self)
 
 
 def cluster(

@@ -10,7 +10,7 @@ import pandas as pd
 
 from lens.circuits.checks._stability import Stability, jaccard
 from lens.circuits.graph.circuit import Circuit
-from lens.common.results import Result, Sentence, described
+from lens.common.results import Result, Sentence
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -52,9 +52,6 @@ class Consensus(Result):
             f"{self.stability.chance:.0%}."
         )
         return Sentence(core, kind="core"), Sentence(chance, kind="chance")
-
-    def __repr__(self) -> str:
-        return described(self)
 
 
 def consensus(circuits: Sequence[Circuit]) -> Consensus:

@@ -21,7 +21,7 @@ from lens.circuits.scores.position_scores import PositionScores
 from lens.common.choices import check_between, check_counts
 from lens.common.errors import LensError
 from lens.common.given import given_as
-from lens.common.results import Result, Sentence, described
+from lens.common.results import Result, Sentence
 from lens.models.loaded import LoadedModel
 from lens.tasks.task import Task
 
@@ -95,9 +95,6 @@ class PositionEvaluation(Result):
                 kind="size",
             ),
         )
-
-    def __repr__(self) -> str:
-        return described(self)
 
 
 def evaluate_positions(

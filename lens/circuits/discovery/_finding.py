@@ -19,7 +19,7 @@ from lens.circuits.scores.scoring import score_edges
 from lens.common.choices import check_counts
 from lens.common.errors import LensError
 from lens.common.given import given_as
-from lens.common.results import Result, Sentence, described
+from lens.common.results import Result, Sentence
 from lens.models.loaded import LoadedModel
 from lens.tasks.task import Task
 
@@ -54,9 +54,6 @@ class FoundCircuit(Result):
     def table(self) -> pd.DataFrame:
         """One row per circuit tried: `ranking`, `edges`, `writers`, `faithfulness`, `low`, `high`, `kl`, `chosen`."""
         return self.tried
-
-    def __repr__(self) -> str:
-        return described(self)
 
     def findings(self) -> tuple[Sentence, ...]:
         """Its size and faithfulness (`circuit`), and whether that is what was asked for (`enough`)."""

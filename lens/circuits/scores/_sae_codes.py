@@ -22,7 +22,7 @@ from lens.common.errors import LensError
 from lens.common.given import given_as
 from lens.common.head_ids import AnyHead, head_columns, head_id
 from lens.common.progress import advancing
-from lens.common.results import Result, Sentence, described
+from lens.common.results import Result, Sentence
 from lens.models.loaded import LoadedModel, check_loaded
 from lens.tasks.task import Task
 
@@ -121,9 +121,6 @@ class CodeScores(Result):
         )
         limit = "Codes differ where outputs differ, which is no proof that the task uses them."
         return Sentence(most, kind="codes"), Sentence(limit, kind="limit")
-
-    def __repr__(self) -> str:
-        return described(self)
 
 
 def _areas(values: np.ndarray, known: Iterable[AnyHead] | Circuit | KnownCircuit) -> np.ndarray:

@@ -13,7 +13,7 @@ from lens.circuits.graph.graph import Graph
 from lens.circuits.graph.ways import PARTS
 from lens.common.choices import is_whole
 from lens.common.errors import LensError
-from lens.common.results import Result, Sentence, described
+from lens.common.results import Result, Sentence
 from lens.stats.intervals import columns
 
 
@@ -123,6 +123,3 @@ class PositionScores(Result):
             )
         )
         return tuple(said)
-
-    def __repr__(self) -> str:
-        return described(self)

@@ -17,7 +17,7 @@ from lens.common.choices import check_counts, is_number
 from lens.common.errors import LensError
 from lens.common.given import given_as
 from lens.common.head_ids import AnyHead
-from lens.common.results import Result, Sentence, described, ends
+from lens.common.results import Result, Sentence, ends
 from lens.heads.measures.scores import HeadScores
 from lens.heads.pruning.curves import PruningCurve, curve
 
@@ -91,9 +91,6 @@ class PruningOrders(Result):
         if text := best.intervention.own_share(best.n):
             said.append(Sentence(text, kind="own_share"))
         return tuple(said)
-
-    def __repr__(self) -> str:
-        return described(self)
 
 
 def orders(

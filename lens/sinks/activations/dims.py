@@ -12,14 +12,14 @@ import torch
 from lens.common.choices import check_mapping, is_number
 from lens.common.errors import LensError
 from lens.common.progress import advancing
-from lens.common.results import Result, Sentence, described
+from lens.common.results import Result, Sentence
 from lens.edits._phi import EPSILON
 from lens.models.loaded import LoadedModel, check_loaded
 from lens.passes.sessions import base
 from lens.passes.stream import layer_inputs
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class SinkDims(Result):
     """The dimensions that pass tau, and how well they single out what attention is parked on.
 
@@ -56,9 +56,6 @@ class SinkDims(Result):
             )
         columns = ["dim", "first_layer", "last_layer", "layers", "largest", "tokens"]
         return pd.DataFrame(rows, columns=columns)
-
-    def __repr__(self) -> str:
-        return described(self)
 
     def findings(self) -> tuple[Sentence, ...]:
         """Which dimensions were found, as the kind `dims`, and the `limit`."""

@@ -12,7 +12,7 @@ import torch
 
 from lens.common.choices import is_number
 from lens.common.errors import LensError
-from lens.common.results import Result, Sentence, described
+from lens.common.results import Result, Sentence
 from lens.edits._phi import check_dims, phi
 from lens.models.loaded import LoadedModel, check_loaded
 from lens.passes.stream import layer_inputs
@@ -20,7 +20,7 @@ from lens.sinks.detection.alphas import alpha_of
 from lens.traces.captures import capture
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class DimsAgreement(Result):
     """Tokens marked by `phi >= tau`, beside those that receive most attention, layer by layer.
 
@@ -54,9 +54,6 @@ class DimsAgreement(Result):
                 "base_rate": received / self.marked.shape[1],
             }
         )
-
-    def __repr__(self) -> str:
-        return described(self)
 
     def findings(self) -> tuple[Sentence, ...]:
         """Precision beside the base rate and recall, over all layers, as the kind `agreement`."""

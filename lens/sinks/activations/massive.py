@@ -13,7 +13,7 @@ import torch
 from lens.common.choices import check_choice
 from lens.common.errors import LensError
 from lens.common.progress import advancing
-from lens.common.results import Result, Sentence, described
+from lens.common.results import Result, Sentence
 from lens.edits.losses import bos_policy
 from lens.edits.parts import Activation
 from lens.models.loaded import LoadedModel
@@ -23,7 +23,7 @@ from lens.passes.stream import stream
 RATIO, MAGNITUDE = 1000.0, 100.0
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class MassiveActivations(Result):
     """Massive activations of a model on some prompts.
 
@@ -121,9 +121,6 @@ class MassiveActivations(Result):
             Activation(int(layer), int(position), int(dimension), float(value))
             for (layer, position, dimension), value in zip(places, values, strict=True)
         )
-
-    def __repr__(self) -> str:
-        return described(self)
 
     def findings(self) -> tuple[Sentence, ...]:
         """How many dimensions, as the kind `dimensions`, and each of them; or how far the largest came."""

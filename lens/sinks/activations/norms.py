@@ -13,7 +13,7 @@ from torch import nn
 from lens.common.choices import is_whole
 from lens.common.errors import LensError
 from lens.common.progress import advancing
-from lens.common.results import Result, Sentence, described
+from lens.common.results import Result, Sentence
 from lens.models.layout import blocks
 from lens.models.loaded import LoadedModel, check_loaded
 from lens.passes.inputs import read_prompts
@@ -27,7 +27,7 @@ Halves of one normal distribution have D = 2.7, of a uniform one 3.5. Otsu's sha
 would miss rare outliers, and 1 token in 40 is what large vision transformers have."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class HighNormTokens(Result):
     """Tokens whose norm after a layer lies beyond the valley between two modes.
 
@@ -59,9 +59,6 @@ class HighNormTokens(Result):
     def table(self) -> pd.DataFrame:
         """The outliers with layer and cutoff."""
         return self.rows.assign(layer=self.layer, cutoff=self.cutoff)
-
-    def __repr__(self) -> str:
-        return described(self)
 
     def findings(self) -> tuple[Sentence, ...]:
         """What was found, or why there is nothing."""

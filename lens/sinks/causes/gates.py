@@ -16,7 +16,7 @@ from lens.common.choices import check_counts
 from lens.common.errors import LensError
 from lens.common.head_ids import HeadId, head_columns
 from lens.common.progress import advancing
-from lens.common.results import Result, Sentence, described, ends
+from lens.common.results import Result, Sentence, ends
 from lens.edits.base import grouped
 from lens.edits.losses import bos_policy, two_tokens
 from lens.models.loaded import LoadedModel
@@ -41,7 +41,7 @@ _NAMES = {
 }
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class EffectiveGates(Result):
     """`g = 1 - mass of a sink` of every head, means over the rows and prompts.
 
@@ -63,9 +63,6 @@ class EffectiveGates(Result):
     def table(self) -> pd.DataFrame:
         """The rows with BOS policy and number of prompts."""
         return self.rows.assign(bos=self.bos, n=len(self.tokens))
-
-    def __repr__(self) -> str:
-        return described(self)
 
     def findings(self) -> tuple[Sentence, ...]:
         """How far each mechanism closes its heads, as the kind of its name, and the `limit`."""

@@ -14,7 +14,7 @@ from lens import stats
 from lens.common.errors import LensError
 from lens.common.head_ids import head_columns
 from lens.common.progress import advancing
-from lens.common.results import Result, Sentence, described
+from lens.common.results import Result, Sentence
 from lens.heads.weights import head_weights
 from lens.models.loaded import LoadedModel
 from lens.passes.calls import LayerCall, attend
@@ -29,7 +29,7 @@ _COLUMNS = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class SinkMechanism(Result):
     """Geometry of the sources' keys and values in every head, means over prompts.
 
@@ -52,9 +52,6 @@ class SinkMechanism(Result):
     def table(self) -> pd.DataFrame:
         """The rows, with BOS policy and number of prompts."""
         return self.rows.assign(bos=self.bos, n=self.n)
-
-    def __repr__(self) -> str:
-        return described(self)
 
     def findings(self) -> tuple[Sentence, ...]:
         """Medians over the heads that park on the sources: keys, directions, values, outputs."""

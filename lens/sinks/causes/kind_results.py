@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lens.common.results import Result, Sentence, described, ends
+from lens.common.results import Result, Sentence, ends
 
 _TEST = {
     "zero": "with the sources' values at 0",
@@ -21,7 +21,7 @@ _TEST = {
 }
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class SinkKinds(Result):
     """Kinds of sinks, head by head.
 
@@ -54,9 +54,6 @@ class SinkKinds(Result):
     def table(self) -> pd.DataFrame:
         """The rows, with BOS policy and number of prompts."""
         return self.rows.assign(bos=self.bos, n=len(self.tokens))
-
-    def __repr__(self) -> str:
-        return described(self)
 
     def findings(self) -> tuple[Sentence, ...]:
         """How many heads have each kind ("kinds"), what each test does ("test"), origin ("origin") and moves ("move")."""

@@ -23,7 +23,7 @@ from lens.common.choices import check_counts, check_lists
 from lens.common.errors import LensError
 from lens.common.head_ids import head_columns
 from lens.common.progress import advancing
-from lens.common.results import Result, Sentence, described, ends
+from lens.common.results import Result, Sentence, ends
 from lens.edits.losses import bos_policy, two_tokens
 from lens.models.loaded import LoadedModel, check_loaded
 from lens.passes.calls import LayerCall, attend
@@ -36,7 +36,7 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 _MEASURES = ("gate", "contribution", "removal", "early_mass", "late_mass")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class PersistentMemory(Result):
     """What memory does to every head of a model that runs with it, means over rows and prompts.
 
@@ -58,9 +58,6 @@ class PersistentMemory(Result):
     def table(self) -> pd.DataFrame:
         """The rows with the mechanism "memory", as in `EffectiveGates`, BOS policy and prompts."""
         return self.rows.assign(mechanism="memory", bos=self.bos, n=len(self.tokens))
-
-    def __repr__(self) -> str:
-        return described(self)
 
     def findings(self) -> tuple[Sentence, ...]:
         """How much the memory takes, whether that changes along the prompt, and the `limit`."""

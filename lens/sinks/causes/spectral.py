@@ -14,7 +14,7 @@ from lens.common.choices import check_counts, is_whole
 from lens.common.errors import LensError
 from lens.common.head_ids import head_columns
 from lens.common.progress import advancing
-from lens.common.results import Result, Sentence, described, ends
+from lens.common.results import Result, Sentence, ends
 from lens.edits.losses import bos_policy, two_tokens
 from lens.heads.weights import head_weights
 from lens.models.loaded import LoadedModel
@@ -25,7 +25,7 @@ from lens.stats import over_units
 BANDS = 20
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class SpectralBands(Result):
     """Equal bands of the unembedding's singular directions, strongest first; the last ones are dark.
 
@@ -59,9 +59,6 @@ class SpectralBands(Result):
         """The share of every head's weights in each band; by chance 1 / bands."""
         return self.weights
 
-    def __repr__(self) -> str:
-        return described(self)
-
     def findings(self) -> tuple[Sentence, ...]:
         """The share of the weights in the band of the smallest singular values, and what the bands are worth."""
         count = len(self.share)
@@ -75,7 +72,7 @@ class SpectralBands(Result):
         return (Sentence(text, kind="energies"), *losses)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class BandLosses(Result):
     """What filtering each band from the last residual stream costs.
 
@@ -97,9 +94,6 @@ class BandLosses(Result):
         low, high = over_units(values, np.ones_like(values), self.seed)
         columns = {"band": range(len(low)), "delta_loss": values.mean(0), "low": low, "high": high}
         return pd.DataFrame(columns).assign(bos=self.bos, n=len(self.tokens))
-
-    def __repr__(self) -> str:
-        return described(self)
 
     def findings(self) -> tuple[Sentence, ...]:
         """The dearest band and the darkest, and what is not in these numbers."""

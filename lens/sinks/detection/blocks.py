@@ -11,7 +11,7 @@ import pandas as pd
 from lens.common.errors import LensError
 from lens.common.given import given_as
 from lens.common.head_ids import head_columns
-from lens.common.results import Result, Sentence, described
+from lens.common.results import Result, Sentence
 from lens.sinks.detection.alphas import Samples, check_epsilon, samples_of
 from lens.traces.scores import SINK_EPSILON
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from lens.traces.trace import AttentionTrace
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class BlockAlphas(Result):
     """Bounds of the largest alpha among the keys of each block; with `received`, alpha is exact.
 
@@ -59,9 +59,6 @@ class BlockAlphas(Result):
                 "bos": self.samples.bos,
             }
         )
-
-    def __repr__(self) -> str:
-        return described(self)
 
     def findings(self) -> tuple[Sentence, ...]:
         """How many blocks hold a sink for certain, how many none, how many may."""

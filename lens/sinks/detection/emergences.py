@@ -13,7 +13,7 @@ from lens.common.choices import check_choice, check_counts
 from lens.common.errors import LensError
 from lens.common.given import given_traces
 from lens.common.progress import advancing
-from lens.common.results import Result, Sentence, described, ends
+from lens.common.results import Result, Sentence, ends
 from lens.models.loaded import LoadedModel
 from lens.sinks.detection.alphas import DIVIDED, Normalise
 from lens.sinks.detection.conditions import bos_pair, by_length, control_prompts
@@ -24,7 +24,7 @@ from lens.traces.scores import SINK_EPSILON
 Over = Literal["controls", "length", "bos"]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class SinkEmergence(Result):
     """Sink rate of one key by condition and layer.
 
@@ -51,9 +51,6 @@ class SinkEmergence(Result):
         rows = self.rows[(self.rows["condition"] == condition) & self.rows["layer"].notna()]
         found = rows.loc[rows["rate"] > threshold, "layer"]
         return None if found.empty else int(found.min())
-
-    def __repr__(self) -> str:
-        return described(self)
 
     def findings(self) -> tuple[Sentence, ...]:
         """The rate of each condition beside uniform attention, its first layer, and what it depends on."""

@@ -11,7 +11,7 @@ import pandas as pd
 
 from lens.common.given import given_traces
 from lens.common.head_ids import HeadId, head_columns
-from lens.common.results import Result, Sentence, described
+from lens.common.results import Result, Sentence
 from lens.sinks.detection.alphas import (
     DIVIDED,
     Normalise,
@@ -32,7 +32,7 @@ COMMON = 0.25
 _NAMED = 5  # keys that findings name
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class SinkKeys(Result):
     """The (prompt, layer, head, key) whose alpha exceeds epsilon, and the rate at every position.
 
@@ -60,9 +60,6 @@ class SinkKeys(Result):
         """One row per sink, with what it depends on."""
         return self.rows.assign(**self.profile.settings())
 
-    def __repr__(self) -> str:
-        return described(self)
-
     def findings(self) -> tuple[Sentence, ...]:
         """Which keys, in how many heads, which are common, and what was not judged."""
         settings = f"({self.profile.words()})"
@@ -87,7 +84,7 @@ class SinkKeys(Result):
         return (*found, *self.profile.findings())
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class SinkProfile(Result):
     """Sink rate and mean alpha at every position.
 
@@ -130,9 +127,6 @@ class SinkProfile(Result):
         columns = {"key": np.arange(len(self.rate)), "rate": self.rate}
         columns |= {"alpha": flat.mean(0), "largest_alpha": flat.max(0)}
         return pd.DataFrame(columns).assign(**self.settings())
-
-    def __repr__(self) -> str:
-        return described(self)
 
     def findings(self) -> tuple[Sentence, ...]:
         """Which positions are sinks in common, and how many were not judged."""

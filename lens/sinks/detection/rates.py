@@ -13,7 +13,7 @@ from lens.common.choices import check_choice, check_counts
 from lens.common.errors import LensError
 from lens.common.given import given_traces
 from lens.common.head_ids import head_columns
-from lens.common.results import Result, Sentence, described, ends
+from lens.common.results import Result, Sentence, ends
 from lens.sinks.detection.alphas import (
     DIVIDED,
     Normalise,
@@ -34,7 +34,7 @@ Reduce = Literal["sample_first", "alpha_first"]
 _GRID = tuple(np.round(np.arange(0.05, 1, 0.05), 2).tolist())
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class SinkRate(Result):
     """Share of (sample, layer, head) in which one key is a sink. Not a mass.
 
@@ -117,9 +117,6 @@ class SinkRate(Result):
         settings = {"epsilon": self.epsilon, **self.settings()}
         return pd.DataFrame(head_columns(places) | columns).assign(**settings)
 
-    def __repr__(self) -> str:
-        return described(self)
-
     def findings(self) -> tuple[Sentence, ...]:
         """The rate beside uniform attention, the heads with most, and what the number depends on."""
         top = self.table().sort_values("alpha", ascending=False, kind="stable").head(3)
@@ -142,7 +139,7 @@ class SinkRate(Result):
         )
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class SinkCurve(Result):
     """The sink rate of one key as a curve over epsilon.
 
@@ -174,9 +171,6 @@ class SinkCurve(Result):
             f"({DIVIDED[self.of.normalise]}; {self.of.samples})."
         )
         return (Sentence(text, kind="rate"),)
-
-    def __repr__(self) -> str:
-        return described(self)
 
 
 def rate(
