@@ -1,8 +1,9 @@
 """No public function takes an argument of another kind than its signature names, or fails with an error of Python's.
 
-A room hands its functions out so (`lens.common.lazy`). Numbers, truth values and words are told apart from the
-rest before the function works, which says itself which of them make sense. What it says of lists, texts and
-classes it says better; where it did not look, the error that comes of it is told as what it is.
+A room hands its functions out so (`lens.common.lazy`). Models, tasks and other classes that one function makes,
+the words of a `Literal`, whole numbers from a least one (`Count`, `Seed`), numbers and truth values are looked at
+before the function works, which says itself which of the last two make sense. What it says of lists, texts and
+other classes it says better; where it did not look, the error that comes of it is told as what it is.
 """
 
 from __future__ import annotations
@@ -21,13 +22,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lens.common.choices import shown
+from lens.common.choices import check_choice, is_whole, shown, whole_of
 from lens.common.errors import LensError
-from lens.common.given import MADE_BY, described, is_of
+from lens.common.given import MADE_BY, described, is_of, not_loaded
 
 _Public = TypeVar("_Public")
 _ARRAYS = ("Float", "Int", "Bool", "Shaped", "Real")  # of jaxtyping: the array's class stands first
 _MOST = 100  # elements of a list that are looked at
+_BITS = 2**63  # a whole number from here on fails wherever it is used
+_LIMITED = (typing.Literal, typing.Annotated)
 
 
 def checked(call: _Public) -> _Public:
@@ -92,18 +95,21 @@ def _looking(call: Any, names: Mapping[str, Any]) -> Any:
 def _is_plain(kind: Any) -> bool:
     """Whether it is a number, a truth value, a text, None, or a class that one function makes."""
     if isinstance(kind, str):
-        return kind in MADE_BY and kind != "LoadedModel"  # whose functions say how to load it
-    return (
-        kind in (int, float, bool, str, types.NoneType) or typing.get_origin(kind) is typing.Literal
-    )
+        return kind in MADE_BY
+    return kind in (int, float, bool, str, types.NoneType) or typing.get_origin(kind) in _LIMITED
 
 
 def _check(name: str, value: Any, kinds: tuple[Any, ...], error: Exception | None = None) -> None:
     if _fits_any(value, kinds):
         return
-    said = dict.fromkeys(_said(kind) for kind in kinds if kind is not types.NoneType)
-    if isinstance(value, int) and any(kind in (int, float) for kind in kinds):
+    kinds = tuple(kind for kind in kinds if kind is not types.NoneType)
+    if kinds == ("LoadedModel",):
+        raise not_loaded(name, value) from error
+    if isinstance(value, int) and abs(value) >= _BITS and any(map(_is_of_numbers, kinds)):
         raise LensError(f"{name} must fit in 64 bits, got {shown(value)}") from error
+    if all(typing.get_origin(kind) is typing.Literal for kind in kinds):
+        check_choice(name, value, [word for kind in kinds for word in typing.get_args(kind)])
+    said = dict.fromkeys(map(_said, kinds))
     raise LensError(f"{name} must be {' or '.join(said)}, got {shown(value)}") from error
 
 
@@ -157,7 +163,9 @@ def _fits(value: Any, kind: Any) -> bool:
         return _PLAIN[kind][1](value)
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if origin is typing.Literal:
-        return isinstance(value, str) or (isinstance(value, int) and value in inner)
+        return isinstance(value, str | int) and value in inner
+    if origin is typing.Annotated:
+        return is_whole(value) and inner[1] <= value < _BITS
     if origin is Callable:
         return callable(value)
     if not isinstance(origin, type) or not issubclass(origin, Iterable):
@@ -190,6 +198,8 @@ def _said(kind: Any) -> str:
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if origin is typing.Literal:
         return f"one of {', '.join(map(repr, inner))}"
+    if origin is typing.Annotated:
+        return whole_of(inner[1])
     return (
         "a function"
         if origin is Callable
@@ -199,9 +209,13 @@ def _said(kind: Any) -> str:
     )
 
 
+def _is_of_numbers(kind: Any) -> bool:
+    return kind in (int, float) or typing.get_origin(kind) is typing.Annotated
+
+
 def _is_number(value: Any) -> bool:
     if isinstance(value, int):
-        return abs(value) < 2**63  # what does not fit in 64 bits fails wherever it is used
+        return abs(value) < _BITS
     return hasattr(type(value), "__float__") or hasattr(type(value), "__index__")
 
 

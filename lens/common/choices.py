@@ -5,10 +5,14 @@ import reprlib
 import typing
 from collections.abc import Iterable, Mapping
 from numbers import Integral, Real
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeAlias, TypeVar
 
 from lens.common.errors import LensError
 
+Count: TypeAlias = Annotated[int, 1]
+"""A whole number of at least 1: in a signature `lens.common.checked` looks."""
+Seed: TypeAlias = Annotated[int, 0]
+"""A whole number of at least 0, likewise."""
 _Choice = TypeVar("_Choice")
 _REPEATED = frozenset(
     (
@@ -67,7 +71,6 @@ def check_counts(least: int = 1, **numbers: Any) -> None:
     Example:
         >>> check_counts(draws=20, resamples=5)
     """
-    what = "a positive integer" if least == 1 else f"an integer of at least {least}"
     for name, value in numbers.items():
         if not is_whole(value) or value < least:
             raise LensError(f"{name} must be {what}, got {shown(value)}")

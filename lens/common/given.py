@@ -48,6 +48,13 @@ def given_as(kind: str, **value: Any) -> Any:
     )
 
 
+def not_loaded(name: str, value: Any) -> LensError:
+    """What to say of a model that is none; the line says how it becomes one."""
+    what = repr(value) if isinstance(value, str) else f"a {type(value).__name__}"
+    how = f"lens.load({value!r})" if isinstance(value, str) else "lens.load(it)"
+    return LensError(f"{name} must be what lens.load returns, got {what}; pass {how}")
+
+
 def described(kind: str) -> str:
     """`a Task (lens.tasks.induction(model) makes one)`: a class, with who makes it where that is known."""
     how = f" ({MADE_BY[kind]})" if kind in MADE_BY else ""

@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from lens.common.choices import check_choice, check_counts, check_lists, is_number
+from lens.common.choices import Count, Seed, check_choice, check_counts, check_lists, is_number
 from lens.common.errors import LensError
 from lens.common.progress import advancing
 from lens.edits.clean_runs import CleanRuns, clean_runs, looks_ahead, of_layers
@@ -42,11 +42,11 @@ def effect(
     edit: Edits,
     *,
     controls: Sequence[Control] | Control | int | None = None,
-    draws: int = 1,
+    draws: Count = 1,
     amounts: Sequence[float] | None = None,
     among: Keys | None = None,
     scored: Keys | None = None,
-    seed: int = 0,
+    seed: Seed = 0,
     clean: CleanRuns | None = None,
     progress: bool = True,
 ) -> Effect:
@@ -87,7 +87,6 @@ def effect(
         >>> pairs = [([3, 4, 5, 6], [2, 30, 31, 32]), ([9, 8, 7], [2, 40, 41])]
         >>> lens.effect(translator.part("cross"), pairs, lens.edits.Ablate("L1H0", "pooled_mean")).findings()
     """
-    check_counts(0, seed=seed)
     if isinstance(controls, int | float):
         check_counts(controls=controls)
         if draws not in (1, controls):
@@ -95,7 +94,6 @@ def effect(
                 f"controls={controls} are draws of each control, and draws={draws} too; give one"
             )
         controls, draws = None, int(controls)
-    check_counts(draws=draws)
     controls = [controls] if isinstance(controls, str) else controls
     named = [check_choice("controls", one, CONTROLS) for one in controls or ()]
     if amounts is not None:

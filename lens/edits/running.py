@@ -13,7 +13,7 @@ from lens.edits._keyed import KeyedEdit, edited_together
 from lens.edits.base import AttentionEdit
 from lens.edits.freezing import FrozenEdit
 from lens.edits.language import Edit
-from lens.models.loaded import LoadedModel, check_loaded
+from lens.models.loaded import LoadedModel
 from lens.passes.calls import LayerCall, attend
 from lens.passes.keys import KeysAt
 from lens.passes.sessions import listening
@@ -54,7 +54,6 @@ def edit(model: LoadedModel, *edits: Edit, backend: str = "auto") -> Iterator[tu
             raise LensError(
                 f"lens.edit takes edits such as lens.edits.Mask('first'), got {type(one).__name__}"
             )
-    check_loaded(model)
     model.check_part()
     running = [one.start(model, backend) for one in edits]
     attention = [one.attention for one in running if one.attention is not None]

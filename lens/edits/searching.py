@@ -9,15 +9,14 @@ import numpy as np
 import pandas as pd
 import torch
 
-from lens.common.choices import check_counts, is_whole
+from lens.common.choices import Seed, is_whole
 from lens.common.errors import LensError
-from lens.common.given import given_as
 from lens.common.head_ids import HeadId
 from lens.common.progress import advancing
 from lens.common.results import Result, Sentence, ends, few
 from lens.edits.language import OfHeads
 from lens.edits.running import edit as run
-from lens.models.loaded import LoadedModel, check_loaded
+from lens.models.loaded import LoadedModel
 from lens.stats import over_units
 from lens.tasks.task import Task
 
@@ -137,7 +136,7 @@ def search_heads(
     *,
     most: int = 10,
     validation: float = 0.5,
-    seed: int = 0,
+    seed: Seed = 0,
     progress: bool = True,
 ) -> HeadSearch:
     """Edit each head alone on validation prompts, choose the best, judge them on the others.
@@ -162,9 +161,6 @@ def search_heads(
     Example:
         >>> lens.edits.search_heads(model, task, lens.edits.Mask("first"), most=3).findings()
     """
-    check_counts(0, seed=seed)
-    given_as("Task", task=task)
-    check_loaded(model)
     info = model.info
     if not isinstance(edit, OfHeads):
         raise LensError(

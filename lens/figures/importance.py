@@ -9,7 +9,6 @@ import numpy as np
 import plotly.graph_objects as go
 
 from lens.common.colors import DIVERGING, scale
-from lens.common.given import given_as
 from lens.common.plots import draws
 from lens.figures.style import Look, grid_axes, grid_height, style
 
@@ -27,7 +26,6 @@ def importance_grid(scores: HeadScores, **look: Unpack[Look]) -> go.Figure:
         >>> lens.figures.importance_grid(scores).layout.title.text
         'Ablation (mean) on induction: most at L0H0, 5.09 (loss)'
     """
-    given_as("HeadScores", scores=scores)
     text = [
         [
             "" if np.isnan(error) else f" ± {error:.2g} (standard error, {scores.n} prompts)"

@@ -12,7 +12,6 @@ from plotly.subplots import make_subplots
 from lens.common.choices import check_choice, is_whole
 from lens.common.colors import ACCENT, BASELINE, DIVERGING, VIRIDIS, scale
 from lens.common.errors import LensError
-from lens.common.given import given_as
 from lens.common.plots import draws
 from lens.figures.rows import bars, classes
 from lens.figures.style import Look, escaped, style, tick_step
@@ -82,7 +81,6 @@ def migration_maps(effect: Effect, prompt: int = 0, **look: Unpack[Look]) -> go.
     Example:
         >>> lens.figures.migration_maps(lens.effect(model, texts, lens.edits.Mask("first")))
     """
-    given_as("Effect", effect=effect)
     if not (is_whole(prompt) and 0 <= prompt < len(effect.alphas)):
         raise LensError(f"prompt must be 0 to {len(effect.alphas) - 1}, got {prompt!r}")
     alpha, edit = effect.alphas[prompt], effect.edit

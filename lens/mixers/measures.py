@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from lens.common.choices import check_counts
+from lens.common.choices import Count
 from lens.common.errors import LensError
 from lens.common.head_ids import head_columns
 from lens.common.results import Result, Sentence
@@ -115,7 +115,7 @@ def measure(
     *,
     layer: int = 0,
     kind: str = "mixer",
-    block: int = BLOCK,
+    block: Count = BLOCK,
 ) -> MixerMeasures:
     """All measures of a mixer in one walk over the tiles of its Phi.
 
@@ -137,7 +137,6 @@ def measure(
         raise LensError(
             f"measure takes a Phi, as lens.mixers.linear makes it, got {type(phi).__name__}"
         )
-    check_counts(block=block)
     if output is not None and output.shape != phi.value.shape:
         raise LensError(
             f"output must be {list(phi.value.shape)}, as the values are, got {list(output.shape)}"

@@ -11,6 +11,7 @@ import torch
 
 from lens.common.choices import check_choice
 from lens.common.errors import LensError, told
+from lens.common.given import not_loaded
 from lens.common.head_ids import AnyHead, HeadId, Part, head_id, layers_in_words
 from lens.models.ids import check_ids, check_text, is_ids, numbers_of
 from lens.models.tokens import readable
@@ -386,11 +387,8 @@ class LoadedModel:
 
 def check_loaded(model: Any) -> None:
     """Raises LensError: something else than a `LoadedModel`; the line says how it becomes one."""
-    if isinstance(model, LoadedModel):
-        return
-    what = repr(model) if isinstance(model, str) else f"a {type(model).__name__}"
-    how = f"lens.load({model!r})" if isinstance(model, str) else "lens.load(it)"
-    raise LensError(f"model must be what lens.load returns, got {what}; pass {how}")
+    if not isinstance(model, LoadedModel):
+        raise not_loaded("model", model)
 
 
 def is_bridge(model: Any) -> bool:

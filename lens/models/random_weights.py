@@ -4,12 +4,12 @@ from dataclasses import replace
 
 import torch
 
-from lens.common.choices import check_counts
+from lens.common.choices import Seed
 from lens.models.bare import bare
-from lens.models.loaded import LoadedModel, check_loaded
+from lens.models.loaded import LoadedModel
 
 
-def random_weights(model: LoadedModel, seed: int = 0) -> LoadedModel:
+def random_weights(model: LoadedModel, seed: Seed = 0) -> LoadedModel:
     """A copy of the model with weights as they were before training, drawn by `seed`.
 
     They are drawn by the architecture's own initialisation. The model itself and the state of torch's
@@ -24,8 +24,6 @@ def random_weights(model: LoadedModel, seed: int = 0) -> LoadedModel:
         >>> random_weights(lens.load("induction-2l")).name
         'induction-2l (random weights, seed 0)'
     """
-    check_loaded(model)
-    check_counts(0, seed=seed)
     model = bare(model)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lens.common.choices import check_counts
+from lens.common.choices import Seed, check_counts
 from lens.common.errors import LensError
 from lens.common.progress import advancing
 from lens.edits.running import edit
@@ -35,7 +35,7 @@ def evaluate(
     block_size: int | tuple[int, int] | None = None,
     loss: bool = False,
     first_row: int = 0,
-    seed: int = 0,
+    seed: Seed = 0,
     progress: bool = True,
 ) -> PolicyScores:
     """What each head keeps under a policy: recall, the gap to the best choice, output error, and the loss.
@@ -64,7 +64,6 @@ def evaluate(
         >>> found = lens.policies.evaluate(model, texts, lens.policies.AShape(first=16, last=16), block_size=16)
         >>> found.table()[["name", "density", "recall", "oracle_recall", "output_error"]]
     """
-    check_counts(0, seed=seed)
     policies = several("policy", policy)
     sizes = [
         check_block_size(one.block_size if block_size is None else block_size) for one in policies

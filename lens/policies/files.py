@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 import numpy as np
 
-from lens.common.choices import check_choice
 from lens.common.errors import LensError
 from lens.common.files import as_path, plain, read_text, write_json, write_text
 from lens.common.head_ids import HeadId, head_id
@@ -68,7 +67,6 @@ def write(
         >>> found = lens.policies.PerHead({"L0H1": lens.policies.AShape(4, 16)})
         >>> lens.policies.write(found, "heads.json", model)
     """
-    check_choice("format", format, Format)
     heads = policy.policy if isinstance(policy, PolicySearch) else policy
     if not isinstance(heads, PerHead):
         raise LensError(f"policy must be PerHead or what search found, got {type(policy).__name__}")
@@ -121,7 +119,6 @@ def read(
         >>> str(lens.policies.read("heads.json").of((0, 1)))
         'AShape(first=4, last=16)'
     """
-    check_choice("format", format, Format)
     if full is not None and format != "duo":
         raise LensError(f"full= is of the format 'duo', got format={format!r}")
     if as_searched and format != "minference":

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from lens.common.choices import check_counts
+from lens.common.choices import Seed, check_counts
 from lens.common.errors import LensError
 from lens.common.given import given_as
 from lens.common.progress import advancing
@@ -106,7 +106,7 @@ def run(
     *,
     block_size: int | tuple[int, int] | None = None,
     question: int | None = None,
-    seed: int = 0,
+    seed: Seed = 0,
     progress: bool = True,
 ) -> PolicyRuns:
     """What policies change of a task's metric, or of how much of a needle comes back, paired with dense runs.
@@ -132,7 +132,6 @@ def run(
         >>> found = lens.policies.run(model, task, lens.policies.AShape(4, 8), block_size=4, progress=False)
         >>> found.table()[["policy", "density", "dense", "sparse", "change", "kl"]]
     """
-    check_counts(0, seed=seed)
     given: Any = list(task) if isinstance(task, Sequence) and not isinstance(task, str) else task
     if not (isinstance(given, list) and given and all(isinstance(one, Trial) for one in given)):
         given_as("Task", task=task)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from lens.common.choices import check_counts, is_number
+from lens.common.choices import Seed, check_counts, is_number
 from lens.common.errors import LensError
 from lens.common.progress import advancing
 from lens.models.loaded import LoadedModel
@@ -37,7 +37,7 @@ def search(
     block_size: int | tuple[int, int] = 64,
     levels: int | None = None,
     draws: int = 2,
-    seed: int = 0,
+    seed: Seed = 0,
     progress: bool = True,
 ) -> PolicySearch:
     """A policy for each head, so cheap as a given loss allows.
@@ -71,7 +71,6 @@ def search(
         >>> found = lens.policies.search(model, texts, loss=0.05, block_size=4, draws=1)
         >>> found.table()[["name", "policy", "density", "layer_error"]]
     """
-    check_counts(0, seed=seed)
     chooses, promises = _split(model, prompts, held_out)
     size = check_block_size(block_size)
     if not is_number(loss) or not loss >= 0:

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lens.common.choices import check_choice, check_counts, check_lists, is_number
+from lens.common.choices import Count, Seed, check_choice, check_lists, is_number
 from lens.common.errors import LensError
 from lens.common.progress import advancing
 from lens.models.loaded import LoadedModel
@@ -37,9 +37,9 @@ def train(
     *,
     layers: Sequence[int] | None = None,
     block_size: int | tuple[int, int] = 64,
-    steps: int = 300,
+    steps: Count = 300,
     rate: float = 0.01,
-    seed: int = 0,
+    seed: Seed = 0,
     progress: bool = True,
 ) -> Trained:
     """Train a predictor of the map of each head, with the model as it is.
@@ -68,8 +68,6 @@ def train(
     """
     maker = _KINDS[check_choice("kind", kind, Kind)]
     size = check_block_size(block_size)
-    check_counts(steps=steps)
-    check_counts(0, seed=seed)
     if not is_number(rate) or not 0 < rate < float("inf"):
         raise LensError(f"rate must be a number above 0, got {rate!r}")
     if layers is not None:

@@ -75,7 +75,6 @@ def attribute(
         >>> scores.shape
         torch.Size([25])
     """
-    check_choice("method", method, Method)
     with advancing(f"{model.name}: {method}", 1, progress) as advance:
         found = scored(Answer(model, prompt, answer), method)
         advance(1)

@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from lens.common.choices import check_choice, check_counts
+from lens.common.choices import Count
 from lens.common.progress import advancing
 from lens.common.results import Result, Sentence
 from lens.models.loaded import LoadedModel
@@ -81,7 +81,7 @@ def attribute_blocks(
     prompt: Any,
     method: Method,
     *,
-    block: int = 64,
+    block: Count = 64,
     answer: int | None = None,
     progress: bool = True,
 ) -> BlockScores:
@@ -104,8 +104,6 @@ def attribute_blocks(
         >>> found.approximate, len(found.values)
         (False, 5)
     """
-    check_choice("method", method, Method)
-    check_counts(block=block)
     with advancing(f"{model.name}: {method}", 1, progress) as advance:
         asked = Answer(model, prompt, answer, block=block)
         values = scored_blocks(asked, method)

@@ -19,7 +19,7 @@ import torch
 
 from lens.circuits.checks.evaluation import run_circuits
 from lens.circuits.graph.circuit import Circuit
-from lens.common.choices import check_counts
+from lens.common.choices import Seed
 from lens.common.errors import LensError
 from lens.common.given import given_as
 from lens.common.head_ids import HeadId, head_of_node
@@ -55,7 +55,7 @@ def circuit(
     task: Task,
     circuit: Circuit,
     *,
-    seed: int = 0,
+    seed: Seed = 0,
     progress: bool = True,
 ) -> CircuitReading:
     """Say in sentences what a circuit does, with the share of every edge and a test of each.
@@ -77,9 +77,7 @@ def circuit(
         >>> lens.reading.circuit(known.model, known.task, edges).heads["looks_at"].tolist()
         ['the token before', 'the token after an earlier copy']
     """
-    given_as("Task", task=task)
     circuit = given_as("Circuit", circuit=circuit)
-    check_counts(0, seed=seed)
     if task.clean.is_floating_point():
         raise LensError(
             "lens.reading.circuit tells which tokens heads look at, and this task is of pictures; look at its heads "

@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lens.common.choices import check_counts
+from lens.common.choices import Seed, check_counts
 from lens.common.errors import LensError
 from lens.common.head_ids import AnyHead
 from lens.common.progress import advancing
-from lens.models.loaded import LoadedModel, check_loaded
+from lens.models.loaded import LoadedModel
 from lens.models.parts import Block, Norm
 from lens.passes.inputs import read_prompts
 from lens.passes.replay import proved
@@ -39,7 +39,7 @@ def components(
     pairs: Pairs = "induction",
     *,
     distance: int | None = None,
-    seed: int = 0,
+    seed: Seed = 0,
     progress: bool = True,
 ) -> ComponentShares:
     """Which singular components of a head carry its logits on pairs of a kind, and its output.
@@ -65,10 +65,8 @@ def components(
         >>> float(found.table()["share"].sum().round(6))
         2.0
     """
-    check_loaded(model)
     read, _ = read_prompts(model, prompts, whole=True)
     check_pairs(pairs, len(read))
-    check_counts(0, seed=seed)
     if distance is not None:
         check_counts(0, distance=distance)
     layout, place = proved(model), model.info.head(head)

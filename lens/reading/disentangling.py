@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lens.common.choices import check_counts
+from lens.common.choices import Seed
 from lens.common.errors import LensError
 from lens.common.head_ids import AnyHead
 from lens.common.progress import advancing
-from lens.models.loaded import LoadedModel, check_loaded
+from lens.models.loaded import LoadedModel
 from lens.passes.calls import LayerCall, attend
 from lens.passes.check import relative_error, tolerance_of
 from lens.passes.masks import refuse_large
@@ -39,7 +39,7 @@ def disentangle(
     prompts: Any,
     head: AnyHead | None = None,
     *,
-    seed: int = 0,
+    seed: Seed = 0,
     progress: bool = True,
 ) -> LogitTerms:
     """What content and position do to the attention of every head, of a model that adds them.
@@ -61,8 +61,6 @@ def disentangle(
         >>> lens.reading.disentangle(tiny, [[1, 5, 9, 2], [3, 3, 7, 8, 4]]).terms
         ('content', 'position')
     """
-    check_loaded(model)
-    check_counts(0, seed=seed)
     model.check_part()
     asked = None if head is None else model.info.head(head)
     read, _ = read_any(model, prompts)

@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lens.common.choices import check_counts, check_lists
+from lens.common.choices import Count, Seed, check_lists
 from lens.common.errors import LensError
 from lens.common.head_ids import HeadId
 from lens.common.progress import advancing
 from lens.models.layout import layout
-from lens.models.loaded import LoadedModel, check_loaded
+from lens.models.loaded import LoadedModel
 from lens.models.random_weights import random_weights
 from lens.passes.calls import LayerCall, attend
 from lens.passes.inputs import Prompt, read_prompts
@@ -37,10 +37,10 @@ def examples(
     model: LoadedModel,
     prompts: Iterable[Any],
     *,
-    n: int = 10,
-    context: int = 24,
+    n: Count = 10,
+    context: Count = 24,
     chance: bool = True,
-    seed: int = 0,
+    seed: Seed = 0,
     progress: bool = True,
 ) -> TopExamples:
     """The prompts on which each head attends most, and where, by three measures.
@@ -62,9 +62,6 @@ def examples(
         >>> found.of(found.heads[0])[0].prompt in (0, 1)
         True
     """
-    check_counts(n=n, context=context)
-    check_counts(0, seed=seed)
-    check_loaded(model)
     if isinstance(prompts, str):
         raise LensError("prompts is one text; give a list of them: [text]")
     check_lists(prompts=prompts)

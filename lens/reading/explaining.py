@@ -24,7 +24,7 @@ from lens.common.choices import check_choice, check_counts, is_whole
 from lens.common.errors import LensError
 from lens.common.head_ids import AnyHead
 from lens.common.progress import advancing
-from lens.models.loaded import LoadedModel, check_loaded
+from lens.models.loaded import LoadedModel
 from lens.passes.inputs import Prompt, read_prompts
 from lens.passes.replay import proved
 from lens.reading._groups import By, check_by, groups_of, rank
@@ -73,7 +73,6 @@ def explain(
         >>> why.side("key").loc[0, "part"]
         'L0H1'
     """
-    check_loaded(model)
     prompts, one = read_prompts(model, prompt, whole=True)
     if not one:
         raise LensError(
@@ -126,7 +125,7 @@ def explain_pairs(
     *,
     by: By | Sequence[Sequence[str]] | None = None,
     against: Literal["keys", "attention"] = "keys",
-    seed: int = 0,
+    seed: Seed = 0,
     progress: bool = True,
 ) -> PairExplanation:
     """The same over many pairs: what, on average, makes a head attend to keys of a kind.
@@ -151,7 +150,6 @@ def explain_pairs(
         >>> lens.reading.explain_pairs(small, prompts, "L1H0").side("key").loc[0, "part"]
         'L0H1'
     """
-    check_loaded(model)
     read, _ = read_prompts(model, prompts, whole=True)
     check_pairs(pairs, len(read))
     check_choice("against", against, _MEANS)

@@ -19,10 +19,10 @@ import torch
 from scipy.special import expit, ndtri
 from scipy.stats import rankdata
 
-from lens.common.choices import check_between, check_counts
+from lens.common.choices import Count, Seed, check_between, check_counts
 from lens.common.errors import LensError
 from lens.common.progress import advancing
-from lens.models.loaded import LoadedModel, check_loaded
+from lens.models.loaded import LoadedModel
 from lens.passes.inputs import read_prompts
 from lens.reading._answers import Answer, check_tokens
 from lens.reading.attributing import Method, check_methods, scored
@@ -40,9 +40,9 @@ def faithfulness(
     methods: Sequence[Method] | None = None,
     *,
     shares: Sequence[float] = (0.1, 0.2, 0.3, 0.5, 0.7, 0.9),
-    draws: int = 20,
+    draws: Count = 20,
     block: int | None = None,
-    seed: int = 0,
+    seed: Seed = 0,
     progress: bool = True,
 ) -> Faithfulness:
     """How well each method's scores say what the model's answer rests on, beside random scores and leave-one-out.
@@ -66,9 +66,7 @@ def faithfulness(
         >>> found.table()["method"].tolist()
         ['raw', 'leave_one_out', 'random']
     """
-    check_loaded(model)
-    check_counts(draws=draws, block=1 if block is None else block)
-    check_counts(0, seed=seed)
+    check_counts(block=1 if block is None else block)
     asked = check_methods(methods)
     check_between(0, 1, shares=shares)
     read, _ = read_prompts(model, prompts)

@@ -15,12 +15,12 @@ import torch
 from scipy.optimize import linprog
 from torch import Tensor
 
-from lens.common.choices import check_between, check_choice, check_counts, check_lists
+from lens.common.choices import Count, Seed, check_between, check_choice, check_counts, check_lists
 from lens.common.errors import LensError
 from lens.common.head_ids import AnyHead, HeadId
 from lens.common.progress import advancing
 from lens.heads.pruning.distances import jensen_shannon
-from lens.models.loaded import LoadedModel, check_loaded
+from lens.models.loaded import LoadedModel
 from lens.passes.calls import LayerCall
 from lens.passes.inputs import read_prompts
 from lens.reading._answers import Answer, check_tokens
@@ -35,7 +35,7 @@ def adversary(
     heads: Sequence[AnyHead] | None = None,
     *,
     draws: int = 20,
-    seed: int = 0,
+    seed: Seed = 0,
     progress: bool = True,
 ) -> Adversaries:
     """Of each head the row of the answering query that differs most from its own and has the same output.
@@ -137,8 +137,8 @@ def perturb(
     *,
     along: Literal["logits", "pairs"] = "logits",
     sizes: Sequence[float] = (0.5, 1.0, 2.0),
-    draws: int = 3,
-    seed: int = 0,
+    draws: Count = 3,
+    seed: Seed = 0,
     progress: bool = True,
 ) -> Robustness:
     """Loss of the model's own answer when the attention logits of one head at a time are changed.
@@ -163,9 +163,6 @@ def perturb(
     Example:
         >>> lens.reading.perturb(small, lens.tasks.copied(small, 8), ["L1H0"], sizes=[1.0], draws=1).table()
     """
-    check_loaded(model)
-    check_counts(draws=draws)
-    check_counts(0, seed=seed)
     check_choice("along", along, ("logits", "pairs"))
     check_between(0, float("inf"), sizes=sizes)
     chosen, (read, _) = _heads(model, heads), read_prompts(model, prompts)

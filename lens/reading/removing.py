@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lens.common.choices import check_choice, check_counts, check_lists
+from lens.common.choices import Seed, check_choice, check_lists
 from lens.common.errors import LensError
 from lens.common.head_ids import AnyHead
 from lens.common.progress import advancing
-from lens.models.loaded import LoadedModel, check_loaded
+from lens.models.loaded import LoadedModel
 from lens.passes.calls import LayerCall
 from lens.passes.inputs import read_prompts
 from lens.passes.replay import proved
@@ -40,7 +40,7 @@ def removal(
     *,
     side: Side = "key",
     parts: Sequence[str] | None = None,
-    seed: int = 0,
+    seed: Seed = 0,
     progress: bool = True,
 ) -> Removals:
     """Attention to keys of a kind without each part of one side: as the parts predict, and as the model does.
@@ -64,11 +64,8 @@ def removal(
         >>> found.table()["part"].tolist()
         ['L0H1', 'L0H3']
     """
-    check_loaded(model)
-    check_choice("side", side, Side)
     read, _ = read_prompts(model, prompts, whole=True)
     check_pairs(pairs, len(read))
-    check_counts(0, seed=seed)
     if parts is not None:
         check_lists(parts=parts)
         if not parts:

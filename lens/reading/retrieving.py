@@ -17,14 +17,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lens.common.choices import check_counts, check_lists
+from lens.common.choices import Count, Seed, check_counts, check_lists
 from lens.common.errors import LensError
 from lens.common.head_ids import HeadId
 from lens.common.progress import advancing
 from lens.edits.parts import Ablate
 from lens.edits.running import edit
 from lens.heads.behaviour.retrieval import retrieval as literal
-from lens.models.loaded import LoadedModel, check_loaded
+from lens.models.loaded import LoadedModel
 from lens.models.vocabulary import ordinary_ids
 from lens.passes.calls import LayerCall, attend
 from lens.passes.replay import proved
@@ -40,11 +40,11 @@ def retrieval(
     model: LoadedModel,
     trials: Sequence[Trial],
     *,
-    question: int = 1,
+    question: Count = 1,
     needed: float = 0.5,
     masked: Sequence[int] = (1, 2, 4),
-    draws: int = 5,
-    seed: int = 0,
+    draws: Count = 5,
+    seed: Seed = 0,
     progress: bool = True,
 ) -> RetrievalKinds:
     """Score every head as a retrieval head in three ways, and mask the best of each.
@@ -75,9 +75,6 @@ def retrieval(
         >>> lens.reading.retrieval(small, trials, masked=[1], draws=1).table()["name"].iloc[0]
         'L0H0'
     """
-    check_loaded(model)
-    check_counts(question=question, draws=draws)
-    check_counts(0, seed=seed)
     check_lists(masked=masked)
     check_counts(**{f"masked[{place}]": count for place, count in enumerate(masked)})
     layout = proved(model)

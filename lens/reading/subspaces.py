@@ -16,13 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lens.common.choices import check_choice, check_counts, check_lists
+from lens.common.choices import Count, Seed, check_choice, check_counts, check_lists
 from lens.common.errors import LensError
 from lens.common.head_ids import AnyHead, HeadId
 from lens.common.progress import advancing
 from lens.edits.running import edit
 from lens.edits.subspaces import Subspace
-from lens.models.loaded import LoadedModel, check_loaded
+from lens.models.loaded import LoadedModel
 from lens.passes.inputs import Prompt, read_prompts
 from lens.passes.logits import check_predicts_tokens, logits_of
 from lens.passes.replay import proved
@@ -42,8 +42,8 @@ def subspace(
     labels: Sequence[Sequence[Any]] | None = None,
     beside: Kind = "previous",
     rank: int | None = None,
-    draws: int = 5,
-    seed: int = 0,
+    draws: Count = 5,
+    seed: Seed = 0,
     progress: bool = True,
 ) -> SubspaceRemovals:
     """Take the directions out that tell the keys of a kind from others, beside controls of the same rank.
@@ -74,9 +74,6 @@ def subspace(
         ['contrast', 'queries', 'keys', 'other head', 'random']
     """
     check_predicts_tokens(model)
-    check_loaded(model)
-    check_counts(draws=draws)
-    check_counts(0, seed=seed)
     if rank is not None:
         check_counts(rank=rank)
     read, _ = read_prompts(model, prompts)

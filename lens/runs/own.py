@@ -8,9 +8,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
 
-from lens.common.choices import check_counts, is_number
+from lens.common.choices import Seed, is_number
 from lens.common.errors import LensError
-from lens.common.given import given_as
 from lens.common.head_ids import AnyHead, head_columns, head_id, layers_in_words
 from lens.common.results import ends
 from lens.figures.columns import column_grid
@@ -33,7 +32,7 @@ def add(
     *,
     title: str = "",
     unit: str = "",
-    seed: int = 0,
+    seed: Seed = 0,
 ) -> Section:
     """Put numbers of your own, one for each head, into a run: its pages and reports show them as any other's.
 
@@ -59,8 +58,6 @@ def add(
         >>> section.title
         'Doubt'
     """
-    check_counts(0, seed=seed)
-    given_as("Run", run=run)
     for word, text in {
         "name": name,
         "definition": definition,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from lens.common.choices import check_counts, is_number, is_whole
+from lens.common.choices import Seed, check_counts, is_number, is_whole
 from lens.common.errors import LensError
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def draws(
 
 
 def over_units(
-    sums: Shaped[np.ndarray, "units *rest"], counts: Shaped[np.ndarray, "units *rest"], seed: int
+    sums: Shaped[np.ndarray, "units *rest"], counts: Shaped[np.ndarray, "units *rest"], seed: Seed
 ) -> tuple[Float[np.ndarray, "*rest"], Float[np.ndarray, "*rest"]]:
     """Interval of `sum(sums) / sum(counts)` when whole units (such as prompts) are drawn again.
 
@@ -116,7 +116,6 @@ def over_units(
         >>> bool(low < 2.5 < high)
         True
     """
-    check_counts(0, seed=seed)
     if np.shape(sums) != np.shape(counts):
         raise LensError(
             f"sums and counts must have one shape, got {np.shape(sums)} and {np.shape(counts)}; give "
@@ -194,7 +193,7 @@ def known_mean(values: Shaped[np.ndarray, "..."], axis: int = -1) -> Float[np.nd
 
 
 def over_rows(
-    values: Float[np.ndarray, "*rest rows"], seed: int
+    values: Float[np.ndarray, "*rest rows"], seed: Seed
 ) -> tuple[Float[np.ndarray, "*rest"], Float[np.ndarray, "*rest"]]:
     """Interval of the mean over the rows of one prompt, [..., rows] with NaN for rows that have none.
 
@@ -207,7 +206,6 @@ def over_rows(
         >>> low.shape
         (3,)
     """
-    check_counts(0, seed=seed)
     scored = ~np.isnan(values)
     starts = np.arange(0, values.shape[-1], max(1, int(np.sqrt(values.shape[-1]))))
     sums = np.add.reduceat(np.where(scored, values, 0), starts, axis=-1)

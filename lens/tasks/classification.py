@@ -12,7 +12,7 @@ from torch import Tensor
 from lens.common.choices import check_choice, check_counts
 from lens.common.errors import LensError
 from lens.common.results import few
-from lens.models.loaded import LoadedModel, check_loaded
+from lens.models.loaded import LoadedModel
 from lens.models.vocabulary import around, windows
 from lens.passes.inputs import read_prompts
 from lens.passes.logits import labels_of, logits_of
@@ -59,7 +59,6 @@ def classification(
         >>> lens.heads.importance(classifier, task, progress=False).metric
         'max_logit_difference'
     """
-    check_loaded(model)
     check_choice("metric", metric, METRIC)
     if n is not None:
         check_counts(n=n)

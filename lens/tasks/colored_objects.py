@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from random import Random
 
-from lens.common.choices import check_counts
+from lens.common.choices import Seed
 from lens.models.loaded import LoadedModel
 from lens.passes.logits import check_predicts_tokens
 from lens.tasks.candidates import Candidate, make_task, usable
@@ -15,7 +15,7 @@ STARTS = ("there is", "you see", "I see")
 _THINGS = 3
 
 
-def colored_objects(model: LoadedModel, n: int = 32, seed: int = 0) -> Task:
+def colored_objects(model: LoadedModel, n: int = 32, seed: Seed = 0) -> Task:
     """Colored objects; the metric is `logit[color asked for] - logit[color of the corrupt question]`.
 
     Three colored things are named and the color of one is asked, twice: the first time with its answer.
@@ -40,7 +40,6 @@ def colored_objects(model: LoadedModel, n: int = 32, seed: int = 0) -> Task:
     Example:
         >>> task = colored_objects(lens.load("smollm2-135m"), n=8)
     """
-    check_counts(0, seed=seed)
     check_predicts_tokens(model)
     answers, dropped = usable(
         model, "colors", [color.capitalize() for color in COLORS], "A:", 2 * _THINGS

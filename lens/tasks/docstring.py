@@ -2,7 +2,7 @@
 
 from random import Random
 
-from lens.common.choices import check_counts
+from lens.common.choices import Seed
 from lens.models.loaded import LoadedModel
 from lens.passes.logits import check_predicts_tokens
 from lens.tasks.candidates import Candidate, make_task, usable
@@ -13,7 +13,7 @@ _PREFIX, _MATCHING, _SUFFIX = 2, 3, 1
 _DESCRIPTION, _ARGUMENT = 3, 2  # words
 
 
-def docstring(model: LoadedModel, n: int = 32, seed: int = 0) -> Task:
+def docstring(model: LoadedModel, n: int = 32, seed: Seed = 0) -> Task:
     """Docstring; the metric is the logit of the next argument minus the largest of any other name's.
 
     A method with six arguments documents its third and fourth in reST style; the fifth comes next. In
@@ -38,7 +38,6 @@ def docstring(model: LoadedModel, n: int = 32, seed: int = 0) -> Task:
         >>> lens.tasks.docstring(lens.load("smollm2-135m"), n=8).metric
         'max_logit_difference'
     """
-    check_counts(0, seed=seed)
     check_predicts_tokens(model)
     documented = _MATCHING - 1
     needed = 1 + _PREFIX + _MATCHING + _SUFFIX + _MATCHING + documented

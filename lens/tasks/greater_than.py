@@ -2,7 +2,7 @@
 
 from random import Random
 
-from lens.common.choices import check_counts
+from lens.common.choices import Seed
 from lens.common.errors import LensError
 from lens.models.loaded import LoadedModel
 from lens.passes.logits import check_predicts_tokens
@@ -15,7 +15,7 @@ _YEARS = tuple(f"{year:02}" for year in range(100))
 _DIGITS = tuple("0123456789")
 
 
-def greater_than(model: LoadedModel, n: int = 32, seed: int = 0) -> Task:
+def greater_than(model: LoadedModel, n: int = 32, seed: Seed = 0) -> Task:
     """Years in order; the metric is the probability of a later year minus that of one not later.
 
     The corrupt prompt begins in the year 01 of the century, which nearly every year is after. How it is
@@ -47,7 +47,6 @@ def greater_than(model: LoadedModel, n: int = 32, seed: int = 0) -> Task:
         >>> lens.tasks.greater_than(lens.load("smollm2-135m"), n=2).name
         'greater-than (tens digit)'
     """
-    check_counts(0, seed=seed)
     check_predicts_tokens(model)
     by_digit = _by_digit(model)
     starts = range(10, 99) if by_digit else range(2, 99)

@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from random import Random
 
-from lens.common.choices import check_counts
+from lens.common.choices import Seed
 from lens.common.errors import LensError
 from lens.models.loaded import LoadedModel
 from lens.passes.logits import check_predicts_tokens
@@ -38,7 +38,7 @@ CORRUPTIONS = ("abc", "s2_io", "s2_random")
 def ioi(
     model: LoadedModel,
     n: int = 32,
-    seed: int = 0,
+    seed: Seed = 0,
     *,
     corruption: str = "abc",
     templates: Sequence[str] = TEMPLATES,
@@ -69,7 +69,6 @@ def ioi(
     Example:
         >>> task = ioi(lens.load("smollm2-135m"), n=8, seed=1)
     """
-    check_counts(0, seed=seed)
     check_predicts_tokens(model)
     if corruption not in CORRUPTIONS:
         raise LensError(f"unknown corruption {corruption!r}; known: {', '.join(CORRUPTIONS)}")

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lens.common.choices import check_counts, is_whole
+from lens.common.choices import Seed, check_counts, is_whole
 from lens.common.errors import LensError
 from lens.models.catalogue import ASSETS
 from lens.models.vocabulary import ordinary_ids
@@ -74,9 +74,7 @@ def take(model: "LoadedModel", text: str, tokens: int) -> list[int]:
         >>> lens.tasks.take(model, lens.tasks.text("lily"), 5)
         [0, 47, 78, 322, 408]
     """
-    from lens.models.loaded import check_loaded
 
-    check_loaded(model)
     context = model.info.context
     if not is_whole(tokens) or tokens < 1 or (context is not None and tokens > context):
         raise LensError(f"tokens must be 1 to {context} for {model.name}, got {tokens}")
@@ -88,7 +86,7 @@ def take(model: "LoadedModel", text: str, tokens: int) -> list[int]:
     return ids[:tokens]
 
 
-def copied(model: "LoadedModel", length: int, seed: int = 0) -> list[int]:
+def copied(model: "LoadedModel", length: int, seed: Seed = 0) -> list[int]:
     """Ids of `BOS + r + r`, r being `length` uniform random tokens: the probe for induction heads.
 
     Special tokens are never drawn. Without a BOS token the prompt is `r + r`.
@@ -103,10 +101,7 @@ def copied(model: "LoadedModel", length: int, seed: int = 0) -> list[int]:
         >>> len(ids), ids[-3:] == ids[-6:-3]  # this model has a BOS
         (7, True)
     """
-    check_counts(0, seed=seed)
-    from lens.models.loaded import check_loaded
 
-    check_loaded(model)
     import torch
 
     if model.info.vocab is None:
@@ -174,9 +169,7 @@ def loss(model: "LoadedModel", tokens: Sequence[int]) -> float:
         >>> round(lens.tasks.loss(model, lens.tasks.take(model, lens.tasks.text("lily"), 24)), 1)
         2.9
     """
-    from lens.models.loaded import check_loaded
 
-    check_loaded(model)
     losses = token_losses(model, tokens)
     if not len(losses):
         raise LensError("a prompt of one token predicts no other; pass at least two")

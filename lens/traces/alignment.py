@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import kendalltau
 
-from lens.common.choices import check_choice, check_lists, is_whole
+from lens.common.choices import check_lists, is_whole
 from lens.common.errors import LensError
 from lens.common.head_ids import head_columns
 from lens.common.results import Result, Sentence
@@ -140,7 +140,6 @@ def alignment(
         >>> lens.traces.alignment(captured, {1: 0, 2: 1, 3: 2}).table().columns[:4].tolist()
         ['name', 'layer', 'head', 'monotonicity']
     """
-    check_choice("at", at, At)
     single = isinstance(traces, AttentionTrace | TraceParts)
     if not single:
         check_lists(traces=traces)

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from lens.common.choices import check_counts, check_lists, is_whole
+from lens.common.choices import Count, check_counts, check_lists, is_whole
 from lens.common.errors import LensError
 from lens.common.version import __version__
 from lens.traces.matrices import PREFIX, layer_variables
@@ -33,7 +33,7 @@ def from_attentions(
     row: int | None = None,
     padding: Sequence[int] | None = None,
     windows: Sequence[int | None] | None = None,
-    block_size: int = 64,
+    block_size: Count = 64,
     bos_id: int | None = None,
     model: str = "imported",
 ) -> AttentionTrace:
@@ -70,7 +70,6 @@ def from_attentions(
         )
     if not len(attentions):
         raise LensError("attentions is empty; run the model with output_attentions=True")
-    check_counts(block_size=block_size)
     layers, dtype = _chosen(attentions, row)
     length = layers[0].shape[-1]
     real = np.ones(length, bool) if padding is None else np.asarray(padding).astype(bool)

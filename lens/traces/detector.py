@@ -8,7 +8,6 @@ import numpy as np
 
 from lens.common.choices import check_choice
 from lens.common.errors import LensError
-from lens.common.given import given_as
 from lens.traces.trace import AttentionTrace
 
 _RULES: dict[str, str] = {
@@ -43,7 +42,6 @@ def detect(
     Example:
         >>> detect(trace, "induction_head").argmax()
     """
-    given_as("AttentionTrace", trace=trace)
     check_choice("pattern", pattern, PATTERNS)
     if not trace.attrs["causal"]:
         raise LensError(f"{trace.model} looks ahead; the detector is defined for causal models")

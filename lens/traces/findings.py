@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lens.common.choices import check_counts
+from lens.common.choices import Count
 from lens.common.given import given_table
 from lens.common.results import few
 
@@ -141,7 +141,7 @@ class Finding:
     count: str
 
 
-def findings(table: pd.DataFrame, *, most: int = 6) -> list[Finding]:
+def findings(table: pd.DataFrame, *, most: Count = 6) -> list[Finding]:
     """What the long table of `heads.parquet` says, most telling first.
 
     Args:
@@ -157,7 +157,6 @@ def findings(table: pd.DataFrame, *, most: int = 6) -> list[Finding]:
         >>> first.kind, len(first.heads)
         ('sink', 5)
     """
-    check_counts(most=most)
     given_table(table, "prompt_id", "metric", "variant", "value", "low", "uniform")
     made = [finding for rule in _RULES if (finding := _apply(rule, table, most)) is not None]
     return sorted(made, key=lambda finding: not finding.found)

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lens.common.choices import check_counts
+from lens.common.choices import Seed
 from lens.common.errors import LensError
 from lens.common.given import given_traces
 from lens.common.head_ids import head_columns
@@ -80,7 +80,7 @@ def profile(
     *,
     all: bool = False,
     random_weights: AttentionTrace | Sequence[AttentionTrace] = (),
-    seed: int = 0,
+    seed: Seed = 0,
 ) -> pd.DataFrame:
     """The scores of every head, one row per head: the main ones, or all with intervals and baselines.
 
@@ -110,7 +110,6 @@ def profile(
         >>> table.nlargest(3, "induction")
         >>> lens.profile(trace, all=True)[["name", "induction", "induction_low", "induction_high"]]
     """
-    check_counts(0, seed=seed)
     if parts := _by_part(traces):
         if random_weights:
             raise LensError(

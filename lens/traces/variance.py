@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from lens import stats
-from lens.common.choices import check_counts, check_mapping
+from lens.common.choices import Count, Seed, check_mapping
 from lens.common.errors import LensError
 from lens.common.head_ids import HeadId
 from lens.common.results import Result
@@ -81,8 +81,8 @@ def variance(
     *,
     metric: str = "entropy",
     variant: str = "raw",
-    resamples: int = 200,
-    seed: int = 0,
+    resamples: Count = 200,
+    seed: Seed = 0,
 ) -> VarianceShares:
     """Split the variance of a head metric over conditions, prompts, heads and their interactions.
 
@@ -107,7 +107,6 @@ def variance(
         LensError: fewer than two conditions, unequal numbers of traces, models of differing sizes, a
             metric that is unknown or was not scored for a head, or nothing that varies.
     """
-    check_counts(0, seed=seed)
     check_mapping(conditions=conditions)
     if len(conditions) < 2:
         raise LensError(f"variance compares at least two conditions, got {len(conditions)}")
@@ -117,7 +116,6 @@ def variance(
     sizes = {(trace.layers, trace.heads) for traces in conditions.values() for trace in traces}
     if len(sizes) > 1:
         raise LensError(f"all traces must have the same layers × heads, got {sorted(sizes)}")
-    check_counts(resamples=resamples)
     values = np.array(
         [[_scores(trace, metric, variant) for trace in traces] for traces in conditions.values()]
     )

@@ -20,7 +20,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from lens.common.choices import check_counts
+from lens.common.choices import Seed
 from lens.common.progress import advancing
 from lens.common.results import Result, Sentence
 from lens.models.loaded import LoadedModel
@@ -101,7 +101,7 @@ def rate(vectors: Tensor) -> Tensor:
 
 
 def coding_rate(
-    model: LoadedModel, prompts: Any, *, seed: int = 0, progress: bool = True
+    model: LoadedModel, prompts: Any, *, seed: Seed = 0, progress: bool = True
 ) -> CodingRate:
     """The coding rate of the values of every head, and the sparsity of what enters every layer.
 
@@ -120,7 +120,6 @@ def coding_rate(
     Example:
         >>> lens.vision.coding_rate(vit, {"pixel_values": images}).table()
     """
-    check_counts(0, seed=seed)
     found, _ = read_prompts(model, prompts, whole=True)
     of_stage = stages(transformer(model)).get(model.chosen)
     rates: list[dict[int, np.ndarray]] = []

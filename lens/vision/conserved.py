@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from lens.common.choices import check_counts
+from lens.common.choices import Seed
 from lens.common.errors import LensError
 from lens.common.given import given_traces
 from lens.common.head_ids import HeadId
@@ -111,7 +111,7 @@ class Flow(Result):
         return tuple(found)
 
 
-def flow(traces: AttentionTrace | Sequence[AttentionTrace], *, seed: int = 0) -> Flow:
+def flow(traces: AttentionTrace | Sequence[AttentionTrace], *, seed: Seed = 0) -> Flow:
     """What keys give out and rows take in, conserved, over all positions; with intervals over pictures.
 
     Args:
@@ -127,7 +127,6 @@ def flow(traces: AttentionTrace | Sequence[AttentionTrace], *, seed: int = 0) ->
     Example:
         >>> lens.vision.flow(lens.capture(vit, {"pixel_values": images}, keep_qk=True)).table()
     """
-    check_counts(0, seed=seed)
     several = given_traces(traces)
     if len({(one.model, one.layers, one.heads) for one in several}) > 1:
         raise LensError("traces must come from one model; take their flow apart")

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from lens.common.choices import check_counts
+from lens.common.choices import Seed
 from lens.common.errors import LensError
 from lens.common.given import given_as
 from lens.common.results import Result, Sentence
@@ -91,7 +91,7 @@ class PatchDistances(Result):
         )
 
 
-def patch_distance(trace: AttentionTrace, *, seed: int = 0) -> PatchDistances:
+def patch_distance(trace: AttentionTrace, *, seed: Seed = 0) -> PatchDistances:
     """How far over the picture each head looks, from the exact attention of every patch.
 
     Args:
@@ -105,7 +105,6 @@ def patch_distance(trace: AttentionTrace, *, seed: int = 0) -> PatchDistances:
         >>> trace = lens.capture(vit, {"pixel_values": images}, keep_qk=True)
         >>> lens.vision.patch_distance(trace).findings()
     """
-    check_counts(0, seed=seed)
     if given_as("AttentionTrace", trace=trace).attrs.get("patches") is None:
         raise LensError(
             "the patches of this trace are not known: it is of no picture that a vision tower saw alone"

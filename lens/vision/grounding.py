@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from lens.common.choices import check_counts, check_lists, is_number
+from lens.common.choices import Seed, check_lists, is_number
 from lens.common.errors import LensError
 from lens.common.given import given_as
 from lens.common.results import Result, Sentence
@@ -75,7 +75,7 @@ def grounding(
     overlays: Overlay | Sequence[Overlay],
     boxes: Sequence[Box] | Sequence[Sequence[Box]],
     *,
-    seed: int = 0,
+    seed: Seed = 0,
 ) -> Grounding:
     """How well the maps of overlays find the boxes of their pictures.
 
@@ -91,7 +91,6 @@ def grounding(
         >>> trace = lens.capture(vit, {"pixel_values": images}, keep_qk=True)
         >>> lens.vision.grounding(trace.overlay(["L0H0", "L1H1"], query="[CLS]"), [(4, 4, 12, 12)]).table()
     """
-    check_counts(0, seed=seed)
     if not isinstance(overlays, list | tuple):
         given_as("Overlay", overlays=overlays)
     several = [overlays] if isinstance(overlays, Overlay) else list(overlays)

@@ -10,7 +10,6 @@ import pandas as pd
 
 from lens.common.choices import is_whole
 from lens.common.errors import LensError
-from lens.common.given import given_as
 from lens.common.results import Result, Sentence
 
 if TYPE_CHECKING:
@@ -110,7 +109,6 @@ def grid(
         >>> trace, segments = lens.capture(vlm, inputs), lens.vision.segments(vlm, inputs)
         >>> lens.vision.grid(segments, trace.received.mean(("layer", "head"))).plot()
     """
-    given_as("Segments", segments=segments)
     if not segments.grids:
         raise LensError(f"the segments have no grids: {segments.why_no_grids or 'none were given'}")
     if not (is_whole(image) and 0 <= image < len(segments.grids)):

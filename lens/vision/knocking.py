@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lens.common.choices import check_choice, check_counts, check_lists
+from lens.common.choices import Seed, check_choice, check_lists
 from lens.common.errors import LensError
 from lens.common.head_ids import AnyHead
 from lens.common.results import Sentence
@@ -30,7 +30,7 @@ from lens.edits.base import selected_heads
 from lens.edits.effect_results import Effect
 from lens.edits.effects import effect
 from lens.edits.running import edit
-from lens.models.loaded import LoadedModel, check_loaded
+from lens.models.loaded import LoadedModel
 from lens.passes.inputs import Prompt
 from lens.passes.keys import KeysAt
 from lens.passes.stream import layer_inputs
@@ -41,7 +41,7 @@ CONTROLS = ("size", "mass", "position")
 PLACES = ("sinks", "other image tokens", "tokens before the image", "the text")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class KnockOut(Effect):
     """`Effect` on text of edges to its visual sinks, and where the attention went.
 
@@ -85,7 +85,7 @@ def knock_out(
     heads: Sequence[AnyHead] | None = None,
     controls: Sequence[Any] = CONTROLS,
     draws: int = 1,
-    seed: int = 0,
+    seed: Seed = 0,
     progress: bool = True,
 ) -> KnockOut:
     """Hide the edges from text to its visual sinks, and to as many other image tokens.
@@ -114,8 +114,6 @@ def knock_out(
         >>> found = lens.vision.knock_out(vlm, inputs, dims=(3, 7), tau=2)
         >>> found.table()[["condition", "mass", "delta_loss", "excess_low", "excess_high"]]
     """
-    check_counts(0, seed=seed)
-    check_loaded(model)
     check_lists(controls=controls)
     for name in controls:
         check_choice("controls", name, CONTROLS)

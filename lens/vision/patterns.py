@@ -20,7 +20,7 @@ import pandas as pd
 from scipy.spatial.distance import cdist
 
 from lens import stats
-from lens.common.choices import check_counts
+from lens.common.choices import Count, Seed
 from lens.common.errors import LensError
 from lens.common.given import given_traces
 from lens.common.head_ids import head_columns
@@ -178,10 +178,10 @@ def patterns(
     traces: AttentionTrace | Sequence[AttentionTrace],
     *,
     count: int | None = None,
-    size: int = 16,
-    steps: int = 300,
-    draws: int = 20,
-    seed: int = 0,
+    size: Count = 16,
+    steps: Count = 300,
+    draws: Count = 20,
+    seed: Seed = 0,
     progress: bool = True,
 ) -> PatternSummary:
     """Summarise the attention of all heads on pictures: an autoencoder, principal components beside it, groups of both.
@@ -206,8 +206,6 @@ def patterns(
         >>> lens.vision.patterns(trace, steps=20, progress=False).heads()["name"].tolist()[:2]
         ['L0H0', 'L0H1']
     """
-    check_counts(0, seed=seed)
-    check_counts(size=size, steps=steps, draws=draws)
     several = given_traces(traces)
     if len({(one.model, one.layers, one.heads) for one in several}) > 1:
         raise LensError("traces must come from one model; summarise them apart")

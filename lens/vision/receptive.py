@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from lens.common.choices import check_counts
+from lens.common.choices import Seed
 from lens.common.results import Result, Sentence
 from lens.stats import over_rows
 from lens.vision._patches import grid_of, offsets, uniform_maps
@@ -82,7 +82,7 @@ class ReceptiveField(Result):
         )
 
 
-def receptive_field(trace: AttentionTrace, *, image: int = 0, seed: int = 0) -> ReceptiveField:
+def receptive_field(trace: AttentionTrace, *, image: int = 0, seed: Seed = 0) -> ReceptiveField:
     """From how far information can have reached a patch, layer by layer.
 
     All positions take part ([CLS] and registers pass on what they saw); shares are of what comes from patches.
@@ -98,7 +98,6 @@ def receptive_field(trace: AttentionTrace, *, image: int = 0, seed: int = 0) -> 
     Example:
         >>> lens.vision.receptive_field(lens.capture(vit, {"pixel_values": images}, keep_qk=True)).table()
     """
-    check_counts(0, seed=seed)
     grid = grid_of(trace, image)
     far = np.hypot(*offsets(grid))
     whole = (0, trace.length)

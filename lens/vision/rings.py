@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from lens.common.choices import check_counts
+from lens.common.choices import Count, Seed
 from lens.common.head_ids import HeadId
 from lens.common.results import Result, Sentence
 from lens.stats import over_rows
@@ -113,7 +113,7 @@ class Rings(Result):
         )
 
 
-def rings(trace: AttentionTrace, *, image: int = 0, seed: int = 0) -> Rings:
+def rings(trace: AttentionTrace, *, image: int = 0, seed: Seed = 0) -> Rings:
     """How much each head puts on every ring round a patch.
 
     Args:
@@ -130,7 +130,6 @@ def rings(trace: AttentionTrace, *, image: int = 0, seed: int = 0) -> Rings:
     Example:
         >>> lens.vision.rings(lens.capture(vit, {"pixel_values": images}, keep_qk=True)).findings()
     """
-    check_counts(0, seed=seed)
     grid = grid_of(trace, image)
     away = np.abs(offsets(grid)).max(0)
     patches, count = len(away), int(away.max()) + 1
@@ -229,7 +228,7 @@ class Shapes(Result):
 
 
 def shapes(
-    trace: AttentionTrace, *, window: int = 4, step: int = 2, image: int = 0, seed: int = 0
+    trace: AttentionTrace, *, window: Count = 4, step: Count = 2, image: int = 0, seed: Seed = 0
 ) -> Shapes:
     """How much of its attention on patches each head keeps in its row, column, both, window, or dilated grid.
 
@@ -245,8 +244,6 @@ def shapes(
     Example:
         >>> lens.vision.shapes(lens.capture(vit, {"pixel_values": images}, keep_qk=True), window=2).table()
     """
-    check_counts(0, seed=seed)
-    check_counts(window=window, step=step)
     grid = grid_of(trace, image)
     down, across = offsets(grid)
     row, column = np.divmod(grid.order, grid.width)

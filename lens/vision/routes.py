@@ -21,14 +21,14 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from lens.common.choices import check_counts
+from lens.common.choices import Count, Seed
 from lens.common.errors import LensError
 from lens.common.progress import advancing
 from lens.common.results import Result, Sentence, ends
 from lens.edits.attention import Knockout
 from lens.edits.clean_runs import CleanRuns
 from lens.edits.effects import effect
-from lens.models.loaded import LoadedModel, check_loaded
+from lens.models.loaded import LoadedModel
 from lens.passes.inputs import read_prompts
 from lens.passes.keys import KeysAt
 from lens.stats.intervals import columns
@@ -119,8 +119,8 @@ def text_flow(
     model: LoadedModel,
     prompts: Any,
     *,
-    window: int = 1,
-    seed: int = 0,
+    window: Count = 1,
+    seed: Seed = 0,
     progress: bool = True,
 ) -> TextFlow:
     """How much the text gets from the image in each layer, beside what it gets from elsewhere.
@@ -141,9 +141,6 @@ def text_flow(
     Example:
         >>> lens.vision.text_flow(vlm, inputs, progress=False).table()[["route", "layer", "mass", "kl"]]
     """
-    check_counts(0, seed=seed)
-    check_loaded(model)
-    check_counts(window=window)
     attending = model.info.attending
     if window > len(attending):
         raise LensError(f"window must be 1 to {len(attending)}, the layers, got {window}")

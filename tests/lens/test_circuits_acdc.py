@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from lens.circuits.checks.recovery import recovery
-from lens.circuits.discovery._acdc import acdc, visiting_order
+from lens.circuits.discovery import acdc
+from lens.circuits.discovery._acdc import visiting_order
 from lens.circuits.graph.activations import Ablation, References
 from lens.circuits.graph.graph import Graph
 from lens.circuits.graph.masked_forward import masked_logits

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from lens.circuits import score_edges
 from lens.circuits.checks.recovery import recovery
 from lens.circuits.graph.activations import read_activations
 from lens.circuits.graph.nodes import find_nodes
@@ -14,7 +15,7 @@ from lens.circuits.scores.atp import atp_star, atp_star_grad_drop, atp_star_toge
 from lens.circuits.scores.attribution import head_slopes
 from lens.circuits.scores.batch import Batch
 from lens.circuits.scores.methods import EapIg
-from lens.circuits.scores.scoring import eap, score_edges
+from lens.circuits.scores.scoring import eap
 from lens.common.errors import LensError
 from tests.lens.circuit_models import KINDS, error, small_model, small_task
 

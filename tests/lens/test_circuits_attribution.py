@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import nn
 
+from lens.circuits import score_edges
 from lens.circuits.graph.activations import read_activations
 from lens.circuits.graph.masked_forward import masked_logits
 from lens.circuits.graph.nodes import find_nodes
 from lens.circuits.known import induction_transformer
 from lens.circuits.scores.methods import EapIg
-from lens.circuits.scores.scoring import score_edges
 from lens.common.errors import LensError
 from tests.lens.circuit_models import KINDS, ROWS, error, small_model, small_task, stepped
 

@@ -6,10 +6,9 @@ import pytest
 import torch
 
 import lens
-from lens.circuits import evaluate, patch
+from lens.circuits import evaluate, patch, score_edges
 from lens.circuits.discovery import acdc, learn_masks
 from lens.circuits.graph.nodes import find_nodes
-from lens.circuits.scores.scoring import score_edges
 from lens.common.errors import LensError
 from lens.models.bare import bare
 from lens.models.words import SymbolTokenizer

@@ -8,8 +8,9 @@ import torch
 
 import lens
 from lens.circuits.known import induction_transformer, tracr
+from lens.circuits.scores import codes
 from lens.circuits.scores._sae import activations, codes_of, train
-from lens.circuits.scores._sae_codes import CodeScores, CodeSettings, codes, own_codes
+from lens.circuits.scores._sae_codes import CodeScores, CodeSettings, own_codes
 from lens.common.errors import LensError
 from lens.common.results import of_kind
 from tests.lens.circuit_models import small_model, small_task

@@ -6,14 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from lens.circuits.checks._completeness import completeness
-from lens.circuits.checks._minimality import minimality
-from lens.circuits.checks.evaluation import run_circuit
+from lens.circuits import run_circuit, score_edges
+from lens.circuits.checks import completeness, minimality
 from lens.circuits.graph.activations import Ablation
 from lens.circuits.graph.circuit import make_circuit
 from lens.circuits.graph.nodes import find_nodes
 from lens.circuits.known import induction_transformer, logic_gate
-from lens.circuits.scores.scoring import score_edges
 from lens.common.errors import LensError
 from tests.lens.circuit_models import error, small_model, small_task
 

@@ -9,9 +9,9 @@ import torch
 import transformers
 
 import lens
+from lens.circuits import score_edges
 from lens.circuits.scores import attribution
 from lens.circuits.scores.methods import EapIg
-from lens.circuits.scores.scoring import score_edges
 from lens.tasks import Task
 
 PUBLISHED = json.loads((Path(__file__).parent / "data/eapig_activations.json").read_text())

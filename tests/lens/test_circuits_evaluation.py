@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 
 import lens
-from lens.circuits.checks._control import control, magnitudes
-from lens.circuits.checks.evaluation import SHARES, Outcome, cmd, cpr, evaluate, run_circuit
+from lens.circuits import evaluate, run_circuit, score_edges
+from lens.circuits.checks import control
+from lens.circuits.checks._control import magnitudes
+from lens.circuits.checks.evaluation import SHARES, Outcome, cmd, cpr
 from lens.circuits.checks.recovery import recovery
 from lens.circuits.graph.activations import Ablation, read_activations
 from lens.circuits.graph.circuit import make_circuit
@@ -16,7 +18,6 @@ from lens.circuits.graph.edge_scores import EdgeScores
 from lens.circuits.graph.graph import Graph
 from lens.circuits.graph.nodes import find_nodes
 from lens.circuits.known import induction_transformer
-from lens.circuits.scores.scoring import score_edges
 from lens.common.errors import LensError
 from lens.figures import circuits as circuit_figures
 from tests.lens.circuit_models import error, small_model, small_task

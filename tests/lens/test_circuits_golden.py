@@ -12,7 +12,8 @@ from lens_kernels import patch_effects
 from torch import nn
 
 import lens
-from lens.circuits.checks.evaluation import run_circuit, run_circuits
+from lens.circuits import run_circuit, score_edges
+from lens.circuits.checks.evaluation import run_circuits
 from lens.circuits.checks.recovery import recovery
 from lens.circuits.graph.activations import Ablation, References, read_activations
 from lens.circuits.graph.circuit import make_circuit
@@ -23,7 +24,6 @@ from lens.circuits.graph.nodes import find_nodes
 from lens.circuits.known import induction_transformer, logic_gate
 from lens.circuits.known.program import ProgramConfig, ProgramModel
 from lens.circuits.scores.methods import EapIg
-from lens.circuits.scores.scoring import score_edges
 
 QUERY, OUT = "input->a1.h0<q>", "a1.h0->logits"
 COPY, KEY = "input->a0.h0<v>", "a0.h0->a1.h0<k>"

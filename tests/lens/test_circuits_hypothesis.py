@@ -5,7 +5,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from lens.circuits.checks.evaluation import run_circuit
+from lens.circuits import run_circuit
 from lens.circuits.checks.hypothesis import (
     _tail,
     equivalence,

@@ -8,12 +8,12 @@ import torch
 from torch import nn
 
 import lens
+from lens.circuits import score_edges
 from lens.circuits.graph.activations import read_activations
 from lens.circuits.graph.nodes import find_nodes
 from lens.circuits.known.program import ProgramConfig, ProgramModel
 from lens.circuits.scores.attribution import head_slopes
 from lens.circuits.scores.methods import EapIg
-from lens.circuits.scores.scoring import score_edges
 from lens.heads import importance
 from tests.lens.circuit_models import KINDS, error, small_model, small_task, stepped
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import lens
+from lens.circuits import head_parts
 from lens.circuits.graph.head_sets import heads_of
 from lens.circuits.known import induction_transformer
-from lens.circuits.patches.head_parts import head_parts
 from lens.circuits.patches.head_patching import PARTS, split_effects
 from lens.common.errors import LensError
 from lens.common.head_ids import HeadId

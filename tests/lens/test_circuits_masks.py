@@ -6,7 +6,8 @@ import torch
 
 import lens
 from lens.circuits.checks.recovery import recovery
-from lens.circuits.discovery._hard_concrete import draw_gates, learn_masks
+from lens.circuits.discovery import learn_masks
+from lens.circuits.discovery._hard_concrete import draw_gates
 from lens.circuits.known import induction_transformer
 from lens.common.errors import LensError
 from tests.lens.circuit_models import small_model, small_task

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 import lens
+from lens.circuits import patch
 from lens.circuits.known import induction_transformer, logic_gate
-from lens.circuits.patches.patching import patch
 from lens.common.errors import LensError
 from tests.lens.circuit_models import ROWS, TOKENS, error, small_model, small_task
 

@@ -5,11 +5,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from lens.circuits import score_edges
 from lens.circuits.checks.recovery import recovery
-from lens.circuits.discovery._acdc import acdc
+from lens.circuits.discovery import acdc
 from lens.circuits.graph.nodes import find_nodes
 from lens.circuits.known import PROGRAMS, induction_transformer, logic_gate, tracr
-from lens.circuits.scores.scoring import score_edges
 from lens.common.errors import LensError
 
 METHODS = ("eap", "eap-ig", "atp*", "acdc")

@@ -5,11 +5,11 @@ import pytest
 import torch
 from torch import nn
 
+from lens.circuits import score_edges
 from lens.circuits.graph.graph import Graph
 from lens.circuits.graph.nodes import find_nodes
 from lens.circuits.known import induction_transformer, tracr
 from lens.circuits.scores.relp import relevance_rules
-from lens.circuits.scores.scoring import score_edges
 from lens.common.errors import LensError
 from lens.passes.logits import logits_of
 from tests.lens.circuit_models import KINDS, error, small_model, small_task

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import lens
-from lens.circuits.checks._sink_check import sink_check
+from lens.circuits.checks import sink_check
 from lens.common.errors import LensError
 from lens.common.head_ids import HeadId
 from tests.lens.circuit_models import TOKENS, error, small_model, small_task

@@ -5,15 +5,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from lens.circuits import score_edges
+from lens.circuits.checks import jaccard, noise_floor, stability
 from lens.circuits.checks._consensus import consensus
-from lens.circuits.checks._stability import jaccard, noise_floor, stability
 from lens.circuits.discovery import learn_masks
 from lens.circuits.graph.activations import Ablation
 from lens.circuits.graph.circuit import make_circuit
 from lens.circuits.graph.edge_scores import EdgeScores
 from lens.circuits.graph.graph import Graph
 from lens.circuits.scores.methods import EapIg, Hybrid
-from lens.circuits.scores.scoring import score_edges
 from lens.common.errors import LensError
 from tests.lens.circuit_models import small_model, small_task
 

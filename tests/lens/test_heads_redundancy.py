@@ -10,9 +10,9 @@ import lens
 from lens.common.errors import LensError
 from lens.common.head_ids import HeadId
 from lens.figures.similarity import similarity_map
+from lens.heads import similarity
 from lens.heads.likeness.compared import HeadSimilarity
 from lens.heads.likeness.redundancy import clusters, redundancy
-from lens.heads.likeness.similarity import similarity
 
 INDUCTION = ["L1H0", "L1H2", "L1H3"]
 _HEADS = tuple(HeadId(0, at) for at in range(1024))

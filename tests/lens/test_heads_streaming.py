@@ -8,8 +8,8 @@ import transformers
 import lens
 from lens.common.errors import LensError
 from lens.heads import streaming
+from lens.heads.pruning import gate as streaming_gate
 from lens.heads.pruning.gates import _Gate, _last_hidden
-from lens.heads.pruning.gates import gate as streaming_gate
 from lens.passes.inputs import read_prompts
 from tests.lens.architectures import build
 from tests.lens.naive import probabilities_and_values, rms_ratio

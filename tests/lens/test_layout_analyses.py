@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 import lens
+from lens.circuits import score_edges
 from lens.circuits.graph.activations import read_activations
 from lens.circuits.graph.masked_forward import masked_logits
 from lens.circuits.graph.nodes import find_nodes
 from lens.circuits.scores.attribution import edge_products
-from lens.circuits.scores.scoring import score_edges
 from lens.common.errors import LensError
 from lens.common.head_ids import HeadId
 from lens.heads.measures.direct import direct_effects

@@ -8,7 +8,7 @@ from lens.common.errors import LensError
 from lens.runs import add, open_run
 from lens.runs.validation import validate
 from lens.runs.writer import RunWriter
-from lens.stats.intervals import over_units
+from lens.stats import over_units
 
 LAYERS, HEADS, PROMPTS = 3, 5, 7
 

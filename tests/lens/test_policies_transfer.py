@@ -8,7 +8,7 @@ import pytest
 import xarray as xr
 
 import lens
-from lens.policies.transferring import transfer
+from lens.policies import transfer
 from lens.traces.trace import AttentionTrace
 
 

@@ -6,10 +6,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from lens import profile as shown
 from lens.common.errors import LensError
 from lens.traces.metrics import METRICS
 from lens.traces.profiles import COLUMNS, pooled_table, prompt_table
-from lens.traces.profiles import profile as shown
 from lens.traces.token_rows import is_delimiter
 from lens.traces.trace import AttentionTrace
 from tests.lens.naive import rms_ratio

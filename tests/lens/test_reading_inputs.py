@@ -8,7 +8,7 @@ import torch
 
 import lens
 from lens.common.errors import LensError
-from lens.stats.intervals import over_rows
+from lens.stats import over_rows
 
 
 @pytest.fixture(scope="module")

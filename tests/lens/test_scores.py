@@ -5,8 +5,8 @@ from functools import partial
 import numpy as np
 import pytest
 
+from lens import profile as shown
 from lens.common.errors import LensError
-from lens.traces.profiles import profile as shown
 from lens.traces.token_rows import nearest_copy
 from tests.lens.naive import rms_ratio
 from tests.lens.traces import probabilities, trace_of

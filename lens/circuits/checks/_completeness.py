@@ -14,7 +14,7 @@ import pandas as pd
 from lens.circuits.checks.evaluation import run_circuits
 from lens.circuits.graph.circuit import Circuit
 from lens.circuits.graph.selection import without
-from lens.common.choices import check_counts
+from lens.common.choices import Count, Seed, check_counts
 from lens.common.errors import LensError
 from lens.common.given import given_as
 from lens.common.results import Result
@@ -92,11 +92,11 @@ def completeness(
     task: Task,
     circuit: Circuit,
     *,
-    runs: int = 10,
-    steps: int = 10,
-    candidates: int = 10,
+    runs: Count = 10,
+    steps: Count = 10,
+    candidates: Count = 10,
     draws: int = 10,
-    seed: int = 0,
+    seed: Seed = 0,
     progress: bool = True,
 ) -> Completeness:
     """Look for sets of heads without which circuit and model differ most.
@@ -123,10 +123,8 @@ def completeness(
         >>> lens.circuits.checks.completeness(small, copying, circuit, runs=2, steps=2, draws=2).worst
         1
     """
-    given_as("Task", task=task)
     circuit = given_as("Circuit", circuit=circuit)
-    check_counts(runs=runs, steps=steps, candidates=candidates)
-    check_counts(0, draws=draws, seed=seed)
+    check_counts(0, draws=draws)
     heads = [name for name in circuit.nodes if name.startswith("a")]
     if not heads:
         raise LensError(

@@ -15,7 +15,7 @@ from lens.circuits.graph.activations import Ablation, References, read_activatio
 from lens.circuits.graph.circuit import Circuit
 from lens.circuits.graph.nodes import find_nodes
 from lens.circuits.graph.selection import random_edges, same_degrees
-from lens.common.choices import check_choice, check_counts, check_lists
+from lens.common.choices import Count, Seed, check_choice, check_lists
 from lens.common.given import given_as
 from lens.common.results import Result
 from lens.models.loaded import LoadedModel
@@ -79,8 +79,8 @@ def control(
     circuit: Circuit,
     *,
     kinds: Sequence[Kind] = get_args(Kind),
-    draws: int = 20,
-    seed: int = 0,
+    draws: Count = 20,
+    seed: Seed = 0,
     progress: bool = True,
 ) -> Control:
     """Run a circuit and circuits of as many edges.
@@ -105,13 +105,10 @@ def control(
         >>> circuit = lens.circuits.score_edges(small, copying, progress=False).top(40)
         >>> lens.circuits.checks.control(small, copying, circuit, kinds=["degrees"], draws=3).table()
     """
-    check_counts(0, seed=seed)
-    given_as("Task", task=task)
     circuit = given_as("Circuit", circuit=circuit)
     check_lists(kinds=kinds)
     for kind in kinds:
         check_choice("kinds", kind, Kind)
-    check_counts(draws=draws)
     graph, draw = circuit.graph, np.random.default_rng(seed)
     sizes = None
     if "magnitude" in kinds:

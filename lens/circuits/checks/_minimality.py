@@ -12,7 +12,7 @@ from lens import stats
 from lens.circuits.checks.evaluation import run_circuits
 from lens.circuits.graph.circuit import Circuit
 from lens.circuits.graph.selection import random_edges, without
-from lens.common.choices import check_counts
+from lens.common.choices import Count, Seed
 from lens.common.errors import LensError
 from lens.common.given import given_as
 from lens.common.results import Result
@@ -92,8 +92,8 @@ def minimality(
     *,
     nodes: Sequence[str] | None = None,
     given: Mapping[str, Sequence[str]] | None = None,
-    draws: int = 20,
-    seed: int = 0,
+    draws: Count = 20,
+    seed: Seed = 0,
     progress: bool = True,
 ) -> Minimality:
     """Take each head and MLP out of a circuit.
@@ -116,10 +116,7 @@ def minimality(
         >>> circuit = lens.circuits.score_edges(small, copying, progress=False).top(40)
         >>> lens.circuits.checks.minimality(small, copying, circuit, draws=3).needed()
     """
-    check_counts(0, seed=seed)
-    given_as("Task", task=task)
     circuit = given_as("Circuit", circuit=circuit)
-    check_counts(draws=draws)
     inside = tuple(name for name in circuit.nodes if name != "input")
     if not inside:
         raise LensError("the circuit has no heads and no MLPs, so there is no node to take out")

@@ -18,9 +18,8 @@ import torch
 from lens.circuits.checks.evaluation import SHARES, Outcome, run_circuits
 from lens.circuits.graph.spans import REST, Given, find_spans
 from lens.circuits.scores.position_scores import PositionScores
-from lens.common.choices import check_between, check_counts
+from lens.common.choices import Seed, check_between
 from lens.common.errors import LensError
-from lens.common.given import given_as
 from lens.common.results import Result, Sentence
 from lens.models.loaded import LoadedModel
 from lens.tasks.task import Task
@@ -104,7 +103,7 @@ def evaluate_positions(
     shares: Sequence[float] = SHARES[:-1],
     *,
     spans: Given | None = None,
-    seed: int = 0,
+    seed: Seed = 0,
     progress: bool = True,
 ) -> PositionEvaluation:
     """Run circuits of the best edges at places, also with ways across spans cut, of the best edges everywhere, and random ones.
@@ -128,9 +127,6 @@ def evaluate_positions(
         >>> lens.circuits.checks.evaluate_positions(known.model, known.task, scores, [0.05]).table()["faithfulness"].round(2).tolist()
         [1.0, 0.0, 0.0, 1.0, 0.0]
     """
-    given_as("Task", task=task)
-    given_as("PositionScores", scores=scores)
-    check_counts(0, seed=seed)
     check_between(0, 1, shares=shares)
     where = _where(task, scores, spans)
     graph, count = scores.graph, len(scores.spans)

@@ -18,8 +18,7 @@ import pandas as pd
 from lens.circuits.graph.circuit import Circuit
 from lens.circuits.graph.head_sets import heads_in, heads_of
 from lens.circuits.known.circuit import KnownCircuit
-from lens.common.choices import check_counts
-from lens.common.given import given_as
+from lens.common.choices import Count, Seed
 from lens.common.head_ids import AnyHead, HeadId
 from lens.common.progress import advancing
 from lens.common.results import Result, Sentence
@@ -27,7 +26,7 @@ from lens.edits.attention import Drop, Move
 from lens.edits.base import selected_heads
 from lens.edits.running import edit
 from lens.models.bare import bare
-from lens.models.loaded import LoadedModel, check_loaded
+from lens.models.loaded import LoadedModel
 from lens.stats import controls
 from lens.stats.intervals import columns
 from lens.tasks.task import Task
@@ -109,8 +108,8 @@ def sink_check(
     task: Task,
     heads: Iterable[AnyHead] | Circuit | KnownCircuit,
     *,
-    draws: int = 5,
-    seed: int = 0,
+    draws: Count = 5,
+    seed: Seed = 0,
     progress: bool = True,
 ) -> SinkCheck:
     """Measure a task with the first key excluded from chosen heads, and with its mass moved to other keys.
@@ -133,10 +132,6 @@ def sink_check(
     Example:
         >>> lens.circuits.checks.sink_check(model, lens.tasks.induction(model, 16), ["L0H1", "L1H0"]).table()
     """
-    given_as("Task", task=task)
-    check_loaded(model)
-    check_counts(draws=draws)
-    check_counts(0, seed=seed)
     model = bare(model)
     task.check(model)
     chosen = heads_in(model, heads)

@@ -13,7 +13,7 @@ from lens.circuits.graph.circuit import Circuit
 from lens.circuits.graph.edge_scores import EdgeScores, Selection
 from lens.circuits.scores.methods import named
 from lens.circuits.scores.scoring import score_edges
-from lens.common.choices import check_counts, check_lists
+from lens.common.choices import Seed, check_counts, check_lists
 from lens.common.errors import LensError
 from lens.common.given import given_as
 from lens.common.results import Result
@@ -71,7 +71,7 @@ def stability(
     method: Selection = "top",
     absolute: bool = True,
     resamples: int = 10,
-    seed: int = 0,
+    seed: Seed = 0,
 ) -> Stability:
     """Draw the prompts again and again, with replacement, and choose the circuit anew each time.
 
@@ -89,7 +89,6 @@ def stability(
         >>> lens.circuits.checks.stability(scores, 40, resamples=3).mean > 0.2
         True
     """
-    check_counts(0, seed=seed)
     scores = given_as("EdgeScores", scores=scores)
     if scores.n < 2:
         raise LensError(
@@ -159,7 +158,7 @@ def noise_floor(
     scores: EdgeScores,
     *,
     batch_size: int = 3,
-    seed: int = 0,
+    seed: Seed = 0,
     progress: bool = True,
 ) -> NoiseFloor:
     """Score the edges again with the prompts in another order and in batches of another size.
@@ -180,14 +179,12 @@ def noise_floor(
         >>> lens.circuits.checks.noise_floor(small, copying, scores).same
         1.0
     """
-    given_as("Task", task=task)
     scores = given_as("EdgeScores", scores=scores)
     if (scores.task, scores.n) != (task.name, task.n):
         raise LensError(
             f"the scores are of {scores.n} prompts of {scores.task!r}, and the task is {task.n} of "
             f"{task.name!r}; give the task that was scored"
         )
-    check_counts(0, seed=seed)
     order = torch.as_tensor(np.random.default_rng(seed).permutation(task.n))
     word, method = named(scores.method)  # type: ignore[arg-type]  # a string of a file
     if method is not None and scores.steps is not None:

@@ -18,7 +18,7 @@ from lens.circuits.graph.masked_forward import masked_logits
 from lens.circuits.graph.mixed import Mixed, MixedReferences, mixed_of
 from lens.circuits.graph.nodes import find_nodes
 from lens.circuits.graph.ways import Ways, calls_of
-from lens.common.choices import check_counts
+from lens.common.choices import Count, Seed
 from lens.common.errors import LensError
 from lens.common.given import given_as
 from lens.common.progress import advancing
@@ -172,8 +172,8 @@ def evaluate(
     task: Task,
     edges: EdgeScores,
     *,
-    draws: int = 5,
-    seed: int = 0,
+    draws: Count = 5,
+    seed: Seed = 0,
     progress: bool = True,
 ) -> CircuitEvaluation:
     """Run the circuits of the best-scored edges, from 0.1 % to all of them, and random ones.
@@ -198,10 +198,7 @@ def evaluate(
         >>> lens.circuits.evaluate(small, copying, edges, draws=2).cpr > 0.5
         True
     """
-    check_counts(0, seed=seed)
-    given_as("Task", task=task)
     edges = given_as("EdgeScores", edges=edges)
-    check_counts(draws=draws)
     graph = edges.graph
     counts = [max(1, round(share * graph.n)) for share in SHARES]
     draw = np.random.default_rng(seed)
@@ -232,7 +229,6 @@ def run_circuit(
         >>> circuit = lens.circuits.score_edges(small, copying, progress=False).top(60)
         >>> lens.circuits.run_circuit(small, copying, circuit).faithfulness()
     """
-    given_as("Task", task=task)
     circuit = given_as("Circuit", circuit=circuit)
     return run_circuits(model, task, circuit.kept[None], circuit.ablation, progress=progress)
 

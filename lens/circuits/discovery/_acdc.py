@@ -32,9 +32,8 @@ from lens.circuits.graph.edge_scores import EdgeScores
 from lens.circuits.graph.graph import Graph, Kv
 from lens.circuits.graph.masked_forward import masked_logits
 from lens.circuits.graph.nodes import Nodes, find_nodes
-from lens.common.choices import check_choice, check_counts
+from lens.common.choices import Count, Seed, check_counts
 from lens.common.errors import LensError
-from lens.common.given import given_as
 from lens.common.progress import advancing
 from lens.common.results import Result
 from lens.models.loaded import LoadedModel
@@ -134,11 +133,11 @@ def acdc(
     thresholds: float | Sequence[float],
     *,
     order: Order = "reverse",
-    seed: int = 0,
+    seed: Seed = 0,
     absolute: bool = False,
     baseline: Baseline = "counterfactual",
     kv: Kv = "head",
-    batch_size: int = _ROWS,
+    batch_size: Count = _ROWS,
     progress: bool = True,
 ) -> Acdc:
     """Automatic circuit discovery: one circuit per threshold, each from all edges.
@@ -171,14 +170,10 @@ def acdc(
         >>> acdc(known.model, known.task, 0.05).circuit().edges
         ('input->a1.h0<q>', 'a1.h0->logits')
     """
-    check_counts(0, seed=seed)
-    given_as("Task", task=task)
     given = (thresholds,) if isinstance(thresholds, int | float) else tuple(thresholds)
     limits = tuple(sorted({float(value) for value in given}))
     if not limits or not all(0 <= value < np.inf for value in limits):
         raise LensError(f"thresholds must be finite numbers of 0 or more, got {thresholds!r}")
-    check_choice("order", order, Order)
-    check_counts(batch_size=batch_size)
     chosen = Ablation(baseline, kv=kv)
     nodes = find_nodes(model, kv=kv)
     graph = nodes.graph

@@ -16,9 +16,8 @@ from lens.circuits.graph.edge_scores import EdgeScores
 from lens.circuits.graph.mixed import check_edges
 from lens.circuits.scores.methods import EapIg, Hybrid, Method
 from lens.circuits.scores.scoring import score_edges
-from lens.common.choices import check_counts
+from lens.common.choices import Seed, check_counts
 from lens.common.errors import LensError
-from lens.common.given import given_as
 from lens.common.results import Result, Sentence
 from lens.models.loaded import LoadedModel
 from lens.tasks.task import Task
@@ -81,7 +80,7 @@ def find(
     baseline: Baseline | None = None,
     edges: int | None = None,
     faithfulness: float = 0.85,
-    seed: int = 0,
+    seed: Seed = 0,
     progress: bool = True,
 ) -> FoundCircuit:
     """The circuit of a task: edges scored, and the smallest set of the best that does the task.
@@ -105,8 +104,6 @@ def find(
         >>> lens.circuits.find(small, lens.tasks.induction(small, 8), progress=False).circuit.n > 0
         True
     """
-    check_counts(0, seed=seed)
-    given_as("Task", task=task)
     if not isinstance(faithfulness, int | float) or not 0 < faithfulness <= 1:
         raise LensError(f"faithfulness must be above 0 and at most 1, got {faithfulness!r}")
     if edges is not None:

@@ -30,9 +30,8 @@ from lens.circuits.graph.graph import Graph, Kv
 from lens.circuits.graph.masked_forward import masked_logits
 from lens.circuits.graph.nodes import find_nodes
 from lens.circuits.graph.selection import pruned
-from lens.common.choices import check_choice, check_counts, is_number
+from lens.common.choices import Count, Seed, check_choice, is_number
 from lens.common.errors import LensError
-from lens.common.given import given_as
 from lens.common.progress import advancing
 from lens.common.results import Result
 from lens.models.loaded import LoadedModel
@@ -130,13 +129,13 @@ def learn_masks(
     over: Over = "edges",
     sparsity: float | None = None,
     penalty: float | None = None,
-    steps: int = 300,
+    steps: Count = 300,
     rate: float = 0.1,
     start: np.ndarray | None = None,
-    seed: int = 0,
+    seed: Seed = 0,
     baseline: Baseline = "counterfactual",
     kv: Kv = "head",
-    batch_size: int = 8,
+    batch_size: Count = 8,
     progress: bool = True,
 ) -> LearnedMasks:
     """Learn which edges or writers a task needs; the model's weights stay as they are.
@@ -168,10 +167,7 @@ def learn_masks(
         >>> learn_masks(known.model, known.task, penalty=1, steps=120).circuit().edges
         ('input->a1.h0<q>', 'a1.h0->logits')
     """
-    check_counts(0, seed=seed)
-    given_as("Task", task=task)
     check_choice("over", over, OVER)
-    check_counts(steps=steps, batch_size=batch_size)
     _check(sparsity, penalty, rate)
     chosen = Ablation(baseline, kv=kv)
     nodes = find_nodes(model, kv=kv)

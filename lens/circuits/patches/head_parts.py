@@ -13,13 +13,12 @@ from lens.circuits.graph.circuit import Circuit
 from lens.circuits.graph.head_sets import heads_in
 from lens.circuits.known.circuit import KnownCircuit
 from lens.circuits.patches.head_patching import PARTS, split_effects
-from lens.common.choices import check_counts
-from lens.common.given import given_as
+from lens.common.choices import Count, Seed
 from lens.common.head_ids import AnyHead, HeadId, head_columns
 from lens.common.results import Result, Sentence
 from lens.edits.base import part_of
 from lens.heads.behaviour.roles import roles
-from lens.models.loaded import LoadedModel, check_loaded
+from lens.models.loaded import LoadedModel
 from lens.passes.calls import attend
 from lens.passes.head_outputs import read_calls
 from lens.stats.intervals import columns
@@ -125,8 +124,8 @@ def head_parts(
     task: Task,
     heads: Iterable[AnyHead] | Circuit | KnownCircuit,
     *,
-    keys: int = 3,
-    seed: int = 0,
+    keys: Count = 3,
+    seed: Seed = 0,
     progress: bool = True,
 ) -> JoinedHeads:
     """Join the heads of a circuit with what they look at, and split their effects.
@@ -151,11 +150,7 @@ def head_parts(
     Example:
         >>> lens.circuits.head_parts(small, copying, ["L0H1", "L1H0"]).table()
     """
-    check_counts(0, seed=seed)
-    given_as("Task", task=task)
-    check_loaded(model)
     chosen = heads_in(model, heads)
-    check_counts(keys=keys)
     effects = split_effects(model, task, chosen, progress=progress)
     attended = _attended(model, task, chosen, min(keys, task.length))
     table = roles(model, task.prompts, seed=seed, progress=progress).table()

@@ -20,9 +20,8 @@ from lens.circuits.graph.masked_forward import masked_logits
 from lens.circuits.graph.nodes import Nodes, find_nodes, visit
 from lens.circuits.patches.effects import EACH, Direction, PatchEffects, measured, places_of
 from lens.circuits.patches.streams import Run, Sublayers, check_noise, pairs, patch_streams
-from lens.common.choices import check_choice, check_counts, check_lists
+from lens.common.choices import Seed, check_choice, check_lists
 from lens.common.errors import LensError
-from lens.common.given import given_as
 from lens.common.progress import advancing
 from lens.models.loaded import LoadedModel
 from lens.tasks.task import Task
@@ -43,7 +42,7 @@ def patch(
     noise: float | None = None,
     noise_at: str | None = None,
     window: int = 1,
-    seed: int = 0,
+    seed: Seed = 0,
     progress: bool = True,
 ) -> PatchEffects:
     """Replace what one head or MLP writes by what it writes for the paired prompt, each alone.
@@ -87,8 +86,6 @@ def patch(
         >>> lens.circuits.patch(small, copying, ["a0.h1"], receivers=["logits"], progress=False).table()
         >>> lens.circuits.patch(small, copying, "residual", positions="each", direction="denoising").plot()
     """
-    check_counts(0, seed=seed)
-    given_as("Task", task=task)
     if isinstance(nodes, str):
         if receivers is not None or freeze_mlps:
             raise LensError("receivers and freeze_mlps are for nodes that are named one by one")

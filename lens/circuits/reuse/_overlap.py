@@ -17,7 +17,7 @@ from lens import stats
 from lens.circuits.graph.circuit import Circuit
 from lens.circuits.graph.edge_scores import EdgeScores
 from lens.circuits.reuse._sides import Comparable, EdgeSide, measured, renaming, sides
-from lens.common.choices import check_choice, check_counts
+from lens.common.choices import Count, Seed
 from lens.common.errors import LensError
 from lens.common.head_ids import HeadId, head_columns
 from lens.common.results import Result, Sentence
@@ -138,9 +138,9 @@ def overlap(
     shape: tuple[int, int] | None = None,
     scores: tuple[EdgeScores, EdgeScores] | None = None,
     null: Null = "layers",
-    draws: int = 1000,
-    resamples: int = 200,
-    seed: int = 0,
+    draws: Count = 1000,
+    resamples: Count = 200,
+    seed: Seed = 0,
 ) -> Overlap:
     """Compare the circuits of two tasks in one model.
 
@@ -174,9 +174,6 @@ def overlap(
         >>> first, second = (lens.circuits.score_edges(small, one) for one in tasks)
         >>> lens.circuits.reuse.overlap(first, second, count=20).table()
     """
-    check_counts(0, seed=seed)
-    check_choice("null", null, Null)
-    check_counts(draws=draws, resamples=resamples)
     draw = np.random.default_rng(seed)
     a, b = sides(first, second, count, shape, scores)
     edges = isinstance(a, EdgeSide)

@@ -19,16 +19,15 @@ from torch import Tensor
 from lens.circuits.graph.circuit import Circuit
 from lens.circuits.graph.head_sets import heads_in, heads_of
 from lens.circuits.known.circuit import KnownCircuit
-from lens.common.choices import check_choice, check_counts, is_number
+from lens.common.choices import Seed, check_choice, check_counts, is_number
 from lens.common.errors import LensError
-from lens.common.given import given_as
 from lens.common.head_ids import AnyHead, HeadId
 from lens.common.progress import advancing
 from lens.common.results import Result, Sentence
 from lens.edits.attention import Force
 from lens.edits.base import selected_heads
 from lens.edits.running import edit
-from lens.models.loaded import LoadedModel, check_loaded
+from lens.models.loaded import LoadedModel
 from lens.passes.logits import logits_of
 from lens.stats.controls import others, p_value
 from lens.stats.intervals import columns
@@ -179,7 +178,7 @@ def redirect(
     controls: int = 20,
     match: Match = "layers",
     backend: str = "auto",
-    seed: int = 0,
+    seed: Seed = 0,
     progress: bool = True,
 ) -> Redirection:
     """Force one row of each chosen head onto chosen keys, and measure the task.
@@ -215,9 +214,6 @@ def redirect(
         >>> third = torch.full((copying.n,), 2)
         >>> lens.circuits.reuse.redirect(small, copying, ["L1H0"], [third], controls=2).table()
     """
-    check_counts(0, seed=seed)
-    given_as("Task", task=task)
-    check_loaded(model)
     chosen = heads_in(model, heads)
     _check(amount, split, controls, match)
     target = _keys(task, onto)

@@ -11,7 +11,7 @@ import pandas as pd
 from lens.circuits.checks.evaluation import run_circuits
 from lens.circuits.graph.circuit import Circuit
 from lens.circuits.reuse._sides import with_heads_renamed
-from lens.common.choices import check_counts, check_lists
+from lens.common.choices import Count, Seed, check_lists
 from lens.common.errors import LensError
 from lens.common.given import given_as
 from lens.common.results import Result
@@ -71,8 +71,8 @@ def transfer(
     tasks: Sequence[Task],
     circuits: Sequence[Circuit],
     *,
-    draws: int = 10,
-    seed: int = 0,
+    draws: Count = 10,
+    seed: Seed = 0,
     progress: bool = True,
 ) -> Transfer:
     """Run every circuit on every task.
@@ -97,7 +97,6 @@ def transfer(
         >>> circuits = [lens.circuits.score_edges(small, one).top(20) for one in tasks]
         >>> lens.circuits.reuse.transfer(small, tasks, circuits).table()
     """
-    check_counts(0, seed=seed)
     check_lists(tasks=tasks, circuits=circuits)
     tasks = [given_as("Task", tasks=one) for one in tasks]
     circuits = [given_as("Circuit", circuits=one) for one in circuits]
@@ -105,7 +104,6 @@ def transfer(
         raise LensError(
             f"transfer needs tasks and circuits, got {len(tasks)} tasks and {len(circuits)} circuits"
         )
-    check_counts(draws=draws)
     graph, ablation = circuits[0].graph, circuits[0].ablation
     if any(one.graph != graph or one.ablation != ablation for one in circuits):
         raise LensError(

@@ -18,7 +18,6 @@ from lens.circuits.graph.activations import PlainVisitor
 from lens.circuits.graph.nodes import Nodes, find_nodes, visit
 from lens.common.choices import is_number
 from lens.common.errors import LensError
-from lens.common.given import given_as
 from lens.common.head_ids import HeadId, head_columns, head_id
 from lens.common.progress import advancing
 from lens.common.results import Result
@@ -125,7 +124,6 @@ def flow_routes(
     Example:
         >>> lens.circuits.scores.flow_routes(model, task).table().head()
     """
-    given_as("Task", task=task)
     if not is_number(threshold) or not 0 < threshold < 0.5:
         raise LensError(f"threshold is a share above 0 and below 0.5, got {threshold!r}")
     if at is not None and at not in [*task.marks]:

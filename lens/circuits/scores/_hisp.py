@@ -21,9 +21,8 @@ from lens.circuits.graph.circuit import Circuit
 from lens.circuits.graph.graph import Graph, Kv
 from lens.circuits.graph.nodes import Nodes, find_nodes, visit
 from lens.circuits.graph.selection import pruned
-from lens.common.choices import check_choice, check_counts
+from lens.common.choices import Count
 from lens.common.errors import LensError
-from lens.common.given import given_as
 from lens.common.progress import advancing
 from lens.common.results import Result
 from lens.models.loaded import LoadedModel
@@ -133,7 +132,7 @@ def hisp(
     baseline: Baseline = "counterfactual",
     normalize: bool = True,
     kv: Kv = "head",
-    batch_size: int = 8,
+    batch_size: Count = 8,
     progress: bool = True,
 ) -> GateScores:
     """Score each head's query, key and value and each MLP by a gate on it.
@@ -163,9 +162,6 @@ def hisp(
     Example:
         >>> lens.circuits.scores.hisp(model, task).top(40)
     """
-    given_as("Task", task=task)
-    check_choice("baseline", baseline, Baseline)
-    check_counts(batch_size=batch_size)
     if task.is_flat:
         raise LensError(
             f"the metric {task.metric!r} is at its best where the model is as it is, so that its gradient "

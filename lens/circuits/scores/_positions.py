@@ -37,7 +37,6 @@ from lens.circuits.scores.methods import EapIg, named
 from lens.circuits.scores.position_scores import PositionScores
 from lens.common.choices import check_choice, check_counts
 from lens.common.errors import LensError
-from lens.common.given import given_as
 from lens.common.progress import advancing
 from lens.models.loaded import LoadedModel
 from lens.passes.calls import LayerCall, attend
@@ -79,7 +78,6 @@ def positions(
         >>> lens.circuits.scores.positions(known.model, known.task, "each").table(1)["edge"].item()
         'input->a1.h0<q>'
     """
-    given_as("Task", task=task)
     word, integrated = named(method)
     check_choice("method", word, Method)
     steps = 1 if integrated is None else integrated.steps

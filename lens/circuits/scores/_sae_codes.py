@@ -17,13 +17,12 @@ from lens.circuits.graph.head_sets import heads_of
 from lens.circuits.graph.nodes import find_nodes
 from lens.circuits.known.circuit import KnownCircuit
 from lens.circuits.scores._sae import codes_of, train
-from lens.common.choices import check_choice, check_counts, is_number, is_whole
+from lens.common.choices import Count, Seed, is_number, is_whole
 from lens.common.errors import LensError
-from lens.common.given import given_as
 from lens.common.head_ids import AnyHead, head_columns, head_id
 from lens.common.progress import advancing
 from lens.common.results import Result, Sentence
-from lens.models.loaded import LoadedModel, check_loaded
+from lens.models.loaded import LoadedModel
 from lens.tasks.task import Task
 
 Positions = Literal["last", "mean"]
@@ -142,12 +141,12 @@ def codes(
     task: Task,
     *,
     examples: int = 10,
-    features: int = 200,
+    features: Count = 200,
     penalty: float = 0.02,
-    epochs: int = 500,
+    epochs: Count = 500,
     positions: Positions = "mean",
-    seeds: int = 10,
-    seed: int = 0,
+    seeds: Count = 10,
+    seed: Seed = 0,
     progress: bool = True,
 ) -> CodeScores:
     """Score heads by the discrete codes of one sparse autoencoder that all of them share.
@@ -180,13 +179,8 @@ def codes(
         >>> found.values.shape
         (2, 4)
     """
-    given_as("Task", task=task)
-    check_loaded(model)
     model.info.check_all_attend("codes")
     corrupt = task.corrupt_or_refuse()
-    check_choice("positions", positions, Positions)
-    check_counts(features=features, epochs=epochs, seeds=seeds)
-    check_counts(0, seed=seed)
     if not is_number(penalty):
         raise LensError(f"penalty must be a number, got {penalty!r}")
     if not is_whole(examples) or examples < 2 or examples % 2 or examples // 2 >= task.n:

@@ -32,9 +32,8 @@ from lens.circuits.scores.batch import Batch, fractions_of
 from lens.circuits.scores.methods import EapIg, Hybrid, Method, named
 from lens.circuits.scores.mixed import score_mixed
 from lens.circuits.scores.relp import relevance, relevance_of_values
-from lens.common.choices import check_counts
+from lens.common.choices import Count
 from lens.common.errors import LensError
-from lens.common.given import given_as
 from lens.common.progress import advancing
 from lens.models.loaded import LoadedModel
 from lens.tasks.task import Task
@@ -52,7 +51,7 @@ def score_edges(
     method: Method | EapIg | Hybrid = "eap-ig",
     baseline: Baseline = "counterfactual",
     kv: Kv = "head",
-    batch_size: int = _ROWS,
+    batch_size: Count = _ROWS,
     progress: bool = True,
 ) -> EdgeScores:
     """Score every edge of a model on a task; positive = ablating the edge makes the task worse.
@@ -100,7 +99,6 @@ def score_edges(
         >>> score_edges(known.model, known.task, method="exact").top(2).edges
         ('input->a1.h0<q>', 'a1.h0->logits')
     """
-    given_as("Task", task=task)
     if isinstance(method, Hybrid) or method == "hybrid":
         several = method if isinstance(method, Hybrid) else Hybrid()
         asked = {"baseline": baseline, "kv": kv, "batch_size": batch_size, "progress": progress}
@@ -111,7 +109,6 @@ def score_edges(
     word, integrated = named(method)
     steps: int | Literal["auto"] = 1 if integrated is None else integrated.steps
     rule = "midpoint" if integrated is None else integrated.rule
-    check_counts(batch_size=batch_size)
     if word == "clean-corrupted":
         task.corrupt_or_refuse()
     at_clean = word in _AT_CLEAN or (

@@ -21,7 +21,7 @@ from lens.common.head_ids import AnyHead, HeadId, head_columns
 from lens.common.results import Result, Sentence
 from lens.heads.measures.methods import Baseline
 from lens.heads.pruning.groups import ablate_each
-from lens.models.loaded import LoadedModel, check_loaded
+from lens.models.loaded import LoadedModel
 from lens.stats.intervals import columns
 from lens.tasks.making import language_modelling
 from lens.traces.captures import capture
@@ -156,7 +156,6 @@ def activity(
         >>> prose = [lens.tasks.text("moby-dick"), lens.tasks.text("lily")]
         >>> lens.heads.activity(model, {"prose": prose}, length=32, n=4).dormant("prose")
     """
-    check_loaded(model)
     if not domains:
         raise LensError("activity needs at least one domain: a name with its texts")
     info = model.info

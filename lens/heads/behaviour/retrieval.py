@@ -21,7 +21,7 @@ from lens.common.errors import LensError
 from lens.common.head_ids import HeadId, all_heads, head_columns
 from lens.common.progress import advancing
 from lens.common.results import Result
-from lens.models.loaded import LoadedModel, check_loaded
+from lens.models.loaded import LoadedModel
 from lens.passes.calls import LayerCall, attend
 from lens.passes.sessions import base, listening
 from lens.stats.intervals import columns
@@ -105,7 +105,6 @@ def retrieval(
         >>> lens.heads.retrieval(small, lens.tasks.needles.copied(small)).heads()[0].layer
         1
     """
-    check_loaded(model)
     model.info.check_all_attend("retrieval")
     if not trials:
         raise LensError("retrieval needs at least one trial")

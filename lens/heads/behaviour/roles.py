@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
-from lens.common.choices import check_choice, check_counts
+from lens.common.choices import Seed
 from lens.common.errors import LensError
 from lens.common.head_ids import HeadId, head_columns
 from lens.common.progress import advancing
@@ -144,7 +144,7 @@ def roles(
     prompts: Any,
     *,
     baseline: Baseline = "uniform",
-    seed: int = 0,
+    seed: Seed = 0,
     progress: bool = True,
 ) -> HeadRoles:
     """Every role score of every head: the profile of `lens.profile`, and what needs the model itself.
@@ -168,8 +168,6 @@ def roles(
         >>> lens.heads.roles(model, lens.tasks.copied(model, 25)).top("induction", 1)["name"].tolist()
         ['L1H3']
     """
-    check_counts(0, seed=seed)
-    check_choice("baseline", baseline, Baseline)
     read, _ = read_prompts(model, prompts)
     if any(prompt.ids is None for prompt in read):
         raise LensError("roles needs prompts of tokens; use lens.profile for images")

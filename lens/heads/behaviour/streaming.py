@@ -28,7 +28,7 @@ from lens.common.progress import advancing
 from lens.common.results import Result, Sentence, ends
 from lens.edits.losses import bos_policy, changes, log_probabilities, two_tokens
 from lens.heads.behaviour.near_keys import Streamer, read_long_prompts
-from lens.models.loaded import LoadedModel, check_loaded
+from lens.models.loaded import LoadedModel
 from lens.passes.calls import LayerCall
 from lens.passes.logits import check_predicts_tokens
 from lens.passes.sessions import base, listening
@@ -162,7 +162,6 @@ def streaming(
         >>> found = lens.heads.streaming(model, texts[0], first=1, last=8)
         >>> found.table().nlargest(3, "row_error")
     """
-    check_loaded(model)
     if loss:
         check_predicts_tokens(model)
     read = read_long_prompts(model, prompts, first, last)

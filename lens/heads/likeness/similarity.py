@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scipy.special import entr
 
-from lens.common.choices import check_choice
 from lens.common.errors import LensError
 from lens.heads.likeness.compared import HeadSimilarity, Likeness, cosine, ratio
 
@@ -75,7 +74,6 @@ def similarity(
     from lens.passes.inputs import read_prompts
     from lens.traces.trace import AttentionTrace
 
-    check_choice("method", method, Likeness)
     if not isinstance(model, LoadedModel):
         given: Any = model
         several = isinstance(given, Iterable) and not isinstance(given, str)

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from lens import stats
-from lens.common.choices import check_counts, is_whole
+from lens.common.choices import Count, Seed, check_counts, is_whole
 from lens.common.errors import LensError
 from lens.common.head_ids import head_columns
 from lens.common.results import Result, Sentence, few
@@ -91,7 +91,7 @@ class Agreement(Result):
 
 
 def join(
-    *tables: HeadScores | Result | pd.DataFrame, seed: int = 0, **named: HeadScores | Result
+    *tables: HeadScores | Result | pd.DataFrame, seed: Seed = 0, **named: HeadScores | Result
 ) -> pd.DataFrame:
     """One row per head, in the order of the model, with every measure side by side.
 
@@ -116,7 +116,6 @@ def join(
         >>> table.nlargest(1, "induction")["name"].item()
         'L1H0'
     """
-    check_counts(0, seed=seed)
     scores = tuple(one for one in (*tables, *named.values()) if isinstance(one, HeadScores))
     if not tables and not named:
         raise LensError("too few measures: at least 1 must be given, got 0")
@@ -174,7 +173,7 @@ def _word(result: HeadScores | Result | pd.DataFrame, place: int) -> str:
 
 
 def agreement(
-    *scores: HeadScores, k: int | None = None, resamples: int = 300, seed: int = 0
+    *scores: HeadScores, k: int | None = None, resamples: Count = 300, seed: Seed = 0
 ) -> Agreement:
     """Kendall's tau-b and top-k overlap between all pairs of measures, with bootstrap intervals.
 
@@ -197,13 +196,11 @@ def agreement(
         >>> [said.kind for said in lens.heads.agreement(*measures, k=1).findings()]
         ['agreement']
     """
-    check_counts(0, seed=seed)
     _check_models(scores, least=2)
     heads = len(scores[0].names)
     k = max(1, heads // 4) if k is None else k
     if not (is_whole(k) and 1 <= k <= heads):
         raise LensError(f"k must be 1 to {heads}, got {k}")
-    check_counts(resamples=resamples)
     labels = _labels(scores)
     values = np.stack([score.rows.mean(-1) for score in scores])
     again = _drawn(scores, resamples, seed)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lens.common.choices import check_choice, check_counts
+from lens.common.choices import Seed, check_choice
 from lens.common.errors import LensError
 from lens.common.given import given_as
 from lens.common.head_ids import HeadId
@@ -49,7 +49,7 @@ def importance(
     method: Method | Gradient | AtP = "ablation",
     baseline: BaselineName | None = None,
     steps: int | None = None,
-    seed: int = 0,
+    seed: Seed = 0,
     checkpoint: str | Path | None = None,
     progress: bool = True,
 ) -> HeadScores:
@@ -100,7 +100,6 @@ def importance(
         >>> str(lens.heads.importance(small, lens.tasks.induction(small, n=8)).top(1)[0])
         'L0H1'
     """
-    check_counts(0, seed=seed)
     if isinstance(model, LoadedModel) and model.parts:
         model.check_part()
         if not isinstance(task, Task) and model.is_encoder_decoder:

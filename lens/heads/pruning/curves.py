@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from lens.common.choices import check_counts
+from lens.common.choices import Seed, check_counts
 from lens.common.errors import LensError
-from lens.common.given import given_as
 from lens.common.head_ids import AnyHead, HeadId
 from lens.common.results import Result
 from lens.heads.measures.scores import HeadScores, Intervention
@@ -125,7 +124,7 @@ def curve(
     baseline: str = "mean",
     steps: int | None = None,
     draws: int = 8,
-    seed: int = 0,
+    seed: Seed = 0,
     progress: bool = True,
 ) -> PruningCurve:
     """Remove heads in an order, cumulatively, and measure the task after each step.
@@ -157,11 +156,7 @@ def curve(
         LensError: an order of another model, that names a head twice or none, no steps, or what
             `lens.heads.importance` refuses.
     """
-    check_counts(0, seed=seed)
-    given_as("Task", task=task)
-    from lens.models.loaded import check_loaded
 
-    check_loaded(model)
     heads, ranking = _order(model, order)
     check_counts(0, draws=draws)
     if steps is not None:

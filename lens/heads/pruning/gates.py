@@ -15,12 +15,12 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from lens.common.choices import check_between, check_counts
+from lens.common.choices import Count, Seed, check_between
 from lens.common.head_ids import HeadId, all_heads, head_columns
 from lens.common.progress import advancing
 from lens.common.results import Result
 from lens.heads.behaviour.near_keys import Streamer, read_long_prompts
-from lens.models.loaded import LoadedModel, check_loaded
+from lens.models.loaded import LoadedModel
 from lens.passes.calls import LayerCall
 from lens.passes.inputs import Prompt
 from lens.passes.sessions import base, listening
@@ -79,10 +79,10 @@ def gate(
     *,
     first: int = 4,
     last: int = 32,
-    steps: int = 100,
+    steps: Count = 100,
     rate: float = 0.02,
     penalty: float = 0.05,
-    seed: int = 0,
+    seed: Seed = 0,
     progress: bool = True,
 ) -> StreamingGate:
     """Learn which key-value heads the model needs in full, with its weights as they are.
@@ -108,9 +108,6 @@ def gate(
     Example:
         >>> lens.heads.pruning.gate(model, texts, first=1, last=8, steps=20).retrieval_heads()
     """
-    check_counts(0, seed=seed)
-    check_loaded(model)
-    check_counts(steps=steps)
     check_between(0, math.inf, rate=[rate])
     read = read_long_prompts(model, prompts, first, last)
     info = model.info

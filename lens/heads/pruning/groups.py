@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from lens.common.choices import check_counts
+from lens.common.choices import Seed
 from lens.common.errors import LensError
 from lens.common.given import given_as
 from lens.common.head_ids import AnyHead
@@ -10,7 +10,7 @@ from lens.heads.measures.baselines import Baseline
 from lens.heads.measures.checkpoint import Checkpoint
 from lens.heads.measures.importances import drops_of
 from lens.heads.pruning.group import GroupAblation
-from lens.models.loaded import LoadedModel, check_loaded
+from lens.models.loaded import LoadedModel
 from lens.tasks.task import Task
 
 
@@ -20,7 +20,7 @@ def ablate(
     *,
     heads: Sequence[AnyHead],
     baseline: str = "mean",
-    seed: int = 0,
+    seed: Seed = 0,
     progress: bool = True,
 ) -> GroupAblation:
     """Replace several heads at once.
@@ -40,9 +40,6 @@ def ablate(
     Raises:
         LensError: no heads, one named twice, one that the model has not, and as in `lens.heads.importance`.
     """
-    check_counts(0, seed=seed)
-    given_as("Task", task=task)
-    check_loaded(model)
     return ablate_each(
         model, task, groups=[heads], baseline=baseline, seed=seed, progress=progress
     )[0]

@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from lens.common.choices import check_counts, is_number
+from lens.common.choices import Seed, is_number
 from lens.common.errors import LensError
-from lens.common.given import given_as
 from lens.common.head_ids import AnyHead
 from lens.common.results import Result, Sentence, ends
 from lens.heads.measures.scores import HeadScores
@@ -102,7 +101,7 @@ def orders(
     bearable: float = _BEARABLE,
     steps: int | None = None,
     draws: int = 8,
-    seed: int = 0,
+    seed: Seed = 0,
     progress: bool = True,
 ) -> PruningOrders:
     """`curve` for several orders: how many heads can go by the best of them, and which are no better than chance.
@@ -125,11 +124,7 @@ def orders(
     Raises:
         LensError: no order, a share that is not positive, and as in `curve`.
     """
-    check_counts(0, seed=seed)
-    given_as("Task", task=task)
-    from lens.models.loaded import check_loaded
 
-    check_loaded(model)
     if not len(orders):
         raise LensError("orders is empty; give at least one, such as heads.importance(...)")
     if not (is_number(bearable) and 0 < bearable < np.inf):

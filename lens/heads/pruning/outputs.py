@@ -33,7 +33,7 @@ from lens.common.head_ids import HeadId, head_columns
 from lens.common.progress import advancing
 from lens.common.results import Result
 from lens.heads.pruning.distances import jensen_shannon
-from lens.models.loaded import LoadedModel, check_loaded
+from lens.models.loaded import LoadedModel
 from lens.passes.head_outputs import Source, edited_outputs
 from lens.passes.sessions import transformer
 from lens.stats.intervals import columns
@@ -176,9 +176,7 @@ def metrics(
     Raises:
         LensError: labels that do not fit, an unknown baseline, or a model whose outputs cannot be read.
     """
-    check_loaded(model)
     model.info.check_all_attend("pruning.metrics")
-    check_choice("baseline", baseline, Baseline)
     capacity = min(_ROWS, inputs.rows_at_once(model)) if isinstance(inputs, Task) else _ROWS
     inputs, positions, correct = _examples(model, inputs, labels)
     info, n = model.info, len(correct)

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from lens.common.choices import check_counts
+from lens.common.choices import Seed
 from lens.common.errors import LensError
-from lens.common.given import given_as
 from lens.common.results import Result, Sentence
 from lens.runs.comparison.circuits import compare_circuits
 from lens.runs.comparison.pairing import compare_losses, compare_scores, paired_prompts
@@ -105,7 +104,7 @@ class Comparison(Result):
         return f"Comparison({self.a.id} and {self.b.id}: {heads}, shared prompts: {shared})"
 
 
-def compare_runs(a: Run, b: Run, *, seed: int = 0) -> Comparison:
+def compare_runs(a: Run, b: Run, *, seed: Seed = 0) -> Comparison:
     """What differs between two runs, head by head where both models have the same number of them.
 
     Score of head (l, h) and prompt p in A: `a_p`; in B: `b_p`. Difference: mean over the prompts that
@@ -121,9 +120,6 @@ def compare_runs(a: Run, b: Run, *, seed: int = 0) -> Comparison:
     Example:
         >>> lens.runs.compare_runs(run, other).table().head()
     """
-    check_counts(0, seed=seed)
-    given_as("Run", a=a)
-    given_as("Run", b=b)
     if a.path == b.path:
         raise LensError(f"A and B are the same run, {a.id}; name two runs: `lens list` shows them")
     (a, damaged_a), (b, damaged_b) = a.readable_tables(), b.readable_tables()

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from lens.common.choices import check_counts, check_lists
+from lens.common.choices import Seed, check_lists
 from lens.common.errors import LensError
 from lens.common.given import given_as
 from lens.common.head_ids import head_columns
@@ -126,7 +126,7 @@ class RunSeries(Result):
         return f"RunSeries({len(self.runs)} runs: {few(self.names)})\n  {said}"
 
 
-def compare_series(runs: Sequence[Run], *, seed: int = 0) -> RunSeries:
+def compare_series(runs: Sequence[Run], *, seed: Seed = 0) -> RunSeries:
     """Every head over several runs: checkpoints of a training in their order, or variants of one model.
 
     Args:
@@ -140,7 +140,6 @@ def compare_series(runs: Sequence[Run], *, seed: int = 0) -> RunSeries:
         >>> lens.runs.compare_series([run, other]).table()["place"].nunique()
         2
     """
-    check_counts(0, seed=seed)
     check_lists(runs=runs)
     runs = tuple(given_as("Run", runs=run) for run in runs)
     if len(runs) < 2 or len({run.path for run in runs}) < len(runs):

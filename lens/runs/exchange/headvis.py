@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lens.common.choices import check_counts, is_number
+from lens.common.choices import Count, is_number
 from lens.common.errors import LensError
 from lens.common.files import as_path, write_json
 from lens.common.given import given_traces
@@ -37,9 +37,9 @@ def to_headvis(
     folder: str | Path,
     *,
     dataset: str = "prompts",
-    keys: int = 8,
+    keys: Count = 8,
     least: float = 0.005,
-    intervals: int = 5,
+    intervals: Count = 5,
 ) -> Path:
     """Write traces as a HeadVis tree.
 
@@ -76,7 +76,6 @@ def to_headvis(
     folder = as_path("folder", folder)
     if folder.exists():
         raise LensError(f"{folder} exists already; choose a new folder or delete it")
-    check_counts(keys=keys, intervals=intervals)
     if not (is_number(least) and 0 <= least < 1):
         raise LensError(
             "keys and intervals must be at least 1 and least in [0, 1), got "

@@ -14,7 +14,7 @@ from lens.common.errors import LensError
 from lens.common.progress import advancing
 from lens.common.results import Result, Sentence
 from lens.edits._phi import EPSILON
-from lens.models.loaded import LoadedModel, check_loaded
+from lens.models.loaded import LoadedModel
 from lens.passes.sessions import base
 from lens.passes.stream import layer_inputs
 
@@ -109,7 +109,6 @@ def dims(
     Example:
         >>> lens.sinks.dims(model, {"input_ids": ids}).table()
     """
-    check_loaded(model)
     check_mapping(inputs=inputs)
     numbers = is_number(tau) and is_number(largest_share)
     if not (numbers and tau > 0 and 0 < largest_share <= 1):

@@ -14,7 +14,7 @@ from lens.common.choices import is_number
 from lens.common.errors import LensError
 from lens.common.results import Result, Sentence
 from lens.edits._phi import check_dims, phi
-from lens.models.loaded import LoadedModel, check_loaded
+from lens.models.loaded import LoadedModel
 from lens.passes.stream import layer_inputs
 from lens.sinks.detection.alphas import alpha_of
 from lens.traces.captures import capture
@@ -95,7 +95,6 @@ def dims_agreement(
     Example:
         >>> lens.sinks.dims_agreement(vlm, inputs, dims=(3, 7)).table()
     """
-    check_loaded(model)
     if not (is_number(top) and 0 < top < 1):
         raise LensError(f"top is a share between 0 and 1, got {top}")
     check_dims(model, dims)

@@ -15,7 +15,7 @@ from lens.common.errors import LensError
 from lens.common.progress import advancing
 from lens.common.results import Result, Sentence
 from lens.models.layout import blocks
-from lens.models.loaded import LoadedModel, check_loaded
+from lens.models.loaded import LoadedModel
 from lens.passes.inputs import read_prompts
 from lens.passes.sessions import base
 from lens.passes.stream import stream
@@ -178,7 +178,6 @@ def high_norm(
     Example:
         >>> lens.sinks.high_norm(vit, {"pixel_values": images}, skip=1).findings()
     """
-    check_loaded(model)
     layers = model.info.layers
     if not -layers <= layer < layers:
         raise LensError(f"layer must be {-layers} to {layers - 1}, got {layer}")

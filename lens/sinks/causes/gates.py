@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from lens.common.choices import check_counts
+from lens.common.choices import Seed
 from lens.common.errors import LensError
 from lens.common.head_ids import HeadId, head_columns
 from lens.common.progress import advancing
@@ -85,7 +85,7 @@ def gates(
     prompts: Any,
     *,
     sources: Keys = "first",
-    seed: int = 0,
+    seed: Seed = 0,
     progress: bool = True,
 ) -> EffectiveGates:
     """`g_i = 1 - m_i(S)` for keys that act as sinks, for learned sinks, and for gates on the output.
@@ -112,7 +112,6 @@ def gates(
     Example:
         >>> lens.sinks.gates(model, texts).table().sort_values("gate").head()
     """
-    check_counts(0, seed=seed)
     check_keys("sources", sources)
     if callable(sources) and not isinstance(sources, torch.Tensor):
         raise LensError("sources of gates are the same in every layer; give positions")

@@ -28,7 +28,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from lens.common.choices import check_counts
+from lens.common.choices import Count, Seed
 from lens.common.errors import LensError
 from lens.common.head_ids import head_columns
 from lens.common.progress import advancing
@@ -61,8 +61,8 @@ def kinds(
     *,
     sources: Keys = "first",
     targets: Sequence[int] | None = None,
-    draws: int = 2,
-    seed: int = 0,
+    draws: Count = 2,
+    seed: Seed = 0,
     progress: bool = True,
 ) -> SinkKinds:
     """Tell the sinks of all heads apart, test each kind in the model, and say where they come from.
@@ -90,8 +90,6 @@ def kinds(
     if callable(sources) and not isinstance(sources, Tensor):
         raise LensError("sources of kinds are the same in every layer; give positions")
     check_predicts_tokens(model)
-    check_counts(draws=draws)
-    check_counts(0, seed=seed)
     asked = read_prompts(model, prompts)[0]
     ids = [two_tokens(prompt.ids) for prompt in asked]
     found = [_source(sources, len(one)) for one in ids]

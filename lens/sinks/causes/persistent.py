@@ -19,13 +19,13 @@ import numpy as np
 import pandas as pd
 import torch
 
-from lens.common.choices import check_counts, check_lists
+from lens.common.choices import Seed, check_lists
 from lens.common.errors import LensError
 from lens.common.head_ids import head_columns
 from lens.common.progress import advancing
 from lens.common.results import Result, Sentence, ends
 from lens.edits.losses import bos_policy, two_tokens
-from lens.models.loaded import LoadedModel, check_loaded
+from lens.models.loaded import LoadedModel
 from lens.passes.calls import LayerCall, attend
 from lens.passes.inputs import read_prompts
 from lens.passes.sessions import base, listening
@@ -82,7 +82,7 @@ def persistent_memory(
     prompts: Any,
     pairs: Sequence[Pair | None],
     *,
-    seed: int = 0,
+    seed: Seed = 0,
     progress: bool = True,
 ) -> PersistentMemory:
     """Run a model with persistent memory in its attention, and measure what the memory takes and gives.
@@ -106,8 +106,6 @@ def persistent_memory(
         >>> zeros = torch.zeros(model.info.kv_heads, 1, model.info.head_dim)
         >>> lens.sinks.persistent_memory(model, texts, [(zeros, zeros)] * model.info.layers).table()
     """
-    check_counts(0, seed=seed)
-    check_loaded(model)
     model.info.check_all_attend("persistent_memory")
     check_lists(pairs=pairs)
     if len(pairs) != model.info.layers or all(pair is None for pair in pairs):

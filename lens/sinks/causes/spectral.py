@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from lens.common.choices import check_counts, is_whole
+from lens.common.choices import Seed, is_whole
 from lens.common.errors import LensError
 from lens.common.head_ids import head_columns
 from lens.common.progress import advancing
@@ -123,7 +123,7 @@ def bands(
     prompts: Any = None,
     *,
     count: int = BANDS,
-    seed: int = 0,
+    seed: Seed = 0,
     progress: bool = True,
 ) -> SpectralBands:
     """SVD of the unembedding (the last norm's scale folded in), cut into equal bands.
@@ -147,7 +147,6 @@ def bands(
         >>> found = lens.sinks.bands(model, texts, count=4)
         >>> found.table().query("weight == 'output'").groupby("band").energy.mean(), found.losses.table()
     """
-    check_counts(0, seed=seed)
     weights = head_weights(model)
     unembedding = weights.unembedding.double()  # [d_model, vocab]
     width = len(unembedding)

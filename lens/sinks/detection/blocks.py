@@ -9,7 +9,6 @@ import numpy as np
 import pandas as pd
 
 from lens.common.errors import LensError
-from lens.common.given import given_as
 from lens.common.head_ids import head_columns
 from lens.common.results import Result, Sentence
 from lens.sinks.detection.alphas import Samples, check_epsilon, samples_of
@@ -92,7 +91,6 @@ def block_bounds(trace: AttentionTrace, *, epsilon: float = SINK_EPSILON) -> Blo
     Example:
         >>> lens.sinks.block_bounds(trace).findings()
     """
-    given_as("AttentionTrace", trace=trace)
     check_epsilon(epsilon)
     if "block_mass" not in trace.dataset:
         raise LensError(

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
-from lens.common.choices import check_choice, check_counts
+from lens.common.choices import Seed, check_choice
 from lens.common.errors import LensError
 from lens.common.given import given_traces
 from lens.common.progress import advancing
@@ -79,7 +79,7 @@ def emergence(
     key: int = 0,
     epsilon: float = SINK_EPSILON,
     normalise: Normalise = "visible",
-    seed: int = 0,
+    seed: Seed = 0,
     progress: bool = True,
 ) -> SinkEmergence:
     """The sink rate by layer, on the prompts and on what `over` makes of them.
@@ -100,8 +100,6 @@ def emergence(
         >>> lens.sinks.emergence(model, texts, over="length").findings()
     """
     from lens.traces.captures import capture
-
-    check_counts(0, seed=seed)
 
     conditions = _conditions(model, prompts, over, seed)
     rates, rows = {}, []

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import pandas as pd
 
-from lens.common.choices import check_choice, check_counts
+from lens.common.choices import Seed
 from lens.common.errors import LensError
 from lens.common.given import given_traces
 from lens.common.head_ids import head_columns
@@ -180,7 +180,7 @@ def rate(
     epsilon: float = SINK_EPSILON,
     normalise: Normalise = "visible",
     reduce: Reduce = "sample_first",
-    seed: int = 0,
+    seed: Seed = 0,
 ) -> SinkRate:
     """`Sink_k = mean over samples, layers and heads of [alpha_k > epsilon]`.
 
@@ -202,8 +202,6 @@ def rate(
         >>> result = lens.sinks.rate(traces)
         >>> result.value, result.samples.tokens, result.samples.bos, result.samples.n
     """
-    check_counts(0, seed=seed)
-    check_choice("reduce", reduce, Reduce)
     several = given_traces(traces)
     samples = samples_of(several)
     alpha = alpha_at(several, key, normalise)
