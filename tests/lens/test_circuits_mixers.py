@@ -87,7 +87,7 @@ def test_all_edges_of_a_head_together_are_its_ablation():
     clean = mixed.run(CLEAN)
     reader = mixed.graph.readers.index("a2")
     head = list(mixed.graph.writers).index("a2.h1")
-    written = mixed.written(reader, clean.parts[reader])[:, 1]
+    written = mixed.written(reader, clean.heads[reader])[:, 1]
 
     def change(number, read):
         return read - written if mixed.graph.allowed[number, head] else read
@@ -118,7 +118,7 @@ def test_gradients_are_slopes_of_the_replacement():
             if place:
                 source = next(n for n, own in enumerate(mixed.graph.feeds) if place in own)
                 own = mixed.graph.feeds[source].index(place)
-                difference = mixed.written(source, clean.parts[source] - corrupt.parts[source])[
+                difference = mixed.written(source, clean.heads[source] - corrupt.heads[source])[
                     :, own
                 ]
             else:
@@ -184,14 +184,14 @@ def test_edges_left_out_of_a_pass_are_those_replaced_by_hand():
     for edge in graph.find(both):
         masks[0, graph.ends[0][edge], graph.ends[1][edge]] = 1
     clean, corrupt = mixed.run(CLEAN), mixed.run(CORRUPT)
-    changed = mixed.written(0, corrupt.parts[0] - clean.parts[0])[:, 2]
+    changed = mixed.written(0, corrupt.heads[0] - clean.heads[0])[:, 2]
     norm, later = (
         getattr(loaded.model.model.layers[n], name)
         for n, name in ((0, "pre_ff_layernorm"), (1, "input_layernorm"))
     )
     hook = norm.register_forward_pre_hook(lambda _, args: (args[0] + changed,))
     new = mixed.run(CLEAN)
-    difference = corrupt.parts[1] - new.parts[1]
+    difference = (corrupt.heads[1] - new.heads[1])[:, 0]
     other = later.register_forward_pre_hook(lambda _, args: (args[0] + difference,))
     expected = loaded.model(CLEAN).logits
     hook.remove(), other.remove()

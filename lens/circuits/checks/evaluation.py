@@ -15,7 +15,7 @@ from lens.circuits.graph.activations import Ablation, References
 from lens.circuits.graph.circuit import Circuit
 from lens.circuits.graph.edge_scores import EdgeScores
 from lens.circuits.graph.masked_forward import masked_logits
-from lens.circuits.graph.mixed import Mixed, MixedReferences, mixed_of
+from lens.circuits.graph.mixed import Mixed, mixed_of
 from lens.circuits.graph.nodes import find_nodes
 from lens.circuits.graph.ways import Ways, calls_of
 from lens.common.choices import Count, Seed
@@ -260,15 +260,11 @@ def run_circuits(
     if ways is not None and where is None:
         raise LensError("ways are between spans; give where")
     cut = None if ways is None else torch.as_tensor(~_with_ends(ways))
-    references: Any
-    if isinstance(nodes, Mixed):
-        if where is not None or ways is not None:
-            raise LensError(
-                f"edges in spans are not known of {model.info.class_name}, which has mixers"
-            )
-        references = MixedReferences(nodes, task, ablation)
-    else:
-        references = References(nodes, task, ablation)
+    if mixed is not None and (where is not None or ways is not None):
+        raise LensError(
+            f"edges in spans are not known of {model.info.class_name}, which has mixers"
+        )
+    references = References(nodes, task, ablation, None if mixed is None else mixed.outputs)
     metric, kl = [], []
     at_most = task.rows_at_once(model)
     with torch.no_grad(), advancing(f"{model.name}: circuits", task.n, progress) as advance:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -147,13 +147,25 @@ def shares_in_mean(task: Task, rows: Tensor, hidden: Tensor) -> Tensor:
 class References:
     """What is put in place of each writer's output, for any rows of a task.
 
+    Args:
+        nodes: of the model; of a hybrid `lens.circuits.graph.mixed.Mixed`.
+        task, ablation: whose prompts, and what of them.
+        read: ids -> what every writer writes; None: as `read_activations`.
+
     Raises:
         LensError: no corrupt prompts for the counterfactual ablation.
     """
 
-    def __init__(self, nodes: Nodes, task: Task, ablation: Ablation) -> None:
+    def __init__(
+        self,
+        nodes: Any,
+        task: Task,
+        ablation: Ablation,
+        read: Callable[[Tensor], Activations] | None = None,
+    ) -> None:
         task.check(nodes.model)
-        self._nodes, self._task, self._ablation = nodes, task, ablation
+        self._model, self._task, self._ablation = nodes.model, task, ablation
+        self._read = read or (lambda ids: read_activations(nodes, ids)[1])
         self._mean: Activations | None = None
         if ablation.value == "counterfactual":
             task.corrupt_or_refuse()
@@ -161,15 +173,15 @@ class References:
     def of(self, rows: Tensor) -> Activations:
         """Reference outputs of these prompts, or one row for all."""
         if self._ablation.value == "counterfactual":
-            return read_activations(self._nodes, self._task.corrupt_or_refuse()[rows])[1]
+            return self._read(self._task.corrupt_or_refuse()[rows])
         if self._mean is None:
             self._mean = self._over_prompts()
         return self._mean
 
     def _over_prompts(self) -> Activations:
         task, total = self._task, None
-        for rows in task.chunks(min(16, task.rows_at_once(self._nodes.model))):
-            _, found = read_activations(self._nodes, task.clean[rows])
+        for rows in task.chunks(min(16, task.rows_at_once(self._model))):
+            found = self._read(task.clean[rows])
             share = shares_in_mean(task, rows, found.input)
 
             def shared(part: Tensor, share: Tensor = share) -> Tensor:

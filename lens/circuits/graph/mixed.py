@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lens.circuits.graph.activations import Ablation, shares_in_mean
+from lens.circuits.graph.activations import Activations
 from lens.circuits.graph.graph import StreamGraph
 from lens.circuits.graph.nodes import find_nodes
 from lens.common.errors import LensError
@@ -27,7 +27,6 @@ from lens.models.loaded import LoadedModel
 from lens.models.weights import matrix
 from lens.passes.logits import logits_of
 from lens.passes.sessions import transformer
-from lens.tasks.task import Task
 
 _TOLERANCE = 1e-4
 Change = Callable[[int, Tensor], Tensor]
@@ -53,19 +52,18 @@ class _SubLayer:
 
 
 @dataclass(eq=False)
-class Written:
+class Written(Activations):
     """What was written in one pass, and what was read.
 
     Attributes:
-        logits: [rows, tokens, vocab].
         input: [rows, tokens, d_model].
-        parts: of each sub-layer what its output projection read, [rows, tokens, heads, width], or what an MLP wrote.
+        heads: of each sub-layer [rows, heads, tokens, width], what its output projection read, or what an MLP, which is
+            one head, wrote.
+        logits: [rows, tokens, vocab].
         read: of each reader what entered its norm.
     """
 
     logits: Tensor = field(default_factory=lambda: torch.empty(0))
-    input: Tensor = field(default_factory=lambda: torch.empty(0))
-    parts: list[Tensor] = field(default_factory=list)
     read: list[Tensor] = field(default_factory=list)
 
 
@@ -97,12 +95,17 @@ class Mixed:
         self, ids: Tensor, change: Change | None = None, entered: Tensor | None = None
     ) -> Written:
         """One pass; readers get what `change` makes of what they would read, the first layer gets `entered`."""
-        found = Written()
+        found = Written(torch.empty(0))
         with self._listening(found, change, entered):
             found.logits = logits_of(self.model, ids)
         return found
 
-    def masked(self, ids: Tensor, reference: Written, masks: Tensor) -> Tensor:
+    @torch.no_grad()
+    def outputs(self, ids: Tensor) -> Activations:
+        """What is written in a plain pass."""
+        return self.run(ids)
+
+    def masked(self, ids: Tensor, reference: Activations, masks: Tensor) -> Tensor:
         """Logits [masks, rows, tokens, vocab] of a pass in which each edge carries what its mask [masks, readers, writers] says.
 
         As `lens.circuits.graph.masked_forward`: a reader gets what it reads and, of each writer before it, alpha times
@@ -110,7 +113,7 @@ class Mixed:
         """
         copies, rows = len(masks), len(ids)
         alphas = masks.where(torch.as_tensor(self.graph.allowed), 0).repeat_interleave(rows, 0)
-        found, differences = Written(), []
+        found, differences = Written(torch.empty(0)), []
 
         def of_rows(part: Tensor) -> Tensor:
             own = part.expand(rows, *part.shape[1:])
@@ -119,8 +122,8 @@ class Mixed:
         def change(number: int, read: Tensor) -> Tensor:
             if not differences:
                 differences.append((of_rows(reference.input) - found.input)[:, None])
-            for one in range(len(differences) - 1, len(found.parts)):
-                own = of_rows(reference.parts[one]) - found.parts[one]
+            for one in range(len(differences) - 1, len(found.heads)):
+                own = of_rows(reference.heads[one]) - found.heads[one]
                 differences.append(self.written(one, own))
             before = torch.cat(differences, 1)
             alpha = alphas[:, number, : before.shape[1]].to(before)
@@ -130,13 +133,13 @@ class Mixed:
             logits = logits_of(self.model, ids.repeat(copies, 1))
         return logits.unflatten(0, (copies, rows))
 
-    def written(self, number: int, parts: Tensor) -> Tensor:
-        """[rows, heads, tokens, d_model] that a sub-layer adds to the stream, without a bias, of its `parts`."""
+    def written(self, number: int, heads: Tensor) -> Tensor:
+        """[rows, heads, tokens, d_model] that a sub-layer adds to the stream, without a bias, of its `heads`."""
         one = self._layers[number]
         if one.output is None:
-            return parts[:, None]
-        weight = matrix(one.output, self.model)[0].to(parts)
-        return torch.einsum("rthw,hwd->rhtd", parts, weight.unflatten(0, (one.heads, -1)))
+            return heads
+        weight = matrix(one.output, self.model)[0].to(heads)
+        return torch.einsum("rhtw,hwd->rhtd", heads, weight.unflatten(0, (one.heads, -1)))
 
     @contextmanager
     def _listening(
@@ -174,7 +177,7 @@ class Mixed:
                 before(one.norm, reads(number))
                 if one.output is None:
                     hook = one.module.register_forward_hook(
-                        lambda _, __, output: found.parts.append(_first_of(output))
+                        lambda _, __, output: found.heads.append(_first_of(output)[:, None])
                     )
                     stack.callback(hook.remove)
                 else:
@@ -199,7 +202,7 @@ class Mixed:
                 if number < len(self._layers):
                     one = self._layers[number]
                     bias = None if one.output is None else matrix(one.output, self.model)[1]
-                    stream = stream + self.written(number, found.parts[number]).sum(1)
+                    stream = stream + self.written(number, found.heads[number]).sum(1)
                     stream = stream if bias is None else stream + bias
 
 
@@ -215,50 +218,9 @@ def check_edges(model: LoadedModel, edges: int) -> None:
         raise LensError(f"edges must be 1 to {total:,}, as many as {model.name} has; got {edges:,}")
 
 
-class MixedReferences:
-    """What is put in the place of what is written, for any rows of a task: as `lens.circuits.graph.activations.References`.
-
-    Raises:
-        LensError: no corrupt prompts for the counterfactual ablation.
-    """
-
-    def __init__(self, mixed: Mixed, task: Task, ablation: Ablation) -> None:
-        task.check(mixed.model)
-        self._mixed, self._task, self._ablation = mixed, task, ablation
-        self._mean: Written | None = None
-        if ablation.value == "counterfactual":
-            task.corrupt_or_refuse()
-
-    @torch.no_grad()
-    def of(self, rows: Tensor) -> Written:
-        """Of these prompts, or one row for all."""
-        if self._ablation.value == "counterfactual":
-            corrupt = self._task.corrupt_or_refuse()[rows]
-            return self._mixed.run(corrupt.to(self._mixed.model.device))
-        if self._mean is None:
-            self._mean = self._over_prompts()
-        return self._mean
-
-    def _over_prompts(self) -> Written:
-        """Means over the prompts, position by position; zeros for the zero ablation."""
-        task, total = self._task, []
-        for rows in task.chunks(min(16, task.rows_at_once(self._mixed.model))):
-            found = self._mixed.run(task.clean[rows].to(self._mixed.model.device))
-            share = shares_in_mean(task, rows, found.input)
-            sums = [
-                (part * share.view(*share.shape[:2], *[1] * (part.dim() - 2))).sum(0, keepdim=True)
-                for part in (found.input, *found.parts)
-            ]
-            total = sums if not total else [a + b for a, b in zip(total, sums, strict=True)]
-            if self._ablation.value == "zero":
-                total = [torch.zeros_like(part) for part in sums]
-                break
-        return Written(input=total[0], parts=total[1:])
-
-
 def _keeping(found: Written, heads: int) -> Callable[[Tensor], None]:
     def keep(z: Tensor) -> None:
-        found.parts.append(z.unflatten(-1, (heads, -1)))
+        found.heads.append(z.unflatten(-1, (heads, -1)).transpose(1, 2))
 
     return keep
 

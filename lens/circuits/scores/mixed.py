@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lens.circuits.graph.activations import Ablation
+from lens.circuits.graph.activations import Ablation, Activations, References
 from lens.circuits.graph.edge_scores import EdgeScores
-from lens.circuits.graph.mixed import Mixed, MixedReferences, Written
+from lens.circuits.graph.mixed import Mixed, Written
 from lens.circuits.scores.batch import fractions_of
 from lens.common.errors import LensError
 from lens.common.progress import advancing
@@ -41,7 +41,7 @@ def score_mixed(
             f"edges of models with mixers are scored by {', '.join(METHODS)} with a number of steps; got {asked}"
         )
     model = mixed.model
-    references = MixedReferences(mixed, task, ablation)
+    references = References(mixed, task, ablation, mixed.outputs)
     fractions = [1.0] if method == "eap" else fractions_of(steps, rule)
     found = []
     with advancing(f"{model.name}: {method}", task.n, progress) as advance:
@@ -68,20 +68,12 @@ def score_mixed(
     )  # fmt: skip
 
 
-def _differences(mixed: Mixed, clean: Written, reference: Written) -> Tensor:
-    """[rows, writers, tokens, d_model], clean - reference."""
-    found = [(clean.input - reference.input)[:, None]]
-    for number, (own, other) in enumerate(zip(clean.parts, reference.parts, strict=True)):
-        found.append(mixed.written(number, own - other))
-    return torch.cat(found, 1)
-
-
 def _exact(
     mixed: Mixed,
     ids: Tensor,
     measure: Callable[[Tensor], Tensor],
     clean: Written,
-    reference: Written,
+    reference: Activations,
     copies: int,
 ) -> Tensor:
     """[rows, edges]: what the metric loses with each edge alone replaced, so many edges in one pass."""
@@ -101,27 +93,29 @@ def _attributed(
     ids: Tensor,
     measure: Callable[[Tensor], Tensor],
     clean: Written,
-    reference: Written,
+    reference: Activations,
     fractions: list[float],
 ) -> Tensor:
     """[rows, edges]: differences of writers times mean gradients at readers, over inputs between reference and clean."""
-    differences = _differences(mixed, clean, reference)
+    change = clean.minus(reference)
+    written = [mixed.written(number, heads) for number, heads in enumerate(change.heads)]
+    differences = torch.cat(
+        [change.input[:, None], *written], 1
+    )  # [rows, writers, tokens, d_model]
     total = torch.zeros(len(ids), len(mixed.graph.readers), len(mixed.graph.writers))
     total = total.to(differences)
     for fraction in fractions:
         read: list[Tensor] = []
 
-        def change(_: int, hidden: Tensor, read: list[Tensor] = read) -> Tensor:
+        def reads(_: int, hidden: Tensor, read: list[Tensor] = read) -> Tensor:
             read.append(
                 hidden.view_as(hidden)
             )  # a name of its own, so that its gradient comes alone
             return read[-1]
 
-        entered = (reference.input + fraction * (clean.input - reference.input)).expand_as(
-            clean.input
-        )
+        entered = (reference.input + fraction * change.input).expand_as(clean.input)
         with torch.enable_grad():
-            logits = mixed.run(ids, change, entered.detach().requires_grad_()).logits
+            logits = mixed.run(ids, reads, entered.detach().requires_grad_()).logits
             values = measure(logits)
             if not values.requires_grad:
                 raise LensError("the metric has no gradient; use 'logit_difference' or 'loss'")

@@ -1,0 +1,211 @@
+"""What results say, word for word, of numbers by hand: another head, order, side or share would be another sentence."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from lens.circuits.checks._positions import PositionEvaluation
+from lens.circuits.checks.evaluation import Outcome
+from lens.circuits.graph.activations import Ablation
+from lens.circuits.graph.graph import Graph
+from lens.circuits.scores.position_scores import PositionScores
+from lens.common.head_ids import HeadId
+from lens.mixers.capturing import MixerCapture
+from lens.mixers.measures import MixerMeasures
+from lens.reading.attributing_blocks import BlockScores
+from lens.reading.judged import Faithfulness
+from lens.reading.logit_terms import LogitTerms
+from lens.reading.retrieved import RetrievalKinds
+from lens.reading.shares import ComponentShares
+from lens.traces.alignment import Alignment
+from lens.traces.denoised import Denoising
+from lens.traces.overlays import Overlay
+from lens.vision.structure import PatchSegments
+
+
+def twice(values):
+    """[..., 2] of two prompts, or trials, that are alike."""
+    return np.repeat(np.asarray(values, float)[..., None], 2, -1)
+
+
+def sizes():
+    full, kept = np.ones(2), np.tile([0.1, 0.5], (5, 1))
+    levels = ((0.9, 1), (0.2, 0.86), (0, 0.1), (0.84, 0.9), (0, 0))
+    outcomes = tuple(Outcome(twice(one), np.zeros((2, 2)), full, 0 * full) for one in levels)
+    return PositionEvaluation((0.1, 0.5), kept, kept, outcomes, 0, "eap", "t", "m")
+
+
+def at_places():
+    within, across = np.zeros((2, 2, 5)), np.zeros((2, 3, 1, 1, 2, 2))
+    within[:, 0, 0], within[:, 1, 0], within[:, 1, 4] = 0.5, -0.5, 2
+    across[:, 2, 0, 0, 1, 0] = 1.25
+    graph, where = Graph(1, 1, 1, mlps=False), np.ones((2, 2, 3), bool)
+    return PositionScores(
+        graph, ("name", "rest"), where, within, across, "eap", Ablation(), "loss", "t", "m"
+    )
+
+
+def mixer(layer=3, check=2e-7):
+    rows = {name: np.full((2, 8), 0.5) for name in ("mass", "entropy", "first_share")}
+    rows |= {"size": np.ones((2, 8)), "negative": np.outer([0.25, 0.75], np.ones(8))}
+    rows["distance"] = np.outer([1.0, 3.0], np.ones(8))
+    maps, of_heads = np.zeros((2, 1, 1)), np.full(2, np.nan)
+    return MixerMeasures(
+        rows, maps, maps, maps[0], maps[0], of_heads, of_heads, of_heads, check, layer, "mamba2"
+    )
+
+
+def blocks(method="rollout", approximate=True):
+    values = np.array([0.1, 0.5, -0.2, 0.3])
+    return BlockScores(values, 4, ("a", "b", "c", "d"), method, approximate, "m")
+
+
+def components():
+    sizes = np.array([2.0, 1.0]), np.array([4.0, 3.0])
+    carried = twice([3, 1]), twice([0.2, 0.8])
+    return ComponentShares(HeadId(1, 2), 3, "pairs", sizes, *carried, 7, 0, "m")
+
+
+def retrieval():
+    means = [[[0.1, 0.9, 0.5]], [[0.9, 0.1, 0.5]], [[0.5, 0.1, 0.9]]]
+    recalls = twice([[0.5], [0.25], [0.0]])
+    clean = np.array([1.0, 0.5])
+    return RetrievalKinds(twice(means), (1,), clean, recalls, twice([0.7]), 3, 0, "m")
+
+
+def terms():
+    change = twice([[[0.3, 0.1], [0.2, 0.25]], [[0.4, 0.6], [0.5, 0.5]]])
+    return LogitTerms(("content", "position"), (2, 5), change, change, None, None, (), 0, "m")
+
+
+def aligned(accuracy=(0.75, 0.5), tau=(0.2, 0.6)):
+    names = ("monotonicity", "confidence", "accuracy", "chance", "error", "mass")
+    measures = {name: np.full((2, 2), np.nan) for name in names}
+    measures |= {"monotonicity": twice(tau), "accuracy": twice(accuracy)}
+    measures["chance"] = twice((0.125, 0.25))
+    return Alignment(measures, None, ((0, 0), (0, 1)), "m", None, "read")
+
+
+def overlay(*values):
+    return Overlay(np.array([values]), np.array([0.1]), ("L1H2",), "row 3", None, None)
+
+
+def deleted():
+    measures = [twice(one).transpose(0, 2, 1) for one in ([[0.2], [0.4], [0.3]], [[0.3], [0.1], [0.25]])]  # fmt: skip
+    soft, agreement = np.zeros((3, 2, 1)), np.zeros((3, 2, 2))
+    methods, why = ("raw", "rollout", "random"), {"flow": "too long"}
+    drawn = np.zeros((2, 2, 2, 1))
+    return Faithfulness(methods, (0.5,), *measures, soft, soft, agreement, drawn, why, 0, "m")
+
+
+def segments():
+    return PatchSegments(np.array([[0, 0, 0], [0, 1, 2]]), 0.25, "L1", None)
+
+
+SAID = {
+    sizes: [
+        "Share of the edges' tokens that circuits of a faithfulness of 0.85 keep: at places 10.00%, everywhere 50.00%, "
+        "random at places none; with as large a share of the ways across spans and the others cut 50.00%, random ones none."
+    ],
+    at_places: [
+        "Largest within spans: a0.h0->logits at rest 2, input->a0.h0<q> at name 0.5, input->a0.h0<q> at rest -0.5.",
+        "Largest across spans: a0.h0<v> at rest from name 1.25, a0.h0<q> at name from name 0, a0.h0<q> at name from rest 0.",
+        "Summed over 2 spans, 33% of the size of the edges' scores cancels.",
+    ],
+    mixer: [
+        "mamba2 of layer 3: 50% of the absolute mass of its 2 heads is negative.",
+        "L3H1 looks furthest: 3.0 tokens back on average [3.0, 3.0].",
+        "Phi v is the layer's own output to 2e-07 of its largest value.",
+    ],
+    blocks: [
+        "By rollout the blocks 1 (from token 4) 0.5, 3 (from token 12) 0.3, 0 (from token 0) 0.1 score highest.",
+        "The score of a block of 4 tokens is approximate: maps of layers are multiplied as means over blocks.",
+    ],
+    components: [
+        "L1H2 on 7 pairs at distance 3: about 1.6 of 2 components of its query-key map carry the logits, 1.5 of 2 of its "
+        "value-output map what it writes.",
+        "query-key: component 0 (singular value 2) carries 75%.",
+        "value-output: component 1 (singular value 3) carries 80%.",
+    ],
+    retrieval: [
+        "Retrieval heads by where they look while the needle is written (literal): L0H1, L0H2, L0H0 come first.",
+        "Retrieval heads by how much more the question looks at it (query): L0H0, L0H2, L0H1 come first.",
+        "Retrieval heads by what they bring from it to the answer (output): L0H2, L0H0, L0H1 come first.",
+        "Recall is 0.75 over 2 trials; without the first 1: literal 0.50, query 0.25, output 0.00; without random others 0.70.",
+        "Rank correlations: literal and query -1.00, literal and output -0.50, query and output 0.50.",
+    ],
+    terms: [
+        "2 of 4 heads of m change more without a term of position than without content.",
+        "L5H0 rests on position most: without position 60% of its attention lies elsewhere, without content 40%.",
+    ],
+    aligned: [
+        "L0H0 points best: the strongest key is a label in 75% [75%, 75%] of the labelled rows; a key at random in 12%.",
+        "L0H1 goes on as the target does: Kendall's tau of its strongest keys is 0.60.",
+    ],
+    deleted: [
+        "Deleting what rollout scores highest costs the answer 0.400 of probability, random tokens 0.300; 2 prompts.",
+        "With what rollout scores highest alone the answer loses 0.100, with random tokens alone 0.250.",
+        "Deleted, no better than random order, as far as 2 prompts tell: raw.",
+        "flow is not scored: too long.",
+        "A deleted token is the mean embedding at its place, which the model was not trained on.",
+    ],
+    segments: [
+        "L1: 3 segments of patches whose rows differ by at most 0.25 nats; the largest hold 67%, 17%, 17% of the picture."
+    ],
+}
+
+
+@pytest.mark.parametrize("made", SAID)
+def test_numbers_by_hand_are_said_so(made):
+    assert list(made().findings()) == SAID[made]
+
+
+def test_a_capture_of_mixers_says_what_each_says_and_no_check_that_was_not_made():
+    first, second = mixer(), mixer(5, np.nan)
+    assert MixerCapture((first, second), (), "m", ()).findings() == (
+        *first.findings(), *second.findings(),
+    )  # fmt: skip
+    assert [one.kind for one in second.findings()] == ["sign", "distance"]
+    assert second.findings()[1].startswith("L5H1 looks furthest")
+
+
+@pytest.mark.parametrize(
+    ("method", "limit"),
+    [
+        ("leave_one_out", "exact: what the block has as a whole, deleted at once"),
+        ("raw", "exact: the sum of its tokens' scores"),
+    ],
+)
+def test_scores_of_blocks_that_are_exact_are_said_to_be(method, limit):
+    said = {one.kind: one for one in blocks(method, approximate=False).findings()}
+    assert said["limit"] == f"The score of a block of 4 tokens is {limit}."
+
+
+def test_an_alignment_without_labels_or_order_names_no_head():
+    (alone,) = aligned(accuracy=(np.nan, np.nan)).findings()
+    assert (alone.kind, alone[:4]) == ("monotonicity", "L0H1")
+    assert [one.kind for one in aligned(tau=(np.nan, np.nan)).findings()] == ["alignment", "limit"]
+
+
+def test_an_overlay_names_a_patch_where_one_stands_out():
+    assert list(overlay([0.1, 0.1], [0.6, 0.1]).findings()) == [
+        "L1H2, row 3: most on the patch (1, 0), 2.7 times what a patch of uniform attention has.",
+        "L1H2, row 3: 1 of 4 patches hold half of it.",
+        "L1H2, row 3: 10.0% lies on no patch shown.",
+    ]
+    even = {one.kind: one for one in overlay([0.2, 0.2], [0.2, 0.2]).findings()}
+    assert even["strongest"] == "L1H2, row 3: no patch stands out from uniform attention."
+    assert even["half"] == "L1H2, row 3: 2 of 4 patches hold half of it."
+
+
+def test_a_denoiser_is_told_at_its_first_and_last_step(monkeypatch):
+    steps = [0, 0, 4, 4, 9, 9]
+    rows = pd.DataFrame({"part": "joint", "step": steps, "entropy": [1.0, 2, 9, 9, 3, 4]})
+    rows["image_to_text"] = [0.1, 0.3, 0.9, 0.9, 0.5, 0.7]
+    rows["text_to_image"] = [0.4, 0.6, 0.9, 0.9, 0.0, 0.2]
+    monkeypatch.setattr(Denoising, "table", lambda _: rows)
+    found = Denoising((0, 4, 9), (9.0, 5.0, 1.0), {("joint", 0): None}, "m", 0.0)
+    assert list(found.findings()) == [
+        "joint: mass of the picture on text 20.0% at step 0 (text to picture 50.0%), 60.0% at step 9 (text to picture 10.0%).",
+        "joint: mean entropy of a row 1.50 nats at step 0, 3.50 nats at step 9.",
+    ]
