@@ -6,7 +6,6 @@ edit changes what the one before it left (`_rows`). No probability is stored.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from lens.common.errors import LensError
 from lens.common.head_ids import HeadId
-from lens.edits._rows import Rows, dropped, forced, moved, revalued, scaled, sunk
+from lens.edits._rows import Rows, dropped, forced, log_of, moved, revalued, scaled, sunk
 from lens.edits.base import AttentionEdit, grouped, part_of, queries_at
 from lens.passes.calls import LayerCall, attend
 from lens.passes.keys import Keys, KeysAt, members
@@ -269,7 +268,7 @@ def _applied(
     """All rows changed by a plan, and those that had nowhere to put the mass."""
     match plan.rule:
         case "mask":
-            return scaled(rows, where.source, _log(1 - plan.amount))
+            return scaled(rows, where.source, log_of(1 - plan.amount))
         case "bias":
             return scaled(rows, where.source, plan.amount)
         case "drop":
@@ -354,7 +353,3 @@ def _check_seen(
             f"layer {call.layer} does not see all of the keys from the query (a window or a mask hides "
             "them), so its heads cannot look there; choose heads of other layers, or earlier keys"
         )
-
-
-def _log(number: float) -> float:
-    return math.log(number) if number > 0 else -math.inf

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lens.common.errors import LensError
 from lens.edits.base import AttentionEdit, queries_at
 from lens.models.loaded import LoadedModel
-from lens.passes.calls import LayerCall, attend
+from lens.passes.calls import LayerCall, attend, first_of
 from lens.passes.head_outputs import FEWEST, mean_heads, tokens_of
 from lens.passes.inputs import read_prompts
 from lens.passes.keys import KeysAt
@@ -95,7 +95,7 @@ class SubLayersOut(Hooked):
 
                 def hook(_: nn.Module, __: Any, output: Any, name: str = name) -> Any:
                     self.calls += 1
-                    first = _first(output)
+                    first = first_of(output)
                     instead = torch.zeros_like(first)
                     if name in self._means:
                         instead += self._means[name].to(first)
@@ -146,7 +146,7 @@ def mean_sublayers(
         for name, module in modules.items():
 
             def hook(_: nn.Module, __: Any, output: Any, name: str = name) -> None:
-                total = _first(output)[0].double().sum(0)
+                total = first_of(output)[0].double().sum(0)
                 sums[name] = sums[name] + total if name in sums else total
 
             stack.callback(module.register_forward_hook(hook).remove)
@@ -208,7 +208,3 @@ def _positions(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Int[Tensor, "#b
     if isinstance(real, Tensor) and real.dim() == 2:
         places = places - real.int().argmax(-1)[:, None]
     return places
-
-
-def _first(output: Any) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output

@@ -95,8 +95,8 @@ def scaled(rows: Rows, source: list[int], log_weight: float) -> tuple[Rows, Tens
 
 def dropped(rows: Rows, source: list[int], amount: float) -> tuple[Rows, Tensor]:
     """A share of the sources' weight goes to no key."""
-    lost = rows.logits[source].logsumexp(0) + _log(amount)
-    found = rows.added(source, _log(1 - amount))
+    lost = rows.logits[source].logsumexp(0) + log_of(amount)
+    found = rows.added(source, log_of(1 - amount))
     logits = found.logits.clone()
     logits[-1] = torch.logaddexp(logits[-1], lost)
     return replace(found, logits=logits), torch.zeros_like(rows.seen)
@@ -107,13 +107,13 @@ def moved(rows: Rows, source: list[int], target: list[int], amount: float) -> tu
     gives, takes = rows.mass(source), rows.mass(target)
     stuck = (gives > 0) & (takes < SMALLEST_TARGET)
     gain = torch.log1p(amount * gives / takes.clamp(min=SMALLEST_TARGET))
-    return rows.added(source, _log(1 - amount)).added(target, gain), stuck
+    return rows.added(source, log_of(1 - amount)).added(target, gain), stuck
 
 
 def sunk(rows: Rows, amount: float) -> tuple[Rows, Tensor]:
     """A learned sink with exp(logit) = amount."""
     logits = rows.logits.clone()
-    logits[-1] = torch.logaddexp(logits[-1], torch.full_like(logits[-1], _log(amount)))
+    logits[-1] = torch.logaddexp(logits[-1], torch.full_like(logits[-1], log_of(amount)))
     return replace(rows, logits=logits), torch.zeros_like(rows.seen)
 
 
@@ -131,12 +131,12 @@ def forced(
     if equal is None:
         stuck = (rows.logits[target] == -torch.inf).all(0)
     whole = rows.logits.logsumexp(0)
-    logits = rows.logits + _log(1 - amount)
+    logits = rows.logits + log_of(1 - amount)
     content = rows.content.clone() if equal is not None else rows.content
     own = rows.logits[target].logsumexp(0)
     for group in target:
         share = rows.logits[group] - own if equal is None else equal[0][group].to(own).log()
-        comes = whole + _log(amount) + share
+        comes = whole + log_of(amount) + share
         both = torch.logaddexp(logits[group], comes)
         if equal is not None:
             new = (comes - both).exp().masked_fill(both == -torch.inf, 0.0)[..., None]
@@ -159,5 +159,6 @@ def revalued(
     return replace(rows, content=content), torch.zeros_like(rows.seen)
 
 
-def _log(number: float) -> float:
+def log_of(number: float) -> float:
+    """-inf of 0, or less."""
     return math.log(number) if number > 0 else -math.inf

@@ -18,6 +18,7 @@ from lens.heads.pruning.distances import Distance
 from lens.heads.pruning.sublayer_scores import BlockInfluence, GreedyRemoval, SkipSweep
 from lens.models.layout import blocks, named_sublayers
 from lens.models.loaded import LoadedModel
+from lens.passes.calls import first_of
 from lens.passes.logits import logits_of
 from lens.tasks.task import Task
 
@@ -138,8 +139,7 @@ def block_influence(model: LoadedModel, task: Task, *, progress: bool = True) ->
     parts, turned = [], []
 
     def keep(_: object, inputs: tuple[Tensor, ...], output: object) -> None:
-        after = output[0] if isinstance(output, tuple) else output
-        assert isinstance(after, Tensor)
+        after = first_of(output)
         cosine = torch.cosine_similarity(inputs[0].double(), after.double(), dim=-1)
         turned.append(1 - cosine.mean(1))  # [rows]
 

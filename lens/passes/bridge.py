@@ -7,13 +7,14 @@ Hooks on scores and pattern do not fire: those N×N tensors are never built.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
 from lens.common.errors import LensError
+from lens.passes.computed import put_over
 from lens.passes.interface import lens_attention
 
 
@@ -24,26 +25,16 @@ def replaced_attention(bridge: Any) -> Iterator[None]:
     Raises:
         LensError: no attention module that can be replaced.
     """
-    replaced: list[tuple[nn.Module, str, Any]] = []
-    try:
-        for module in bridge.modules():
-            if not _is_a(module, "AttentionBridge"):
-                continue
-            owner, name, replacement = _replacement(module)
-            replaced.append((owner, name, vars(owner).get(name)))
-            object.__setattr__(owner, name, replacement)
-        if not replaced:
-            raise LensError(
-                f"the bridge of {type(bridge.original_model).__name__} has no AttentionBridge, so its "
-                "attention cannot be reached; pass the transformers model itself"
-            )
+    modules = [module for module in bridge.modules() if _is_a(module, "AttentionBridge")]
+    if not modules:
+        raise LensError(
+            f"the bridge of {type(bridge.original_model).__name__} has no AttentionBridge, so its "
+            "attention cannot be reached; pass the transformers model itself"
+        )
+    with ExitStack() as stack:
+        for module in modules:
+            put_over(stack, *_replacement(module))
         yield
-    finally:
-        for owner, name, previous in replaced:
-            if previous is None:
-                object.__delattr__(owner, name)
-            else:
-                object.__setattr__(owner, name, previous)
 
 
 def _replacement(module: Any) -> tuple[nn.Module, str, Callable]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from lens_kernels import AttentionResult, attention
+from torch import Tensor
 from torch.nn.functional import pad
 
 from lens.common.errors import LensError
@@ -14,7 +15,6 @@ from lens.passes.structures import MaskStructure
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
-    from torch import Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,6 +83,11 @@ class LayerCall:
     def cross(self) -> bool:
         """Whether the keys are of another sequence (cross-attention)."""
         return self.mask.cross
+
+
+def first_of(output: Any) -> Tensor:
+    """What a module gives, or the first of several things that it does."""
+    return output if isinstance(output, Tensor) else output[0]
 
 
 def read_half(call: LayerCall, output: Tensor) -> Tensor:

@@ -100,8 +100,7 @@ def _computes_attention(kind: type[nn.Module]) -> bool:
 
 
 def _follow(stack: ExitStack, module: nn.Module, attend: Attend, heads: int | None) -> None:
-    own, previous = module.forward, vars(module).get("forward")
-    form = form_of(module)
+    own, form = module.forward, form_of(module)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         if form is not None:
@@ -112,11 +111,17 @@ def _follow(stack: ExitStack, module: nn.Module, attend: Attend, heads: int | No
             return found.noted.entries()
         return tree_map_only(Scores, _returned, found)
 
-    object.__setattr__(module, "forward", forward)
+    put_over(stack, module, "forward", forward)
+
+
+def put_over(stack: ExitStack, owner: Any, name: str, value: Any) -> None:
+    """`owner` has `value` under this name until the stack is closed, whatever it had there."""
+    previous = vars(owner).get(name)
+    object.__setattr__(owner, name, value)
     if previous is None:
-        stack.callback(object.__delattr__, module, "forward")
+        stack.callback(object.__delattr__, owner, name)
     else:
-        stack.callback(object.__setattr__, module, "forward", previous)
+        stack.callback(object.__setattr__, owner, name, previous)
 
 
 def _returned(scores: Scores) -> Tensor | None:

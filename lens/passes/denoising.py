@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from lens.common.errors import LensError
-from lens.passes.calls import LayerCall, attend
+from lens.passes.calls import LayerCall, attend, first_of
 from lens.passes.check import relative_error, tolerance_of
-from lens.passes.computed import following
+from lens.passes.computed import following, put_over
 from lens.passes.interface import own_attention, received_by
 
 
@@ -196,7 +196,7 @@ def denoising_calls(
     Raises:
         LensError: nothing was reached, or the output is not the denoiser's own.
     """
-    own, previous = denoiser.forward, vars(denoiser).get("forward")
+    own = denoiser.forward
     names = {id(one): name for name, one in attention_modules(denoiser).items()}
     parameters = inspect.signature(own)
     state: dict[str, Any] = {"step": -1, "timestep": None, "checked": False}
@@ -219,14 +219,9 @@ def denoising_calls(
         on_pass(Pass(step, float("nan") if timestep is None else timestep, dict(inputs), check))
         return found
 
-    object.__setattr__(denoiser, "forward", forward)
-    try:
+    with ExitStack() as stack:
+        put_over(stack, denoiser, "forward", forward)
         yield
-    finally:
-        if previous is None:
-            object.__delattr__(denoiser, "forward")
-        else:
-            object.__setattr__(denoiser, "forward", previous)
 
 
 def _captured(
@@ -280,7 +275,7 @@ def _number(timestep: Any) -> float | None:
 
 def _checked(denoiser: nn.Module, found: Any, own: Any) -> float:
     """Raises LensError: an output that is not the denoiser's own."""
-    ours, theirs = (first_tensor(one) for one in (found, own))
+    ours, theirs = first_of(found), first_of(own)
     error, tolerance = relative_error(ours, theirs), tolerance_of(theirs.dtype)
     if not error <= tolerance:
         raise LensError(
@@ -288,8 +283,3 @@ def _checked(denoiser: nn.Module, found: Any, own: Any) -> float:
             f"{tolerance:.0e}); its attention does something that capture does not know, or it is random"
         )
     return error
-
-
-def first_tensor(found: Any) -> Tensor:
-    """The sample of what a denoiser gives."""
-    return found if isinstance(found, Tensor) else found[0]

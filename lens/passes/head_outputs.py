@@ -22,7 +22,7 @@ from lens.models.loaded import LoadedModel
 from lens.passes.calls import LayerCall, attend
 from lens.passes.inputs import Prompt, read_prompts
 from lens.passes.logits import Given, logits_of
-from lens.passes.sessions import listening
+from lens.passes.sessions import OnLayer, listening
 from lens.passes.sources import read_any
 
 if TYPE_CHECKING:
@@ -53,10 +53,15 @@ class HeadGradient:
 
 def read_calls(model: LoadedModel, ids: Int[Tensor, "batch tokens"]) -> list[LayerCall]:
     """What each attention layer is given on token ids; errors as in `read_heads`."""
-    caller = _Caller()
+    calls: list[LayerCall] = []
+
+    def on_layer(call: LayerCall) -> Tensor:
+        calls.append(_detached(call))
+        return attend(call, statistics=()).output
+
     with torch.no_grad():
-        _run(model, ids, caller)
-    return caller.calls
+        _run(model, ids, on_layer)
+    return calls
 
 
 def read_heads(
@@ -67,8 +72,14 @@ def read_heads(
     Raises:
         LensError: as `lens.capture`, or layers that are not those of `model.info`.
     """
+
+    def on_layer(call: LayerCall) -> Tensor:
+        output = attend(call, statistics=()).output
+        keep(call.layer, output)
+        return output
+
     with torch.no_grad():
-        return _run(model, ids, _Reader(keep))
+        return _run(model, ids, on_layer)
 
 
 def mean_heads(model: LoadedModel, prompts: Any, keep_positions: bool) -> list[Tensor]:
@@ -148,7 +159,7 @@ def edited_logits(
         LensError: as in `read_heads`.
     """
     with torch.set_grad_enabled(differentiable):
-        logits = _run(model, _copies(ids, len(groups)), _Editor(groups, sources))
+        logits = _run(model, _copies(ids, len(groups)), _editing(groups, sources))
     return logits.unflatten(0, (len(groups), -1))
 
 
@@ -161,7 +172,7 @@ def edited_outputs(
     """What the model returns, [groups * rows, ...], as in `edited_logits`, for any inputs [rows, ...]."""
     copies = _copies({name: one.to(model.device) for name, one in inputs.items()}, len(groups))
     with torch.no_grad():
-        return _run(model, copies, _Editor(groups, sources), lambda _, given: model.model(**given))
+        return _run(model, copies, _editing(groups, sources), lambda _, given: model.model(**given))
 
 
 def _copies(given: Given, count: int) -> Any:
@@ -191,7 +202,7 @@ def with_gradients(
     """
     differentiated = _Differentiated()
     with torch.enable_grad(), _blocking(blocked):
-        logits = _run(model, ids, differentiated)
+        logits = _run(model, ids, differentiated.on_layer)
         values = objective(logits)
         if not values.requires_grad:
             raise LensError("the metric has no gradient; use 'loss' or 'logit_difference'")
@@ -236,68 +247,38 @@ def _blocking(modules: Sequence[nn.Module]) -> Iterator[None]:
 _FLAT = 1e-8
 
 
-class _Reader:
-    """Hands every head output over and keeps nothing."""
-
-    def __init__(self, keep: Callable[[int, Tensor], None]) -> None:
-        self._keep = keep
-
-    def on_layer(self, call: LayerCall) -> Tensor:
-        """z [rows, heads, queries, value_dim] that the model goes on with."""
-        output = attend(call, statistics=()).output
-        self._keep(call.layer, output)
-        return output
-
-
-class _Editor(_Reader):
+def _editing(groups: Sequence[Sequence[HeadId]], sources: Sequence[Source]) -> OnLayer:
     """Replaces the heads of each group on that group's copy of the rows."""
 
-    def __init__(self, groups: Sequence[Sequence[HeadId]], sources: Sequence[Source]) -> None:
-        super().__init__(lambda *_: None)
-        self._groups = groups
-        self._sources = sources
-
-    def on_layer(self, call: LayerCall) -> Tensor:
-        """See `_Reader`."""
+    def on_layer(call: LayerCall) -> Tensor:
         output = attend(call, statistics=()).output
-        chosen = torch.zeros(len(self._groups), output.shape[1], dtype=torch.bool)
-        for number, group in enumerate(self._groups):
+        chosen = torch.zeros(len(groups), output.shape[1], dtype=torch.bool)
+        for number, group in enumerate(groups):
             for layer, head in group:
                 if layer == call.layer:
                     chosen[number, head] = True
         if not chosen.any():
             return output
-        groups = output.unflatten(0, (len(self._groups), -1)).clone()
+        copies = output.unflatten(0, (len(groups), -1)).clone()
         for number in chosen.any(1).nonzero().flatten().tolist():
-            mine = groups[number]  # [rows, heads, queries, value_dim]
-            instead = self._sources[number](call.layer, mine).expand_as(mine).to(mine.dtype)
+            mine = copies[number]  # [rows, heads, queries, value_dim]
+            instead = sources[number](call.layer, mine).expand_as(mine).to(mine.dtype)
             mine[:, chosen[number]] = instead[:, chosen[number]]
-        return groups.flatten(0, 1)
+        return copies.flatten(0, 1)
+
+    return on_layer
 
 
-class _Caller(_Reader):
-    """Keeps what each layer is given."""
-
-    def __init__(self) -> None:
-        super().__init__(lambda *_: None)
-        self.calls: list[LayerCall] = []
-
-    def on_layer(self, call: LayerCall) -> Tensor:
-        """See `_Reader`."""
-        self.calls.append(_detached(call))
-        return attend(call, statistics=()).output
-
-
-class _Differentiated(_Caller):
+class _Differentiated:
     """Keeps what each layer's attention is given and returns, with its autograd graph."""
 
     def __init__(self) -> None:
-        super().__init__()
+        self.calls: list[LayerCall] = []
         self.results: list[AttentionResult] = []
         self.starts: list[Tensor] = []
 
     def on_layer(self, call: LayerCall) -> Tensor:
-        """See `_Reader`."""
+        """z [rows, heads, queries, value_dim] that the model goes on with."""
         self.calls.append(_detached(call))
         if not self.starts or not call.query.requires_grad:
             # the graph begins here: weights before it need no gradient
@@ -311,18 +292,18 @@ class _Differentiated(_Caller):
 def _run(
     model: LoadedModel,
     inputs: Any,
-    reader: _Reader,
+    on_layer: OnLayer,
     forward: Callable[[LoadedModel, Any], Any] = logits_of,
 ) -> Any:
-    """What `forward` returns (logits of token ids), with the reader's attention."""
+    """What `forward` returns (logits of token ids), with the attention of `on_layer`."""
     seen = 0
 
-    def on_layer(call: LayerCall) -> Tensor:
+    def counted(call: LayerCall) -> Tensor:
         nonlocal seen
         seen += 1
-        return reader.on_layer(call)
+        return on_layer(call)
 
-    with listening(model, on_layer):
+    with listening(model, counted):
         result = forward(model, inputs)
     if seen != len(model.info.attending):
         raise LensError(

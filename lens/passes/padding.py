@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lens.common.errors import LensError
 from lens.models.loaded import LoadedModel
+from lens.passes.calls import first_of
 from lens.passes.sessions import run
 
 _BY_LENGTH = ("dynamic", "longrope", "block_sparse", "attention_window", "block_size", "compress_r")
@@ -51,10 +52,10 @@ def without_padding_before(
     key = (state_of(model.model), frozenset(padded), before, places)
     if key in known:
         return tried[known[key]]
-    own = _states(model, padded)[:, start : start + length]
+    own = first_of(run(model, padded))[:, start : start + length]
     for number, inputs in enumerate(tried):
         try:
-            found = _states(model, inputs)
+            found = first_of(run(model, inputs))
         except LensError:  # it takes no positions
             continue
         limit = torch.finfo(found.dtype).eps ** 0.5
@@ -67,11 +68,6 @@ def without_padding_before(
         "that the prompt alone is not what it reads; pad behind it (padding_side='right'), give position_ids, or pass "
         "the prompts as a list"
     )
-
-
-def _states(model: LoadedModel, inputs: Mapping[str, Tensor]) -> Tensor:
-    found = run(model, inputs)
-    return found if isinstance(found, Tensor) else found[0]
 
 
 def state_of(root: nn.Module) -> int:

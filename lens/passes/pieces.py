@@ -31,14 +31,10 @@ _STRETCHING = {"dynamic": "max_position_embeddings", "longrope": "original_max_p
 
 def check_pieces(model: LoadedModel, prompt: Prompt, chunk: int) -> None:
     """Raises LensError unless pieces of `chunk` tokens give what the whole prompt gives, and says why not."""
-    if prompt.ids is None or set(prompt.inputs) != {"input_ids"}:
-        given = ", ".join(sorted(set(prompt.inputs) - {"input_ids"}))
-        raise LensError(
-            f"chunk= takes prompts of token ids alone, got {given} too; leave chunk out"
-        )
-    if len(prompt.ids) <= chunk:
+    tokens = len(ids_alone(prompt, "chunk"))
+    if tokens <= chunk:
         return
-    check_length_matters_not(model, len(prompt.ids), "chunk=")
+    check_length_matters_not(model, tokens, "chunk=")
     ids = prompt.inputs["input_ids"][:, :_PROBE]
     apart = _probe(model, ids, -(-ids.shape[1] // 3))
     whole = _probe(model, ids, ids.shape[1])
@@ -49,6 +45,16 @@ def check_pieces(model: LoadedModel, prompt: Prompt, chunk: int) -> None:
             f"its output differs by {difference:.1e} from that of the whole (a layer that starts anew in each "
             "piece); leave chunk out"
         )
+
+
+def ids_alone(prompt: Prompt, word: str) -> list[int]:
+    """The ids of a prompt; raises LensError, which names the argument, where it has other inputs too."""
+    if prompt.ids is None or set(prompt.inputs) != {"input_ids"}:
+        given = ", ".join(sorted(set(prompt.inputs) - {"input_ids"}))
+        raise LensError(
+            f"{word}= takes prompts of token ids alone, got {given} too; leave {word} out"
+        )
+    return prompt.ids
 
 
 def check_length_matters_not(model: LoadedModel, tokens: int, what: str) -> None:

@@ -23,7 +23,7 @@ from lens.common.errors import LensError
 from lens.models.layout import layout
 from lens.models.loaded import LoadedModel
 from lens.models.parts import Layout
-from lens.passes.calls import LayerCall
+from lens.passes.calls import LayerCall, first_of
 from lens.passes.check import tiny_inputs
 from lens.passes.padding import state_of
 from lens.passes.sessions import base
@@ -120,8 +120,8 @@ class _Replay(Visitor):
             written: Any = read
             for module in block.mlp:
                 written = module.forward(written)
-            written = written[0] if isinstance(written, tuple) else written
-            self.stream = self.stream + block.mlp_after.recomputed(written * block.multiplier)
+            written = first_of(written) * block.multiplier
+            self.stream = self.stream + block.mlp_after.recomputed(written)
         return z
 
 

@@ -22,7 +22,7 @@ from lens.models.loaded import LoadedModel
 from lens.passes.calls import LayerCall, attend
 from lens.passes.check import tolerance_of
 from lens.passes.inputs import Prompt
-from lens.passes.pieces import check_length_matters_not
+from lens.passes.pieces import check_length_matters_not, ids_alone
 from lens.passes.sessions import base, listening, run
 
 _PROBE = 36
@@ -176,20 +176,16 @@ def processes(group: Any) -> Processes:
 def check_split(model: LoadedModel, prompt: Prompt, links: Processes) -> None:
     """Raises LensError, on every process, unless the prompt may be split over them."""
     name = model.info.class_name
-    if prompt.ids is None or set(prompt.inputs) != {"input_ids"}:
-        given = ", ".join(sorted(set(prompt.inputs) - {"input_ids"}))
-        raise LensError(
-            f"group= takes prompts of token ids alone, got {given} too; leave group out"
-        )
+    whole_ids = ids_alone(prompt, "group")
     if model.info.twice:
         raise LensError(f"layers of {name} attend twice, which group= does not do; leave group out")
     if "position_ids" not in inspect.signature(base(model).forward).parameters:
         raise LensError(
             f"{name} takes no position_ids, so its tokens cannot be split over processes; leave group out"
         )
-    check_length_matters_not(model, len(prompt.ids), "group=")
-    _check_same(prompt.ids, links, model.device)
-    ids = prompt.ids[: max(_PROBE, 4 * links.size)]
+    check_length_matters_not(model, len(whole_ids), "group=")
+    _check_same(whole_ids, links, model.device)
+    ids = whole_ids[: max(_PROBE, 4 * links.size)]
     split = Split(ids, 1, links, model.device)
     with torch.no_grad():
         with listening(model, lambda call: attend(call, statistics=()).output):

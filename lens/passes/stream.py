@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lens.common.errors import LensError
 from lens.models.layout import blocks
 from lens.models.loaded import LoadedModel
+from lens.passes.calls import first_of
 from lens.passes.inputs import Prompt
 from lens.passes.sessions import base
 from lens.passes.visit import Hooks
@@ -63,7 +64,7 @@ def stream(model: LoadedModel, prompt: Prompt) -> Float[Tensor, "states tokens w
                 hooks.before(layer, "enter", keep)
             else:
                 hooks.before(layer, "enter", lambda _: None)
-            hooks.after(layer, "leave", lambda _, __, output: keep(_tensor(output)))
+            hooks.after(layer, "leave", lambda _, __, output: keep(first_of(output)))
         base(model)(**prompt.inputs)
     return torch.stack(found)
 
@@ -97,7 +98,3 @@ def changed(model: LoadedModel, layer: int, change: Callable[[Tensor], Tensor]) 
             else:
                 hooks.after(module, "leave", after if number == layer else lambda *_: None)
         yield
-
-
-def _tensor(output: Any) -> Tensor:
-    return output if isinstance(output, Tensor) else output[0]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lens.common.errors import LensError
 from lens.models.parts import Block, Layout
-from lens.passes.calls import LayerCall, attend
+from lens.passes.calls import LayerCall, attend, first_of
 from lens.passes.sessions import OnLayer, listening
 
 if TYPE_CHECKING:
@@ -206,7 +206,7 @@ def _hook_mlp(hooks: Hooks, number: int, block: Block, visitor: Visitor) -> None
         return normed.view(hidden.shape[:-1] + normed.shape[-1:])
 
     def write(_: nn.Module, __: tuple, output: Any) -> Any:
-        own = output[0] if isinstance(output, tuple) else output
+        own = first_of(output)
         given = visitor.mlp(number, hooks.shaped(own) * block.multiplier) / block.multiplier
         given = given.view(own.shape)
         return (given, *output[1:]) if isinstance(output, tuple) else given

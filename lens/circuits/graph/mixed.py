@@ -25,8 +25,10 @@ from lens.mixers.reading import mixers_of
 from lens.models.layout import blocks
 from lens.models.loaded import LoadedModel
 from lens.models.weights import matrix
+from lens.passes.calls import first_of
 from lens.passes.logits import logits_of
 from lens.passes.sessions import transformer
+from lens.passes.visit import Hooks
 
 _TOLERANCE = 1e-4
 Change = Callable[[int, Tensor], Tensor]
@@ -146,20 +148,7 @@ class Mixed:
         self, found: Written, change: Change | None, entered: Tensor | None
     ) -> Iterator[None]:
         with ExitStack() as stack:
-
-            def before(module: nn.Module, function: Callable[[Tensor], Tensor | None]) -> None:
-                def call(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-                    given = args[0] if args else kwargs["hidden_states"]
-                    new = function(given)
-                    if new is None:
-                        return None
-                    return (
-                        ((new, *args[1:]), kwargs)
-                        if args
-                        else ((), {**kwargs, "hidden_states": new})
-                    )
-
-                stack.callback(module.register_forward_pre_hook(call, with_kwargs=True).remove)
+            hooks = Hooks(stack)
 
             def enter(hidden: Tensor) -> Tensor | None:
                 found.input = hidden if entered is None else entered
@@ -172,17 +161,18 @@ class Mixed:
 
                 return read
 
-            before(self._first, enter)
+            hooks.before(self._first, "enter", enter)
             for number, one in enumerate(self._layers):
-                before(one.norm, reads(number))
+                hooks.before(one.norm, "read", reads(number))
                 if one.output is None:
-                    hook = one.module.register_forward_hook(
-                        lambda _, __, output: found.heads.append(_first_of(output)[:, None])
+                    hooks.after(
+                        one.module,
+                        "write",
+                        lambda _, __, output: found.heads.append(first_of(output)[:, None]),
                     )
-                    stack.callback(hook.remove)
                 else:
-                    before(one.output, _keeping(found, one.heads))
-            before(self._last, reads(len(self._layers)))
+                    hooks.before(one.output, "write", _keeping(found, one.heads))
+            hooks.before(self._last, "read", reads(len(self._layers)))
             yield
 
     def _prove(self) -> None:
@@ -223,10 +213,6 @@ def _keeping(found: Written, heads: int) -> Callable[[Tensor], None]:
         found.heads.append(z.unflatten(-1, (heads, -1)).transpose(1, 2))
 
     return keep
-
-
-def _first_of(output: Any) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output
 
 
 def _ends(model: LoadedModel) -> tuple[nn.Module, nn.Module]:

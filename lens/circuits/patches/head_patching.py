@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lens.circuits.patches.effects import measured
 from lens.common.head_ids import HeadId
 from lens.common.progress import advancing
 from lens.edits._keyed import KeyedEdit
@@ -53,7 +54,7 @@ def split_effects(
             ids = task.clean[rows]
             calls = read_calls(model, ids), read_calls(model, corrupt[rows])
             with torch.no_grad():
-                clean = _better(task, logits_of(model, ids), rows)
+                clean = measured(task, logits_of(model, ids), rows)
             for layer, some in groupby(range(len(heads)), key=lambda number: heads[number].layer):
                 outputs = _outputs(calls[0][layer], calls[1][layer])
                 for number in some:
@@ -69,7 +70,7 @@ def _effects(
     """[parts, rows] of one head, whose outputs of each run are given."""
     sources = [lambda _, __, output=output: output for output in outputs]
     logits = edited_logits(model, task.clean[rows], [(head,)] * _RUNS, sources)
-    full, pattern, value, kept, lost = (_better(task, run, rows) for run in logits)
+    full, pattern, value, kept, lost = (measured(task, run, rows) for run in logits)
     full, pattern, value = (clean - patched for patched in (full, pattern, value))
     return torch.stack([full, pattern, value, full - pattern - value, kept - lost])
 
@@ -86,8 +87,3 @@ def without_first_key(call: LayerCall) -> Tensor:
     """z of a call with the first key taken out of each row and the rest renormalised."""
     heads = torch.ones(call.layer + 1, call.query.shape[1], dtype=torch.bool)
     return KeyedEdit(Mask("first").plan(), heads, "auto").on_layer(call)
-
-
-def _better(task: Task, logits: Tensor, rows: Tensor) -> Tensor:
-    """The metric [rows], turned so that more is better; float64 on the CPU."""
-    return task.sign * task.measure(logits, rows).double().cpu()
