@@ -12,7 +12,7 @@ MADE_BY = {
     "Task": "lens.tasks.induction(model) makes one",
     "AttentionTrace": "lens.capture(model, prompt) makes one",
     "Circuit": "lens.circuits.find(model, task) makes one",
-    "EdgeScores": "lens.circuits.score_edges(model, task) makes one",
+    "EdgeScores": "lens.circuits.score_edges(model, task) makes one, and lens.circuits.find(model, task) holds one",
     "HeadScores": "lens.heads.importance(model, task) makes them",
     "Agreement": "lens.heads.agreement(scores, others) makes one",
     "Effect": "lens.effect(model, prompts, edit) makes one",

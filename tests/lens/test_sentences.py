@@ -10,6 +10,8 @@ from lens.circuits.graph.activations import Ablation
 from lens.circuits.graph.graph import Graph
 from lens.circuits.scores.position_scores import PositionScores
 from lens.common.head_ids import HeadId
+from lens.heads.behaviour.roles import HeadRoles
+from lens.heads.measures.scores import HeadScores, Intervention
 from lens.mixers.capturing import MixerCapture
 from lens.mixers.measures import MixerMeasures
 from lens.reading.attributing_blocks import BlockScores
@@ -98,6 +100,27 @@ def deleted():
     return Faithfulness(methods, (0.5,), *measures, soft, soft, agreement, drawn, why, 0, "m")
 
 
+def importance(method="ablation", absolute=None):
+    worth = np.array([[[0.5, 0.3], [0.1, -0.1]], [[-0.2, -0.4], [0.02, 0.02]]])
+    how = Intervention("mean")
+    return HeadScores(worth, np.ones(2), method, how, "loss", -1, "copying", "m", absolute)
+
+
+def roles(monkeypatch):
+    """Of a table by hand; no head of it was scored for the first key."""
+    table = pd.DataFrame({"name": ["L0H0", "L0H1"], "layer": 0, "head": [0, 1]})
+    for column, values in (
+        ("previous_token", [0.25, 0.75]),
+        ("induction", [0.5, 0.1]),
+        ("first_token", [np.nan, np.nan]),
+    ):
+        table[column] = values
+        table[f"{column}_low"], table[f"{column}_high"] = table[column] - 0.1, table[column] + 0.1
+        table[f"{column}_baseline"] = [0.03, 0.04]
+    monkeypatch.setattr(HeadRoles, "table", lambda _: table)
+    return HeadRoles(pd.DataFrame(), pd.DataFrame(), "random_weights", 2, "m", 0)
+
+
 def segments():
     return PatchSegments(np.array([[0, 0, 0], [0, 1, 2]]), 0.25, "L1", None)
 
@@ -148,6 +171,12 @@ SAID = {
         "Deleted, no better than random order, as far as 2 prompts tell: raw.",
         "flow is not scored: too long.",
         "A deleted token is the mean embedding at its place, which the model was not trained on.",
+    ],
+    importance: [
+        "Worth most to copying: L0H0 0.4 [0.3, 0.5], L1H1 0.02 [0.02, 0.02], L0H1 0 [-0.1, 0.1] (ablation (mean), in units of "
+        "loss, n = 2).",
+        "3 of 4 heads have a 95 % interval that leaves out 0.",
+        "One head is out at a time, so that what others make up for does not show.",
     ],
     segments: [
         "L1: 3 segments of patches whose rows differ by at most 0.25 nats; the largest hold 67%, 17%, 17% of the picture."
@@ -208,4 +237,17 @@ def test_a_denoiser_is_told_at_its_first_and_last_step(monkeypatch):
     assert list(found.findings()) == [
         "joint: mass of the picture on text 20.0% at step 0 (text to picture 50.0%), 60.0% at step 9 (text to picture 10.0%).",
         "joint: mean entropy of a row 1.50 nats at step 0, 3.50 nats at step 9.",
+    ]
+
+
+def test_estimates_are_said_to_be_and_sizes_are_not_told_from_0():
+    kinds = {one.kind: one for one in importance("gradient", "token").findings()}
+    assert list(kinds) == ["top", "limit"]
+    assert kinds["limit"] == "It is an estimate to first order; method='ablation' measures it."
+
+
+def test_of_each_role_the_head_with_most_of_it_is_named_beside_its_baseline(monkeypatch):
+    assert list(roles(monkeypatch).findings()) == [
+        "Most previous token: L0H1 0.75 [0.65, 0.85] (random weights 0.04).",
+        "Most induction: L0H0 0.50 [0.40, 0.60] (random weights 0.03).",
     ]

@@ -17,7 +17,7 @@ from lens.common.choices import Seed
 from lens.common.errors import LensError
 from lens.common.head_ids import HeadId, head_columns
 from lens.common.progress import advancing
-from lens.common.results import Result
+from lens.common.results import Result, Sentence, ends
 from lens.heads.behaviour.role_metrics import COLUMNS
 from lens.heads.behaviour.role_scores import STATISTICS, RoleRecorder, role_scores
 from lens.models.loaded import LoadedModel
@@ -29,6 +29,7 @@ from lens.traces.trace import AttentionTrace, TraceWriter
 
 Baseline = Literal["uniform", "random_weights"]
 _KEYS = ["metric", "variant", "layer"]
+_SHOWN = ("previous_token", "induction", "first_token")  # in a line
 _POSITIONS = ("top_key", "positional_distance")  # a place has no baseline
 
 
@@ -125,14 +126,23 @@ class HeadRoles(Result):
         pooled = tables[0] if len(tables) == 1 else pooled_table(tables, "all", seed=self.seed)
         return wide(pooled, prompts=self.prompts)
 
+    def findings(self) -> tuple[Sentence, ...]:
+        """The head with the largest score of three roles, beside its baseline; the kind is the column."""
+        said = []
+        for column in _SHOWN:
+            for row in self.top(column, 1).dropna(subset="value").to_dict("records"):
+                text = (
+                    f"Most {COLUMNS[column].label.lower()}: {row['name']} {row['value']:.2f}"
+                    f"{ends(row['low'], row['high'], '.2f')} ({self.baseline.replace('_', ' ')} {row['baseline']:.2f})."
+                )
+                said.append(Sentence(text, kind=column))
+        return tuple(said)
+
     def __repr__(self) -> str:
-        table = self._wide
-        shown = []
-        for column in ("previous_token", "induction", "first_token"):
-            if table[column].notna().any():
-                best = table.iloc[int(np.nanargmax(table[column].to_numpy(float)))]
-                name = HeadId(int(best["layer"]), int(best["head"]))
-                shown.append(f"{column} {name} {best[column]:.2f}")
+        table, shown = self._wide, []
+        for column in _SHOWN:
+            for row in self.top(column, 1).dropna(subset="value").to_dict("records"):
+                shown.append(f"{column} {row['name']} {row['value']:.2f}")
         return (
             f"HeadRoles({self.model}: {len(table)} heads, {self.prompts} prompts, baseline "
             f"{self.baseline}; most: {', '.join(shown)})"

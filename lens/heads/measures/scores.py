@@ -10,10 +10,17 @@ import pandas as pd
 from lens.common.choices import is_whole
 from lens.common.errors import LensError
 from lens.common.head_ids import HeadId, head_columns
-from lens.common.results import Result
+from lens.common.results import Result, Sentence, ends
 from lens.stats.intervals import columns
 
 _MANY_PROMPTS = 10  # of fewer, each is more than a tenth of their mean
+_ESTIMATE = "It is an estimate to first order; method='ablation' measures it."
+_LIMITS = {
+    "ablation": "One head is out at a time, so that what others make up for does not show.",
+    "gradient": _ESTIMATE,
+    "attribution": _ESTIMATE,
+    "direct": "It is what heads write straight into the logits, without what later layers make of it.",
+}
 
 
 @dataclass(frozen=True)
@@ -145,6 +152,23 @@ class HeadScores(Result):
         rows = pd.DataFrame(head_columns(self._places) | value | {"n": self.n})
         rows.insert(4, "stderr", self.stderr[tuple(self._places.T)])
         return rows.sort_values("value", ascending=False, kind="stable", ignore_index=True)
+
+    def findings(self) -> tuple[Sentence, ...]:
+        """The heads that are worth most ("top"), how many intervals leave out 0 ("told"), what it does not show ("limit")."""
+        table = self.table()
+        best = ", ".join(
+            f"{row['name']} {row['value']:.3g}{ends(row['low'], row['high'])}"
+            for row in table.head(3).to_dict("records")
+        )
+        of = f"{self.label}, in units of {self.metric}, n = {self.n}"
+        said = [Sentence(f"Worth most to {self.task}: {best} ({of}).", kind="top")]
+        if self.n > 1 and not self.absolute:
+            apart = int(((table["low"] > 0) | (table["high"] < 0)).sum())
+            text = f"{apart} of {len(table)} heads have a 95 % interval that leaves out 0."
+            said.append(Sentence(text, kind="told"))
+        if self.method in _LIMITS:
+            said.append(Sentence(_LIMITS[self.method], kind="limit"))
+        return tuple(said)
 
     def top(self, count: int = 10) -> list[HeadId]:
         """The most important heads, first the most important one.
