@@ -90,7 +90,7 @@ class Result:
 
     def __repr__(self) -> str:
         """`Name`, then up to `SENTENCES` findings, one a line; how many more there are."""
-        said = self.findings()
+        said = list(self.findings())
         more = len(said) - SENTENCES
         rest = [f"... {more} more in .findings()"] if more > 0 else []
         return "\n  ".join([type(self).__name__, *said[:SENTENCES], *rest])
