@@ -100,9 +100,9 @@ def deleted():
     return Faithfulness(methods, (0.5,), *measures, soft, soft, agreement, drawn, why, 0, "m")
 
 
-def importance(method="ablation", absolute=None):
+def importance(method="ablation", baseline="mean", absolute=None):
     worth = np.array([[[0.5, 0.3], [0.1, -0.1]], [[-0.2, -0.4], [0.02, 0.02]]])
-    how = Intervention("mean")
+    how = Intervention(baseline)
     return HeadScores(worth, np.ones(2), method, how, "loss", -1, "copying", "m", absolute)
 
 
@@ -177,6 +177,8 @@ SAID = {
         "loss, n = 2).",
         "3 of 4 heads have a 95 % interval that leaves out 0.",
         "One head is out at a time, so that what others make up for does not show.",
+        "The mean over 2 prompts that stands in for a head is to 1/2 the prompt's own output, so that what is lost is "
+        "understated; take more prompts, or baseline='pooled_mean'.",
     ],
     segments: [
         "L1: 3 segments of patches whose rows differ by at most 0.25 nats; the largest hold 67%, 17%, 17% of the picture."
@@ -241,7 +243,7 @@ def test_a_denoiser_is_told_at_its_first_and_last_step(monkeypatch):
 
 
 def test_estimates_are_said_to_be_and_sizes_are_not_told_from_0():
-    kinds = {one.kind: one for one in importance("gradient", "token").findings()}
+    kinds = {one.kind: one for one in importance("gradient", "zero", "token").findings()}
     assert list(kinds) == ["top", "limit"]
     assert kinds["limit"] == "It is an estimate to first order; method='ablation' measures it."
 

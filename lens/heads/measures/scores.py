@@ -166,9 +166,8 @@ class HeadScores(Result):
             apart = int(((table["low"] > 0) | (table["high"] < 0)).sum())
             text = f"{apart} of {len(table)} heads have a 95 % interval that leaves out 0."
             said.append(Sentence(text, kind="told"))
-        if self.method in _LIMITS:
-            said.append(Sentence(_LIMITS[self.method], kind="limit"))
-        return tuple(said)
+        limits = _LIMITS.get(self.method, ""), self.intervention.own_share(self.n)
+        return (*said, *(Sentence(limit, kind="limit") for limit in limits if limit))
 
     def top(self, count: int = 10) -> list[HeadId]:
         """The most important heads, first the most important one.
