@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lens.common.choices import check_choice, is_whole, shown, whole_of
+from lens.common.choices import check_choice, check_counts, is_whole, shown, whole_of
 from lens.common.errors import LensError
 from lens.common.given import MADE_BY, described, is_of, not_loaded
 
@@ -101,6 +101,9 @@ def _is_plain(kind: Any) -> bool:
 
 def _check(name: str, value: Any, kinds: tuple[Any, ...], error: Exception | None = None) -> None:
     if _fits_any(value, kinds):
+        least = [typing.get_args(kind)[1] for kind in kinds if _is_limited(kind)]
+        if least and is_whole(value):
+            check_counts(least[0], **{name: value})
         return
     kinds = tuple(kind for kind in kinds if kind is not types.NoneType)
     if kinds == ("LoadedModel",):
@@ -210,7 +213,11 @@ def _said(kind: Any) -> str:
 
 
 def _is_of_numbers(kind: Any) -> bool:
-    return kind in (int, float) or typing.get_origin(kind) is typing.Annotated
+    return kind in (int, float) or _is_limited(kind)
+
+
+def _is_limited(kind: Any) -> bool:
+    return typing.get_origin(kind) is typing.Annotated
 
 
 def _is_number(value: Any) -> bool:

@@ -73,9 +73,14 @@ def check_counts(least: int = 1, **numbers: Any) -> None:
     """
     for name, value in numbers.items():
         if not is_whole(value) or value < least:
-            raise LensError(f"{name} must be {what}, got {shown(value)}")
+            raise LensError(f"{name} must be {whole_of(least)}, got {shown(value)}")
         if name.partition(" of ")[0] in _REPEATED and value > _MOST:
             raise LensError(f"{name} must be at most {_MOST:,}, got {shown(value)}")
+
+
+def whole_of(least: int) -> str:
+    """`a positive integer`, `an integer of at least 0`."""
+    return "a positive integer" if least == 1 else f"an integer of at least {least}"
 
 
 def shown(value: Any) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from lens.common.head_ids import HeadId
-from lens.common.results import Result, Sentence, described, ends
+from lens.common.results import Result, Sentence, ends
 from lens.stats.intervals import columns
 
 if TYPE_CHECKING:
@@ -100,9 +100,6 @@ class SubspaceRemovals(Result):
         if more.shape[1] > 1 and (columns("more", more, self.seed)["more_low"] > 0).all():
             return "is larger than that of every control."
         return f"is larger than that of every control on average, and not surely so on {more.shape[1]} prompts."
-
-    def __repr__(self) -> str:
-        return described(self)
 
 
 def _ends(row: Mapping[Any, Any], name: str, form: str = ".1%") -> str:

@@ -11,7 +11,7 @@ import pandas as pd
 
 from lens.common.choices import check_choice
 from lens.common.head_ids import HeadId
-from lens.common.results import Result, Sentence, described, ends, few
+from lens.common.results import Result, Sentence, ends, few
 from lens.stats.intervals import columns, over_units
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from lens.common.results import Result, Sentence, described, ends
+from lens.common.results import Result, Sentence, ends
 from lens.stats.intervals import columns
 
 if TYPE_CHECKING:
@@ -78,6 +78,3 @@ class MixingRatios(Result):
                 kind="less",
             ),
         )
-
-    def __repr__(self) -> str:
-        return described(self)

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from lens.common.head_ids import HeadId, head_columns
-from lens.common.results import Result, Sentence, described, ends, few
+from lens.common.results import Result, Sentence, ends, few
 from lens.stats.intervals import columns
 
 if TYPE_CHECKING:
@@ -82,9 +82,6 @@ class Robustness(Result):
             )
         return tuple(said)
 
-    def __repr__(self) -> str:
-        return described(self)
-
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Adversaries(Result):
@@ -152,9 +149,6 @@ class Adversaries(Result):
                 )
             )
         return tuple(said)
-
-    def __repr__(self) -> str:
-        return described(self)
 
 
 def _largest(rows: pd.DataFrame, column: str) -> list[dict]:

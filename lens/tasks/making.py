@@ -20,7 +20,7 @@ _MASKED = 0.15  # of a prompt's tokens, as BERT was trained
 
 
 def induction(
-    model: LoadedModel, n: int = 64, seed: Seed = 0, *, length: int = 25, metric: str = "loss"
+    model: LoadedModel, n: int = 64, seed: int = 0, *, length: int = 25, metric: str = "loss"
 ) -> Task:
     """Copying: `BOS + r + r`, r random tokens; the metric is on the second copy.
 
