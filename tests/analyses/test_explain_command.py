@@ -78,6 +78,14 @@ def test_groups_controls_and_changes_are_those_of_the_library(run):
     assert table["size"].tolist() == [0.5, 1, 2] * 2
 
 
+def test_mixing_is_that_of_the_library(run):
+    model = load("induction-2l")
+    found = lens.reading.mixing(model, lens.tasks.induction(model, 3).prompts, progress=False)
+    section = run.section("mixing")
+    assert np.allclose(section.tables["mixing"]["ratio"], found.table()["ratio"])
+    assert tuple(section.summary) == found.findings()
+
+
 def test_sizes_and_groups_that_are_none_are_refused(lens_command, tmp_path):
     for given, told in (
         (("--sizes", "0,1"), "must be numbers above 0 with commas"),

@@ -24,6 +24,7 @@ def where(serve, explain_run):
         ("removal", "removal_l1h0", "predicted and measured"),
         ("groups", "offset_l1h0", "Parts by distance"),
         ("subspace", "subspace_l1h0", "Without a subspace"),
+        ("mixing", "mixing", "How much tokens mix"),
         ("adversary", "adversary", "Other attention with the same answer"),
         ("perturbation", "pairs", "moves from token to token"),
     ],

@@ -224,7 +224,7 @@ class ExplainSettings(_OnTask):
     sections: Annotated[str, AfterValidator(check_explained)] = setting(
         ",".join(EXPLAIN_SECTIONS),
         "Which analyses to make, with commas: explain what wrote the logits, groups of pairs, removal of each part, subspace, "
-        "retrieval_kinds, faithfulness of attention (of a large model the longest by far), adversary: other attention with the same "
+        "retrieval_kinds, faithfulness of attention (of a large model the longest by far), mixing of tokens, adversary: other attention with the same "
         "answer, perturbation of attention logits.",
     )
 

@@ -20,6 +20,7 @@ EXPLAIN_SECTIONS = (
     "subspace",
     "retrieval_kinds",
     "faithfulness",
+    "mixing",
     "adversary",
     "perturbation",
 )

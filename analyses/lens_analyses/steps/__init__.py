@@ -120,6 +120,7 @@ STEPS: dict[str, tuple[Step, ...]] = {
         Step("subspace", "explain"),
         Step("retrieval_kinds", "explain_answers"),
         Step("faithfulness", "explain_answers"),
+        Step("mixing", "explain_answers"),
         Step("adversary", "explain_answers"),
         Step("perturbation", "explain_answers"),
     ),

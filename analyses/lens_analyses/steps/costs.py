@@ -179,6 +179,7 @@ COSTS: dict[str, dict[str, Callable[[Load], Cost]]] = {
         "subspace": lambda load: Cost(20 * load.task, 20 * load.settings.n),
         "retrieval_kinds": lambda load: Cost(6_000, 300),
         "faithfulness": lambda load: Cost(1200 * load.task * min(1, 6 / load.settings.n), 600),
+        "mixing": lambda load: Cost(2 * load.task, 2 * load.settings.n),
         "adversary": lambda load: _of_answers(load, 2),
         "perturbation": lambda load: _of_answers(load, 8 * len(load.settings.sizes_of_changes)),
     },

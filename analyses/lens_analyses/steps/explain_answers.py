@@ -110,6 +110,24 @@ def faithfulness(subject: Subject) -> Section:
     )
 
 
+def mixing(subject: Subject) -> Section:
+    """How much of each token's next state other tokens bring, by weights, sizes, and with residual stream and norm."""
+    found = lens.reading.mixing(
+        subject.model, subject.task.prompts, seed=subject.seed, progress=subject.progress
+    )
+    table = found.table()
+    return Section(
+        name="mixing",
+        title="How much tokens mix: by weights, by sizes, with the residual stream",
+        summary=found.findings(),
+        limits=("Of each layer what its attention writes, not its MLP.",),
+        columns=defined([table], COLUMNS),
+        configuration={"task": subject.settings.task, "seed": subject.seed},
+        tables={"mixing": table},
+        figures={"mixing": found.plot()},
+    )
+
+
 def adversary(subject: Subject) -> Section:
     """Other rows of attention that write what each head's own does, beside even attention."""
     found = lens.reading.adversary(

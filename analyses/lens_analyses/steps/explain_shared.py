@@ -100,6 +100,8 @@ COLUMNS = {
     "above_random": "Share of the random orders with a lower comprehensiveness.",
     "error": "Mean absolute difference of predicted and measured.",
     "by": "Definition whose first heads are masked; random: as many others.",
+    "measure": "weights: attention; norms: sizes of what is written; with _residual the residual stream, with _norm the norm behind it.",
+    "ratio": "Share of a token's next state that other tokens bring, mean over tokens.",
     "group": "Offset, or classes of query and key.",
     "second": "The part with the second largest contrast.",
     "lead": "Contrast of the first part over that of the second, sizes, nats.",

@@ -23,7 +23,7 @@ from lens_dashboards.selection import Selection
 
 _OF_HEADS = {"explain": "sides", "groups": "groups", "removal": "removal", "subspace": "subspace"}
 """Sections of heads, and the table in which each names them."""
-_OF_ANSWERS = ("retrieval_kinds", "faithfulness", "adversary", "perturbation")
+_OF_ANSWERS = ("retrieval_kinds", "faithfulness", "mixing", "adversary", "perturbation")
 _PARTS = 12  # of each side, in the table
 _ROUNDING = 1e-6  # nats
 
@@ -205,6 +205,7 @@ def _figures(known: dict[str, Section], head: str) -> list[tuple[Section, str, s
             "comprehensiveness",
             "Does attention explain the answer: without the highest tokens",
         ),
+        ("mixing", "mixing", "How much tokens mix"),
         ("adversary", "adversary", "Other attention with the same answer"),
         ("perturbation", "logits", "The answer when attention logits change"),
         ("perturbation", "pairs", "The answer when attention moves from token to token"),

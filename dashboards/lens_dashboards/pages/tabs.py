@@ -36,6 +36,7 @@ NEEDS = {
         "subspace",
         "retrieval_kinds",
         "faithfulness",
+        "mixing",
         "adversary",
         "perturbation",
     },
