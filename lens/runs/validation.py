@@ -160,6 +160,8 @@ def _scores(table: pd.DataFrame) -> Iterator[str]:
         yield "heads.parquet has scores that are NaN without a reason"
     if (low > high + _TOLERANCE).any():
         yield "heads.parquet has intervals whose ends are swapped"
+    if (table["n"].to_numpy(float) < 0).any():
+        yield "heads.parquet has scores of fewer than 0 rows (column n)"
     shares = [name for name, metric in METRICS.items() if metric.unit == "probability"]
     outside = (value < -_TOLERANCE) | (value > 1 + _TOLERANCE)
     for metric in dict.fromkeys(table["metric"][table["metric"].isin(shares) & outside]):

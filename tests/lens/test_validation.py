@@ -223,6 +223,7 @@ def first(table, **values):
         (lambda t: first(t, value=np.inf), "has infinite scores"),
         (lambda t: first(t, value=np.nan), "NaN without a reason"),
         (lambda t: first(t, low=0.9, high=0.1), "intervals whose ends are swapped"),
+        (lambda t: first(t, n=-1), "scores of fewer than 0 rows"),
         (lambda t: first(t, value=1.1), "previous_token outside of 0 to 1"),
         (lambda t: first(t, value=-0.1), "previous_token outside of 0 to 1"),
         (lambda t: t[t["head"] % 2 == 0], "column head: layer 0 has 2 of 3 heads"),
