@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lens.common.choices import check_counts
 from lens.common.progress import advancing
-from lens.models.loaded import LoadedModel, check_loaded
+from lens.models.loaded import LoadedModel
 from lens.models.parts import Layout
 from lens.passes.calls import LayerCall, attend
 from lens.passes.inputs import read_prompts
@@ -54,7 +54,6 @@ def mixing(
         >>> found.table()["measure"].unique().tolist()
         ['weights', 'norms', 'weights_residual', 'norms_residual']
     """
-    check_loaded(model)
     check_counts(0, seed=seed)
     read, _ = read_prompts(model, prompts, whole=True)
     layout = proved(model)

@@ -63,7 +63,6 @@ def adversary(
         >>> bool(found.error.max() < 1e-6)
         True
     """
-    check_loaded(model)
     check_counts(0, draws=draws, seed=seed)
     chosen, (read, _) = _heads(model, heads), read_prompts(model, prompts)
     check_tokens(read)
