@@ -1,5 +1,6 @@
 """Scores of edges: identities that hold exactly, and what the hand-built induction transformer shows."""
 
+import gc
 from dataclasses import replace
 
 import numpy as np
@@ -12,6 +13,7 @@ from lens.circuits.graph.activations import read_activations
 from lens.circuits.graph.masked_forward import masked_logits
 from lens.circuits.graph.nodes import find_nodes
 from lens.circuits.known import induction_transformer
+from lens.circuits.scores.attribution import _Meeting
 from lens.circuits.scores.methods import EapIg
 from lens.common.errors import LensError
 from tests.lens.circuit_models import KINDS, ROWS, error, small_model, small_task, stepped
@@ -244,3 +246,11 @@ def test_a_task_without_corrupt_prompts():
     with pytest.raises(LensError, match="has no corrupt prompts"):
         score_edges(model, task, method="eap")
     assert score_edges(model, task, method="eap", baseline="zero").per_prompt.any()
+
+
+@pytest.mark.parametrize("method", ["eap", "eap-ig-activations"])
+def test_nothing_of_a_backward_pass_stays_in_memory(method):
+    """Of 30 layers, 305 passes kept 10 GB: a hook on several tensors holds the graph that it hangs on."""
+    score_edges(small_model(KINDS[0]), small_task(), method=method)
+    gc.collect()
+    assert not [one for one in gc.get_objects() if type(one) is _Meeting]
