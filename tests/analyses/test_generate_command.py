@@ -1,7 +1,9 @@
 """`lens generate`: prompt and written text as one trace in a run folder, step by step on the page of a head."""
 
+import pandas as pd
 import pytest
 import torch
+from lens_analyses.steps.generation import LABEL, _headlines
 
 from lens.passes.loading import load
 from lens.runs import open_run
@@ -76,3 +78,12 @@ def test_the_slider_shows_how_far_the_text_had_come(folder, browser):
         page.wait_for_selector("#map[data-ready='tokens 0,16 0,16']")
         assert slider.input_value() == "2"
         page.close()
+
+
+def test_no_head_is_set_beside_uniform_attention_where_masks_leave_that_unknown():
+    """GPT-Neo's local layers have a mask of their own; the whole section failed for its headline."""
+    rows = {"name": ["L0H0", "L1H0"], LABEL: [0.2, 0.6]}
+    rows |= {f"{LABEL}_{end}": rows[LABEL] for end in ("low", "high")}
+    known = pd.DataFrame(rows | {f"{LABEL}_uniform": [0.3, 0.3]})
+    assert [one.value for one in _headlines(known)] == [0.6, 0.2]
+    assert not list(_headlines(known.assign(**{f"{LABEL}_uniform": [0.3, float("nan")]})))

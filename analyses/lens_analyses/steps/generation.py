@@ -98,8 +98,11 @@ def _uniform(place: np.ndarray, start: int, window: int | None) -> np.ndarray:
 
 
 def _headlines(heads: pd.DataFrame) -> Iterator[Headline]:
-    """The heads that look at the prompt most and least, beside uniform attention."""
+    """The heads that look at the prompt most and least, beside uniform attention; none where masks of the
+    model's own leave that unknown."""
     scored = heads.dropna(subset=[LABEL])
+    if scored.empty or scored[f"{LABEL}_uniform"].isna().any():
+        return
     for row, words in (
         (scored[LABEL].idxmax(), "looks back at the prompt most"),
         (scored[LABEL].idxmin(), "looks back at the prompt least"),
