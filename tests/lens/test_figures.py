@@ -104,13 +104,14 @@ def test_head_grid_puts_every_head_in_its_place(table):
 
 def test_grids_that_share_a_layout_are_those_that_are_made_one_by_one(table):
     signed = table.assign(value=table["value"].where(table["metric"] != "entropy", -0.5))
-    few = signed[(signed["metric"] != "distance") | (signed["layer"] == 0)]
+    deep = pd.concat([signed.assign(layer=signed["layer"] + 2 * copy) for copy in range(5)])
+    few = deep[(deep["metric"] != "distance") | (deep["layer"] == 0)]  # one row: not as high
     pairs = list(dict.fromkeys(zip(few["metric"], few["variant"], strict=True)))
-    made = plain_grids(few, pairs, height=300)
+    made = plain_grids(few, pairs)
     assert list(made) == pairs
     assert {"entropy", "distance", "induction", "top_key"} <= {metric for metric, _ in pairs}
     for pair in pairs:
-        assert made[pair] == figures.head_grid(few, *pair, height=300).to_plotly_json()
+        assert made[pair] == figures.head_grid(few, *pair).to_plotly_json()
 
 
 def test_signed_values_are_centred_at_zero(table):
