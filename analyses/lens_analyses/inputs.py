@@ -318,6 +318,9 @@ def _absolute_beside(config: RunConfig) -> RunConfig:
         return _with(config, analysis=_with(settings, compare=str(path)))
     if isinstance(settings, ExamplesSettings) and settings.corpus is not None:
         path = local(settings.corpus)
+        if not path.exists():
+            raise LensError(f"no file {path}; --corpus takes a text file, or prompts in one")
+        _read(path)
         _read(path)
         return _with(config, analysis=_with(settings, corpus=str(path)))
     return config

@@ -12,6 +12,7 @@ from lens.common.colors import ACCENT, BASELINE, CLASSES, LINE
 from lens.common.plots import draws
 from lens.figures.rows import bars
 from lens.figures.style import Look, escaped, named_below, style
+from lens.reading._groups import is_offset
 
 if TYPE_CHECKING:
     from lens.reading.explanations import PairExplanation, Side
@@ -44,7 +45,7 @@ def part_shares(
     weighted = (table["contrast"] * table["pairs"]).abs().groupby(table["part"]).sum()
     shown = weighted.sort_values(ascending=False, kind="stable").index[:top]
     figure = go.Figure()
-    numbers = all(group.isdigit() for group in result.groups)
+    numbers = all(map(is_offset, result.groups))
     for place, name in enumerate(shown):
         rows = table[table["part"] == name]
         own = {

@@ -49,7 +49,8 @@ def small(figure: go.Figure) -> go.Figure:
 def _copied(figure: go.Figure) -> go.Figure:
     """A copy; the usual template is left to plotly, which would look a given one through."""
     plain = figure.to_plotly_json()
-    if plain["layout"].get("template") == pio.templates[pio.templates.default].to_plotly_json():
+    usual = pio.templates.default
+    if usual and plain["layout"].get("template") == pio.templates[usual].to_plotly_json():
         del plain["layout"]["template"]
     return go.Figure(plain)
 

@@ -85,7 +85,9 @@ class MixerCapture(Result):
         return tuple(sentence for one in self.measures for sentence in one.findings())
 
 
-def capture(model: Any, prompt: Any, *, block: int = BLOCK, progress: bool = True) -> MixerCapture:
+def capture(
+    model: Any, prompt: Any, *, block: Count = BLOCK, progress: bool = True
+) -> MixerCapture:
     """Run a prompt and measure every linear or recurrent mixer of the model.
 
     Args:

@@ -75,6 +75,7 @@ class _Listener:
     given: tuple[int, Tensor | None] = (0, None)  # positions of the picture; the text
     crossing: frozenset[int] = frozenset()
     reached: set[str] = field(default_factory=set)
+    eager_alone: bool = False
 
     def attend(self, call: LayerCall) -> Tensor:
         """See `lens.passes.interface.Listener`."""

@@ -294,7 +294,10 @@ def _without_padded(allowed: torch.Tensor) -> torch.Tensor:
     past = torch.where(rows.any(-2), place + 1, 0).amax(
         -1
     )  # [batch], one past the last key that is seen
-    padded = place >= past[:, None]
+    itself = rows.diagonal(dim1=-2, dim2=-1).gather(1, (past - 1).clamp(min=0)[:, None])
+    padded = (
+        place >= past[:, None]
+    ) & itself  # where no query sees itself, the last one is none of padding
     count, first = rows.sum(-1), rows.int().argmax(-1)
     runs = (count == 0) | (
         rows.any(-1) & (first + count == past[:, None]) & _is_run(rows, first, count)

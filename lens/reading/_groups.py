@@ -50,4 +50,9 @@ def groups_of(by: Any, pairs: Tensor, number: int, tokens: Sequence[str]) -> lis
 
 def rank(group: str) -> tuple[int, str]:
     """Offsets in their order, classes in theirs."""
-    return (int(group), "") if group.isdigit() else (0, group)
+    return (int(group), "") if is_offset(group) else (0, group)
+
+
+def is_offset(group: str) -> bool:
+    """Whether a group is a number of tokens, below 0 where keys come after the query."""
+    return group.removeprefix("-").isdigit()

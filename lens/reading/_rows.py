@@ -18,11 +18,12 @@ def row_at(call: LayerCall, queries: Tensor) -> Float[Tensor, "heads queries key
     share = call.query.shape[1] // call.key.shape[1]
     query = call.query[0, :, queries].float()
     logits = call.scale * query @ call.key[0].float().repeat_interleave(share, 0).transpose(-1, -2)
+    logits = capped(call, logits)
     if call.position_bias is not None:
         bias = call.position_bias.expand(-1, len(query), call.query.shape[2], logits.shape[-1])
         logits = logits + bias[0, :, queries]
     sinks = call.sink_logits
-    return softmaxed(call, capped(call, logits), queries, None if sinks is None else sinks.detach())
+    return softmaxed(call, logits, queries, None if sinks is None else sinks.detach())
 
 
 def dense(call: LayerCall, added: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -34,10 +35,9 @@ def dense(call: LayerCall, added: Tensor | None = None) -> tuple[Tensor, Tensor]
     """
     share = call.query.shape[1] // call.key.shape[1]
     key = call.key.repeat_interleave(share, 1)
-    logits = call.scale * call.query @ key.transpose(-1, -2)
+    logits = capped(call, call.scale * call.query @ key.transpose(-1, -2))
     if call.position_bias is not None:
         logits = logits + call.position_bias
-    logits = capped(call, logits)
     if added is not None:
         logits = logits + added.to(logits)
     places = torch.arange(logits.shape[-2], device=logits.device)

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lens.common.choices import check_choice, check_counts, is_whole
+from lens.common.choices import Seed, check_choice, is_whole
 from lens.common.errors import LensError
 from lens.common.head_ids import AnyHead
 from lens.common.progress import advancing
@@ -153,7 +153,6 @@ def explain_pairs(
     read, _ = read_prompts(model, prompts, whole=True)
     check_pairs(pairs, len(read))
     check_choice("against", against, _MEANS)
-    check_counts(0, seed=seed)
     check_by(by)
     layout, place = proved(model), model.info.head(head)
     gathered = _Gathered()
@@ -161,6 +160,10 @@ def explain_pairs(
         for number, prompt in enumerate(read):
             one = read_head(layout, prompt.inputs, place)
             chosen = pairs_of(one, pairs, number)
+            if by == "class" and prompt.ids is None:
+                raise LensError(
+                    f"by='class' tells tokens of text apart, and prompt {number} has none; use by='offset' or your own classes"
+                )
             groups = groups_of(by, chosen, number, _tokens(model, prompt, one.tokens))
             for some in _by_rows(chosen[:, 0]):
                 gathered.add(

@@ -293,7 +293,8 @@ class PairExplanation(Result):
         if rows.empty:
             return [
                 Sentence(
-                    f"{start}: no group has, in two prompts, logits above the mean.", kind="groups"
+                    f"{start}: no group has logits above the mean in all of its prompts, two or more.",
+                    kind="groups",
                 )
             ]
         best = rows["part"].mode()[0]
@@ -311,7 +312,7 @@ class PairExplanation(Result):
         said = [
             Sentence(
                 f"{start}: {best} carries most in {len(own)} of {len(rows)} groups with logits above the mean in "
-                f"two prompts or more, {span} of the logit; {beside}.",
+                f"all of their prompts, two or more, {span} of the logit; {beside}.",
                 kind="groups",
             )
         ]
@@ -338,7 +339,7 @@ class PairExplanation(Result):
         said = []
         for number, group in enumerate(self.groups):
             if self.by:
-                text = f"{self.head}: all pairs are of one {self.by}, {group}."
+                text = f"{self.head}: all pairs are of one group, {group}."
                 said.append(Sentence(text, kind="groups"))
             some = self.count[number] > 0
             said.append(

@@ -31,6 +31,8 @@ from lens.reading._head import Plain
 from lens.reading._rows import capped
 from lens.reading.mixtures import MEASURES, MixingRatios
 
+_ROWS = 1024  # of a mask, looked at together
+
 
 def mixing(
     model: LoadedModel, prompts: Any, *, seed: int = 0, progress: bool = True
@@ -82,7 +84,7 @@ class _Mixing(Plain):
     def __init__(self, layout: Layout) -> None:
         super().__init__(layout)
         self.ratios: dict[int, tuple[Tensor, Tensor]] = {}
-        self._stream = self._call = None
+        self._stream: Tensor | None = None
 
     def project(self, layer: int, residual: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Keeps the stream that the layer adds to."""
@@ -108,12 +110,13 @@ class _Mixing(Plain):
         share = call.query.shape[1] // call.key.shape[1]
         key, value = (one[0].double().repeat_interleave(share, 0) for one in (call.key, call.value))
         logits = call.scale * (call.query[0].double() * key).sum(-1)
+        logits, tokens = capped(call, logits), key.shape[1]
         if call.position_bias is not None:
-            bias = call.position_bias[0].double().expand(len(key), key.shape[1], key.shape[1])
-            logits = logits + bias.diagonal(dim1=-2, dim2=-1)
-        diagonal = (capped(call, logits) - lse).exp()
-        seen = torch.arange(key.shape[1], device=key.device)
-        diagonal = diagonal * call.mask.seen_by(seen, len(seen)).diagonal()
+            bias = call.position_bias[0].expand(len(key), tokens, tokens)
+            logits = logits + bias.diagonal(dim1=-2, dim2=-1).double()
+        places = torch.arange(tokens, device=key.device).split(_ROWS)
+        sees = [call.mask.seen_by(some, tokens).gather(-1, some[:, None])[:, 0] for some in places]
+        diagonal = (logits - lse).exp() * torch.cat(sees)
         row = torch.ones_like(lse)
         if call.sink_logits is not None:
             row = row - (call.sink_logits.double()[:, None] - lse).exp()
@@ -124,7 +127,7 @@ class _Mixing(Plain):
         size = block.after.size(added).double()
         mine, whole = (block.after.frozen(one, size) for one in (self_written, written))
         others, mine = whole - mine, mine + stream
-        kept, rest = diagonal.mean(0), (row - diagonal).mean(0)
+        kept, rest = diagonal.mean(0), (row - diagonal).mean(0).clamp(min=0)
         found = [
             _ratio(rest, kept),
             _ratio((written - self_written).norm(dim=-1), self_written.norm(dim=-1)),

@@ -56,7 +56,7 @@ def adversary(
     Reference: Jain and Wallace, Attention is not Explanation, 2019, arXiv 1902.10186; here in closed form.
 
     Raises:
-        LensError: as `attribute`, a head that the model has not got, or no draws.
+        LensError: as `attribute`, a head that the model has not got, or draws below 0.
 
     Example:
         >>> found = lens.reading.adversary(model, texts[0], ["L0H1"], draws=2)
@@ -157,13 +157,15 @@ def perturb(
         training is not done).
 
     Raises:
-        LensError: as `attribute`, sizes that are not positive, or no draws.
+        LensError: as `attribute`, sizes that are not positive or named twice, or no draws.
 
     Example:
         >>> lens.reading.perturb(small, lens.tasks.copied(small, 8), ["L1H0"], sizes=[1.0], draws=1).table()
     """
     check_choice("along", along, ("logits", "pairs"))
     check_between(0, float("inf"), sizes=sizes)
+    if len(set(sizes)) < len(sizes):
+        raise LensError(f"sizes has one twice: {', '.join(f'{one:g}' for one in sizes)}")
     chosen, (read, _) = _heads(model, heads), read_prompts(model, prompts)
     check_tokens(read)
     generator = torch.Generator().manual_seed(seed)
@@ -225,9 +227,10 @@ def _heads(model: LoadedModel, heads: Sequence[AnyHead] | None) -> list[HeadId]:
     if heads is None:
         return list(model.info.every_head)
     check_lists(heads=heads)
-    if not heads:
+    chosen = list(dict.fromkeys(model.info.head(one) for one in heads))
+    if not chosen:
         raise LensError("heads names none; leave it out for all of them")
-    return list(dict.fromkeys(model.info.head(one) for one in heads))
+    return chosen
 
 
 def _loss(

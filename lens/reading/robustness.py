@@ -57,15 +57,16 @@ class Robustness(Result):
         """The heads whose attention the answer hangs on most ("head"), and those whose gradient costs no more than a random
         direction ("none"), at the largest size."""
         rows = self.table()
-        rows = rows[rows["size"] == self.sizes[-1]].reset_index(drop=True)
-        more = columns("more", self.worst[:, -1] - self.random[:, -1], self.seed)
+        last = int(np.argmax(self.sizes))
+        rows = rows[rows["size"] == self.sizes[last]].reset_index(drop=True)
+        more = columns("more", self.worst[:, last] - self.random[:, last], self.seed)
         alike = ~(more["more_low"] > 0) & np.isfinite(more["more_low"])
         way = ("along their gradient", "in random directions")
         if self.along == "pairs":
             way = ("from one token to another, the pair of the gradient,", "between random tokens")
         said = [
             Sentence(
-                f"A change of size {self.sizes[-1]:g} of the attention logits of {row['name']} {way[0]} costs the answer "
+                f"A change of size {self.sizes[last]:g} of the attention logits of {row['name']} {way[0]} costs the answer "
                 f"{row['worst']:+z.3g}{ends(row['worst_low'], row['worst_high'])} nats, {way[1]} "
                 f"{row['random']:+z.3g}{ends(row['random_low'], row['random_high'])}.",
                 kind="head",
@@ -124,7 +125,7 @@ class Adversaries(Result):
     def findings(self) -> tuple[Sentence, ...]:
         """The heads whose row says least ("same"), and those for which no other row was found ("none")."""
         rows = self.table()
-        alone = rows["divergence"] < _NOTHING
+        alone = (self.divergence < _NOTHING).all(1)  # on every prompt, not on the mean
         said = [
             Sentence(
                 f"{row['name']}: a row of attention that differs by {row['divergence']:.2g}"

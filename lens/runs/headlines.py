@@ -5,11 +5,11 @@ surprising ones first and compute nothing anew.
 
     gap      = how far the nearer end of the value's interval lies beyond the baseline; 0 where it holds the baseline
     scale    = the baseline's own spread (the interval of a control, the scatter of heads), or where the baseline is
-               exact its size; at least 1 % of the value's size
+               exact its size (of a share its distance to 0 or 1, the nearer one); at least 1 % of the value's size
     surprise = min(gap / scale, 100)
 
 A finding whose interval holds its baseline has a surprise of 0. No headline is one of less than 0.5 where the baseline
-scatters (two intervals of one width exclude each other from 0.41 on), or than 0.1 where it is exact. One without an
+scatters (the difference of two with intervals of one width excludes 0 from 0.41 on), or than 0.1 where it is exact. One without an
 interval (a single prompt) stands behind all that have one.
 """
 
@@ -84,6 +84,10 @@ class Headline:
         low, high = (self.low, self.high) if self.is_sure else (self.value, self.value)
         gap = max(low - self.baseline, self.baseline - high, 0.0)
         scale = self.spread if math.isfinite(self.spread) else abs(self.baseline)
+        if math.isnan(self.spread) and not self.unit and 0 <= self.baseline <= 1:
+            scale = min(
+                scale, 1 - self.baseline
+            )  # a share of 0.95 has not as far to go as one of 0.5
         scale = max(scale, _FLOOR * abs(self.value))
         return min(gap / scale, 1 / _FLOOR) if gap else 0.0
 

@@ -124,7 +124,7 @@ def from_transformer_lens(
     row: int | None = None,
     padding: Sequence[int] | None = None,
     windows: Sequence[int | None] | None = None,
-    block_size: int = 64,
+    block_size: Count = 64,
     bos_id: int | None = None,
     model: str = "imported",
 ) -> AttentionTrace:

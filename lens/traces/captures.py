@@ -9,7 +9,7 @@ from typing import Any, TypedDict, Unpack, overload
 import torch
 from lens_kernels.distributed import Processes
 
-from lens.common.choices import check_counts
+from lens.common.choices import Count, check_counts
 from lens.common.errors import LensError
 from lens.common.files import as_path
 from lens.common.progress import advancing
@@ -70,7 +70,7 @@ def capture(
     model: LoadedModel | None,
     prompts: Any,
     *,
-    block_size: int = 64,
+    block_size: Count = 64,
     statistics: str | Sequence[str] = "all",
     keep_qk: bool = False,
     backend: str = "auto",

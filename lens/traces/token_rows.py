@@ -7,6 +7,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+_CONTINUES = "##"
+_OPENS = ("<", "[")  # how special tokens begin
+
 
 def is_delimiter(token: str) -> bool:
     """Whether a token is punctuation alone, or a line break; spaces around do not matter."""
@@ -39,7 +42,7 @@ def nearest_copy(
 def token_classes(tokens: Sequence[str]) -> list[str]:
     """Of each token of a row "first", "delimiter", "number", "word" (a word, or how one begins) or "piece" (how one goes on).
 
-    In a row without any space each token is a word of its own, as symbols are.
+    In a row without any space each token is a word of its own, as symbols are, but WordPiece's "##".
     """
     found: list[str] = []
     whole = not any(one.isspace() for token in tokens for one in token)
@@ -50,7 +53,10 @@ def token_classes(tokens: Sequence[str]) -> list[str]:
             found.append("delimiter")
         elif text.isnumeric():
             found.append("number")
+        elif text.startswith(_CONTINUES) and len(text) > len(_CONTINUES):
+            found.append("piece")
         else:
             found.append("word" if whole or opens or token[0].isspace() else "piece")
-        opens = found[-1] == "delimiter" or place == 0 or token[-1:].isspace()
+        opens = found[-1] == "delimiter" or token[-1:].isspace()
+        opens = opens or (place == 0 and text[:1] in _OPENS)  # behind a BOS
     return ["first", *found[1:]] if found else []

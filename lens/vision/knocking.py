@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lens.common.choices import Seed, check_choice, check_lists
+from lens.common.choices import Count, Seed, check_choice, check_lists
 from lens.common.errors import LensError
 from lens.common.head_ids import AnyHead
 from lens.common.results import Sentence
@@ -84,7 +84,7 @@ def knock_out(
     layers: Sequence[int] | None = None,
     heads: Sequence[AnyHead] | None = None,
     controls: Sequence[Any] = CONTROLS,
-    draws: int = 1,
+    draws: Count = 1,
     seed: Seed = 0,
     progress: bool = True,
 ) -> KnockOut:

@@ -155,7 +155,8 @@ def test_heads_that_estimates_put_first_are_told_by_what_was_lost_without_them()
         ("made", "random", "L0H0", 0, 0, 0.1, 0.1, 0.0, 0.2, "pooled_mean", 3),
         ("made", "random", "L1H1", 1, 1, 0.1, 0.3, 0.2, 0.4, "pooled_mean", 3),
     ]
-    text, fields = told(pd.DataFrame(rows, columns=list(COLUMNS)), "loss")
+    table = pd.DataFrame(rows, columns=list(COLUMNS))
+    text, fields = told(table, "loss") or ("", {})
     assert text == (
         "L1H0 matters most for made of the heads that estimates put first: without it loss is worse by 0.6 "
         "[0.5, 0.7], without one of 2 random heads by 0.2 on the mean. Gradient puts L0H1 first: 3 estimated, "
@@ -164,6 +165,10 @@ def test_heads_that_estimates_put_first_are_told_by_what_was_lost_without_them()
     assert fields == pytest.approx(
         {"value": 0.6, "low": 0.5, "high": 0.7, "baseline": 0.2, "spread": 0.1}
     )
+    assert (
+        told(table.assign(value=[0.01, 0.15, 0.1, 0.3]), "loss") is None
+    )  # others are missed more
+    assert told(table[:3], "loss") is None  # one head says nothing of heads at random
 
 
 def test_heads_are_taken_away_for_real_where_they_were_only_estimated():

@@ -489,6 +489,11 @@ def test_a_mask_that_the_model_made_itself(monkeypatch):
     assert torch.equal(added[0, 0], 0.5 * allowed)
     with pytest.raises(LensError, match=r"mask of its own, torch\.float32 of shape \(37, 37\)"):
         masks.structure_of(additive, True, None, 37)
+    before = torch.ones(5, 5, dtype=torch.bool).tril(
+        -1
+    )  # no query sees itself: the last is none of padding
+    structure, _ = masks.structure_of(before[None, None], True, None, 5)
+    assert torch.equal(structure.allowed[0, 0], before)
     of_heads = torch.stack([allowed, ~allowed])[None]
     with pytest.raises(LensError, match="hides other keys from one head than from another"):
         masks.structure_of(of_heads, True, None, 37)

@@ -32,6 +32,8 @@ ONE = Headline("one", 0.92, 0.89, 0.94, 0.03, "uniform attention")
         (1.0, 0.7, 1.3, 0.5, 0.002, 20.0),  # also where the baseline scatters less than that
         (0.5, 0.5, 0.5, -0.5, 0.0, 100.0),  # and no more than 100
         (0.5, NAN, NAN, 0.1, NAN, 4.0),  # no interval: the value itself
+        (0.87, 0.85, 0.89, 0.95, NAN, 1.2),  # of a share its distance to the nearer end
+        (0.94, 0.93, 0.95, 1.0, NAN, 0.05 / 0.0094),
     ],
 )
 def test_how_surprising_a_finding_is(value, low, high, baseline, spread, surprise):

@@ -134,7 +134,7 @@ def test_an_order_is_worse_than_random_by_its_mean_cost():
     both = PruningOrders((dear, cheap), 0.05)
     assert both.best is cheap
     kinds = ["prunable", "order", "worse_than_random"]
-    assert [one.kind for one in both.findings()] == [*kinds, "own_share"]
+    assert [one.kind for one in both.findings()] == [*kinds, "limit"]
     own = f"The mean over {dear.n} prompts that stands in for a head is to 1/{dear.n} the prompt's own output"
     assert both.findings()[-1].startswith(own)
     pooled = [replace(one, intervention=Intervention("pooled_mean")) for one in (dear, cheap)]

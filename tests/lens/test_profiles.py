@@ -10,7 +10,7 @@ from lens import profile as shown
 from lens.common.errors import LensError
 from lens.traces.metrics import METRICS
 from lens.traces.profiles import COLUMNS, pooled_table, prompt_table
-from lens.traces.token_rows import is_delimiter
+from lens.traces.token_rows import is_delimiter, token_classes
 from lens.traces.trace import AttentionTrace
 from tests.lens.naive import rms_ratio
 from tests.lens.traces import LENGTH, probabilities, token_ids, trace_of
@@ -308,3 +308,14 @@ def test_the_highest_head_with_random_weights_stands_beside_every_head():
     other = trace_of(probabilities(layers=2, heads=3, length=LENGTH, seed=0), ids=[0] * LENGTH)
     with pytest.raises(LensError, match="traces of the same prompts"):
         profile([first], random_weights=[other])
+
+
+def test_words_and_their_pieces_are_told_apart_in_both_ways_of_writing_them():
+    assert token_classes(["<s>", "Att", "ention", " is", ","]) == [
+        *("first", "word", "piece", "word", "delimiter"),
+    ]
+    assert token_classes(["Att", "ention", " is"]) == ["first", "piece", "word"]
+    assert token_classes(["[CLS]", "to", "##ken", "##ization", "."]) == [
+        *("first", "word", "piece", "piece", "delimiter"),
+    ]
+    assert token_classes(["a", "b"]) == ["first", "word"]  # symbols

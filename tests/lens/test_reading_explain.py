@@ -14,7 +14,7 @@ from lens.circuits.known import PROGRAMS, induction_transformer, tracr
 from lens.common.errors import LensError
 from lens.common.head_ids import head_of_node
 from lens.passes.replay import proved
-from lens.reading import _pairs, _writers, explaining
+from lens.reading import _groups, _pairs, _writers, explaining
 from lens.reading._head import read_head
 from lens.reading._rotation import Rotation, find_rotation
 from lens.reading.explaining import pair_cells
@@ -384,6 +384,7 @@ def test_kinds_of_pairs_and_groups():
     assert found.groups == ("a → b", "b → c", "c → b")
     with pytest.raises(LensError, match="by must be 'offset', 'class', or the class of each token"):
         lens.reading.explain_pairs(model, prompt, "L1H0", by="distance", progress=False)
+    assert sorted(("10", "-2", "9", "0"), key=_groups.rank) == ["-2", "0", "9", "10"]
     with pytest.raises(LensError, match="by has no classes for prompt 0, which has 7 tokens"):
         lens.reading.explain_pairs(model, prompt, "L1H0", by=[[]], progress=False)
 
@@ -409,7 +410,7 @@ def test_what_leads_in_each_group_is_said_with_the_groups_where_it_does_not():
     (other,) = [one for one in classes.findings() if one.kind == "other" and "key side" in one]
     assert "another part leads in 1, surely " in other
     alone = lens.reading.explain_pairs(model, prompts, by="class", **asked)
-    assert alone.findings()[0] == "L1H0: all pairs are of one class, word → word."
+    assert alone.findings()[0] == "L1H0: all pairs are of one group, word → word."
     key = classes.contrast[1].sum(1)  # [prompts, parts]
     own, second = (key[:, classes.parts[1].index(leading.loc["word → word", name])] for name in ("part", "second"))  # fmt: skip
     lead = (own * np.sign(own.mean()) - second * np.sign(second.mean())).mean()
@@ -425,7 +426,7 @@ def test_what_leads_in_each_group_is_said_with_the_groups_where_it_does_not():
     assert other.endswith("key side: another part leads in 1, in none of them surely.")
     below = replace(unsure, above=-ones)
     (said,) = [one for one in below.findings() if "key side" in one]
-    assert said.endswith("no group has, in two prompts, logits above the mean.")
+    assert said.endswith("no group has logits above the mean in all of its prompts, two or more.")
 
 
 def test_induction_heads_are_explained_by_the_previous_token_head():
@@ -475,7 +476,7 @@ def test_what_cannot_be_explained_is_refused(models):
             lens.reading.explain(model, *args, progress=False, **options)
 
     refused("query must be a place from 0 to 12, or -1 for the last; got 13", ids, "L2H4", 13, 1)
-    refused("key must be a place", ids, "L2H4", 3, "last")
+    refused("key must be an integer or one of 'sink'", ids, "L2H4", 3, "last")
     refused("query 3 does not see key 5 in L2H4", ids, "L2H4", 3, 5)
     refused("there is no L9H0", ids, "L9H0", 3, 1)
     refused("LlamaForCausalLM has no learned sinks", ids, "L2H4", 3, "sink")

@@ -394,6 +394,8 @@ def test_a_row_is_said_to_be_one_of_many_only_where_another_was_found(models):
     one_key = replace(found, divergence=np.full_like(found.divergence, 0.004))
     (said,) = one_key.findings()
     assert said.endswith("was found for L0H0, L1H3, L2H1, L2H4.")
+    once = replace(found, divergence=np.tile([0.012, 0.0], (4, 1)))  # on one prompt: not none
+    assert {one.kind for one in once.findings()} == {"same"}
     assert len(found.plot().data[0].x) == 4
 
 
@@ -410,11 +412,21 @@ def test_a_gradient_is_said_to_cost_more_only_where_it_surely_does(models):
     assert len(found.plot().data) == 6
     one = replace(found, worst=worst[..., :1], random=random[..., :1])
     assert [said.kind for said in one.findings()] == ["head"] * 3  # without an interval
+    two = replace(
+        found, sizes=(2.0, 1.0), worst=np.tile(worst, (1, 2, 1)), random=np.tile(random, (1, 2, 1))
+    )
+    assert two.findings()[0].startswith("A change of size 2 of")
 
 
 def test_the_loss_grows_most_along_its_gradient(models):
     model = models("gpt2")
-    small = lens.reading.perturb(model, prompt(), ["L1H2"], sizes=[1e-2], draws=2, progress=False)
+    with pytest.raises(LensError, match="sizes has one twice: 1, 1"):
+        lens.reading.perturb(model, prompt(), ["L1H2"], sizes=[1.0, 1.0])
+    with pytest.raises(LensError, match="heads names none"):
+        lens.reading.perturb(model, prompt(), np.array([]))
+    small = lens.reading.perturb(
+        model, prompt(), np.array(["L1H2"]), sizes=[1e-2], draws=2, progress=False
+    )
     answer = Answer(model, prompt())
     slope = Gradients(answer, of_loss=True).scores[1][2]
     assert small.worst[0, 0, 0] == pytest.approx(1e-2 * float(slope.norm()), rel=0.1)

@@ -28,7 +28,9 @@ def _known_text(name: str) -> str:
 class PromptConfig(Section):
     """Which prompts; at most one of `SOURCES`."""
 
-    prompt: str | None = setting(None, "The words to analyse themselves.", min_length=1)
+    prompt: str | None = setting(
+        None, "The words to analyse themselves, on one line.", min_length=1
+    )
     text: str | None = setting(None, "Text file to analyse.", shown=Shown(file=True), min_length=1)
     text_name: Annotated[str, AfterValidator(_known_text)] | None = setting(
         None,

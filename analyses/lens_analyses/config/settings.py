@@ -114,7 +114,9 @@ class Section(BaseModel):
         if isinstance(value, str) and len(value) > _LONGEST:
             raise ValueError(f"must be text of at most {_LONGEST:,} characters, got {len(value):,}")
         if isinstance(value, str) and not _is_written_as_it_is(value):
-            raise ValueError(f"must be text without control characters, got {value!r}")
+            raise ValueError(
+                f"must be text without control characters such as line breaks, got {value!r}"
+            )
         if isinstance(value, int) and abs(value) > _LARGEST:
             raise ValueError(f"must be at most {_LARGEST:,}, got {shorten(f'{value}')}")
         return value

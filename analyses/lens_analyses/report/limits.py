@@ -87,6 +87,7 @@ def _prompts(run: Run, config: Any) -> list[str]:
     if texts:
         titles = {prompt["title"].partition(":")[0] for prompt in texts}
         source = titles.pop() if len(titles) == 1 else f"{len(titles)} texts"
+        source = "the prompt itself" if config.get("prompt") else source
         tokens = sum(prompt["tokens"] for prompt in texts)
         said.append(
             f"The text is {source}, {tokens:,} tokens: what heads do on other kinds of text, on code or in "

@@ -60,7 +60,9 @@ def _chain(load: Load) -> Cost:
 def _importance(load: Load) -> Cost:
     passes = 6.0  # of heads of one role together, and the clean model
     for by, _ in load.settings.measured:
-        passes += load.heads + 2 if by == "ablation" else 4
+        passes += load.heads + 2 if by == "ablation" else 5
+    if all(by != "ablation" for by, _ in load.settings.measured):
+        passes += 7  # heads that estimates put first, and others at random, taken away
     both = load.task if load.settings.task == "text" else load.task + load.windows
     return Cost(passes * both)
 

@@ -70,8 +70,10 @@ def of_importance(
         if chief.method == "ablation":
             text, fields = _of_ablation(chief, mine)
         elif tried is not None and task in set(tried["task"]):
-            text, fields = told(tried[(tried["task"] == task).to_numpy()], chief.metric)
-            against = "heads drawn at random"
+            said = told(tried[(tried["task"] == task).to_numpy()], chief.metric)
+            if said is None:
+                continue
+            (text, fields), against = said, "heads drawn at random"
         else:
             best, fields = _highest_row(chief.table(), "value")
             text = (

@@ -223,7 +223,7 @@ def corpus_of(config: RunConfig) -> list[Source]:
     if not sources:
         raise LensError(
             "examples are looked for in text, and the run has copied prompts alone; give --text FILE, "
-            "--text-name moby-dick or --corpus FILE"
+            '--prompt "words", --text-name moby-dick or --corpus FILE'
         )
     return sources
 

@@ -38,9 +38,8 @@ def tried(subject: Subject, task: "Task", scores: list[HeadScores]) -> pd.DataFr
     from lens.heads.pruning.groups import ablate_each
 
     named = [(score.label, score.top(1)[0], score) for score in scores]
-    left = [
-        one for one in subject.model.info.every_head if one not in {head for _, head, _ in named}
-    ]
+    first = {head for _, head, _ in named}
+    left = [one for one in subject.model.info.every_head if one not in first]
     drawn = np.random.default_rng(subject.seed).permutation(len(left))[:_RANDOM]
     named += [("random", left[place], scores[0]) for place in sorted(drawn)]
     losses = ablate_each(
@@ -62,8 +61,10 @@ def tried(subject: Subject, task: "Task", scores: list[HeadScores]) -> pd.DataFr
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
 
-def told(rows: pd.DataFrame, metric: str) -> tuple[str, dict[str, float]]:
+def told(rows: pd.DataFrame, metric: str) -> tuple[str, dict[str, float]] | None:
     """The sentence and the numbers of the head whose loss is highest among those that estimates put first.
+
+    None where no two heads are left to set beside it, or where these are missed more.
 
     Args:
         rows: of `tried`, of one task.
@@ -73,6 +74,8 @@ def told(rows: pd.DataFrame, metric: str) -> tuple[str, dict[str, float]]:
     first: list[dict[Any, Any]] = rows[~at_random].to_dict("records")
     best = max(first, key=lambda row: row["value"])
     others = rows.loc[at_random, "value"].to_numpy(float)
+    if len(others) < 2 or best["value"] <= others.mean():
+        return None
     several = len({row["name"] for row in first}) > 1
     estimates = "; ".join(
         f"{row['by']} puts {row['name']} first: {row['estimate']:.3g} estimated, {row['value']:.3g} lost"

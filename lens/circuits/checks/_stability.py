@@ -13,7 +13,7 @@ from lens.circuits.graph.circuit import Circuit
 from lens.circuits.graph.edge_scores import EdgeScores, Selection
 from lens.circuits.scores.methods import named
 from lens.circuits.scores.scoring import score_edges
-from lens.common.choices import Seed, check_counts, check_lists
+from lens.common.choices import Count, Seed, check_counts, check_lists
 from lens.common.errors import LensError
 from lens.common.given import given_as
 from lens.common.results import Result
@@ -157,7 +157,7 @@ def noise_floor(
     task: Task,
     scores: EdgeScores,
     *,
-    batch_size: int = 3,
+    batch_size: Count = 3,
     seed: Seed = 0,
     progress: bool = True,
 ) -> NoiseFloor:

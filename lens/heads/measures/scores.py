@@ -19,6 +19,7 @@ _LIMITS = {
     "ablation": "One head is out at a time, so that what others make up for does not show.",
     "gradient": _ESTIMATE,
     "attribution": _ESTIMATE,
+    "atp": _ESTIMATE,
     "direct": "It is what heads write straight into the logits, without what later layers make of it.",
 }
 

@@ -59,7 +59,7 @@ class PruningOrders(Result):
         return table[["order", *table.columns.drop("order")]]
 
     def findings(self) -> tuple[Sentence, ...]:
-        """Kinds: `prunable` (by the best order), `order` (each of the others), `worse_than_random`, `own_share`."""
+        """Kinds: `prunable` (by the best order), `order` (each of the others), `worse_than_random`, `limit`."""
         best, total = self.best, len(self.best.order)
         spared = len(best.prunable(self.limit))
         tried = (
@@ -88,7 +88,7 @@ class PruningOrders(Result):
                 )
                 said.append(Sentence(text, kind="worse_than_random"))
         if text := best.intervention.own_share(best.n):
-            said.append(Sentence(text, kind="own_share"))
+            said.append(Sentence(text, kind="limit"))
         return tuple(said)
 
 
