@@ -89,6 +89,11 @@ def main(arguments: list[str] | None = None) -> int:
                 keep(row)
     except measure.LostDeviceError as error:
         keep(replace(rows.pop(), note=f"{BROKE}{error}"))
+        if (
+            options.quick or options.only or not options.device
+        ):  # nothing that a new process would know
+            print(f"the device is lost, and with it the rest: {error}", file=sys.stderr)
+            return 1
         progress(f"the device is lost to this process, which starts anew: {error}")
         words = [*(sys.argv[1:] if arguments is None else arguments)]
         os.execv(

@@ -335,6 +335,10 @@ def test_a_lost_device_is_left_to_a_process_that_starts_anew(simulated, monkeypa
     found = notes(out)
     assert [name for name, *_ in found] == ["SDPA", "a", "b"]
     assert found[2][2] == "broke the device: illegal memory access"
+    assert (
+        run.main(["--only", "small", *ON_GPU, str(out)]) == 1
+    )  # it keeps no rows: it would start anew for ever
+    assert len(started) == 1
     field[1][1].clear()
     assert run.main([*ON_GPU, str(out)]) == 0
     assert [name for name, *_ in notes(out)] == ["SDPA", "a", "b", "c"]
