@@ -264,7 +264,7 @@ def series_lines(
         )
     rows = rows[rows["prompts"] == kind]
     grid = rows.pivot(index="name", columns="place", values="value")
-    parts = _same_heads(series, list(grid.columns))
+    parts = _same_heads(series, list(map(int, grid.columns)))
     spans = pd.concat([grid[part].max(axis=1) - grid[part].min(axis=1) for part in parts], axis=1)
     order = pd.DataFrame({"spread": spans.max(axis=1), "value": grid.max(axis=1)})
     spread = order.sort_values(["spread", "value"], ascending=False, kind="stable")["spread"]
@@ -281,7 +281,7 @@ def series_lines(
         color = next(colors, LINE) if named else BASELINE
         figure.add_scatter(
             x=[series.names[place] for place in shown],
-            y=_with_gaps(grid.loc[name, shown], gaps),
+            y=_with_gaps(np.array(grid.loc[name, shown], float), gaps),
             mode="lines+markers" if named else "lines",
             name=str(name),
             showlegend=named,
@@ -313,17 +313,17 @@ def _same_heads(series: RunSeries, places: list[int]) -> list[list[int]]:
     """The places of a series in pieces of which neighbours have the same heads."""
     parts = [places[:1]]
     for before, place in pairwise(places):
-        if (series.names[before], series.names[place]) in series.refused:
+        way = pairwise(series.names[before : place + 1])  # over runs that lack the score, too
+        if any(pair in series.refused for pair in way):
             parts.append([])
         parts[-1].append(place)
     return parts
 
 
-def _with_gaps(values: pd.Series, gaps: np.ndarray) -> np.ndarray:
+def _with_gaps(values: np.ndarray, gaps: np.ndarray) -> np.ndarray:
     """The values of a line that is broken at some of its points."""
-    found = values.to_numpy(float).copy()
-    found[gaps] = np.nan
-    return found
+    values[gaps] = np.nan
+    return values
 
 
 def first_token_curves(series: RunSeries, **look: Unpack[Look]) -> go.Figure:
