@@ -125,7 +125,7 @@ class Adversaries(Result):
     def findings(self) -> tuple[Sentence, ...]:
         """The heads whose row says least ("same"), and those for which no other row was found ("none")."""
         rows = self.table()
-        alone = pd.Series((self.divergence < _NOTHING).all(1))  # on every prompt, not on the mean
+        alone = pd.Series(self.divergence.max(1)) < _NOTHING  # on every prompt, not on the mean
         said = [
             Sentence(
                 f"{row['name']}: a row of attention that differs by {row['divergence']:.2g}"
