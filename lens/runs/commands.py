@@ -18,7 +18,11 @@ DIFFUSION = "diffusion"
 """What a run is whose configuration no other command takes."""
 NEED_TEXT = ("sinks", "redistribute", "policies", "mixers", "examples", "generate")
 """Analyses that copied prompts alone do not do for."""
-_SOURCES = ("prompt", "text", "text_name", "batch")
+_SOURCES = ("prompt", "text", "text_name", "batch", "audio", "image")
+_OF_LABELS = ("heads", "circuit")
+_OF_PARTS = ("heads", "sinks")  # of an encoder-decoder, one attention at a time
+_OF_TASKS = ("heads", "redistribute", "explain", "patch", "circuit")
+_IN_PAIRS = ("patch", "circuit")
 
 
 def again(run: Path, meta: Mapping[str, Any]) -> str:
@@ -55,16 +59,44 @@ def settings(config: Mapping[str, Any], what: str) -> dict[str, Any]:
         LensError: as `analysis`.
     """
     _check(config, what)
+    parts = {part: dict(config.get(part, {})) for part in ("model", "prompts", "capture")}
+    task = task_of(config, what)
+    own = config.get("analysis", {}) if config.get("what") == what else {"task": task}
     found: dict[str, Any] = {"what": what}
-    for part in ("model", "prompts", "capture"):
-        found |= {f"{part}.{name}": value for name, value in dict(config.get(part, {})).items()}
+    for part, values in {**parts, "analysis": own}.items():
+        found |= {f"{part}.{name}": value for name, value in values.items() if value is not None}
     return found | ({"seed": config["seed"]} if "seed" in config else {})
 
 
+def task_of(config: Mapping[str, Any], what: str) -> str | None:
+    """The task of a run, for another analysis of it; None: it has none that this one takes.
+
+    Args:
+        config: of the run; nothing else of its own analysis is another's.
+        what: the other analysis.
+    """
+    own = config.get("analysis")
+    task = own.get("task") if isinstance(own, Mapping) else None
+    if what not in _OF_TASKS or not isinstance(task, str) or task == "labels":
+        return None  # labels come with their prompts
+    return None if task == "text" and what in _IN_PAIRS else task
+
+
 def _check(config: Mapping[str, Any], what: str) -> None:
-    if config.get("what") == DIFFUSION:
+    whose = config.get("what")
+    if whose == DIFFUSION:
         raise LensError(f"`lens {what}` takes no diffusion model; `lens diffusion` is for these")
+    if whose == "vision" and what != whose:
+        raise LensError(
+            f"`lens {what}` reads no pictures that are not labelled; `lens vision` is for these"
+        )
     prompts = config.get("prompts", {})
+    if what not in _OF_LABELS and (prompts.get("images") or prompts.get("labelled")):
+        raise LensError(
+            f"`lens {what}` takes no labelled prompts; `lens heads` and `lens circuit` do"
+        )
+    if what not in _OF_PARTS and config.get("model", {}).get("part"):
+        raise LensError(f"`lens {what}` takes no encoder-decoder; `lens heads` and `lens sinks` do")
     if what in NEED_TEXT and not any(prompts.get(name) for name in _SOURCES):
         raise LensError(
             f"`lens {what}` needs text, and this run has copied prompts alone; make a run with --prompt WORDS, --text FILE or "

@@ -4,12 +4,26 @@ import json
 import re
 import shlex
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import tomli_w
+from lens_analyses.config import load_config, make_config
 from lens_analyses.jobs.desk import JobDesk
 from lens_dashboards.library import Library
-from lens_dashboards.pages import circuits, heads, overview, policies, redistribution, sinks
+from lens_dashboards.pages import (
+    circuits,
+    head,
+    heads,
+    overview,
+    patching,
+    policies,
+    reading,
+    redistribution,
+    sinks,
+)
+from lens_dashboards.pages.next_steps import WORDS
 from lens_dashboards.pages.tabs import holds
 from lens_dashboards.selection import Selection
 
@@ -23,7 +37,26 @@ PAGES = {
     "redistribution": redistribution.page,
     "policies": policies.page,
     "circuits": circuits.page,
+    "patching": patching.page,
+    "reading": reading.page,
+    "head": head.page,
 }
+TEXT = {"text_name": "lily", "tokens": 40, "windows": 2}
+RUNS = {
+    "profile": ({}, ()),
+    "heads": ({"task": "ioi", "measures": "ablation/mean"}, ()),
+    "sinks": ({"edits": "mask", "rule": "mask"}, ()),
+    "redistribute": ({"task": "text", "rule": "learned_sink", "amounts": "0,3"}, ()),
+    "policies": ({"sections": "policies", "block": 8}, ()),
+    "mixers": ({"block": 8}, ()),
+    "explain": ({"task": "ioi", "sections": "explain", "heads": "L1H0"}, ()),
+    "examples": ({"n": 1, "top": 3}, ()),
+    "generate": ({"new": 8}, ()),
+    "patch": ({"task": "ioi", "corruption": "noise", "at": "s2"}, ()),
+    "circuit": ({"task": "ioi", "method": "eap"}, ()),
+    "vision": ({"overlays": "L1H0"}, tuple(WORDS)),
+}
+"""Analysis -> settings of its own, and what cannot follow."""
 
 
 @pytest.fixture(scope="module", params=["text", "copied"])
@@ -72,6 +105,40 @@ def test_every_command_that_a_page_shows_is_taken(folder, page, lens_command):
         assert answer.json["what"] == words[1]
     if not has_text and page in ("sinks", "policies"):
         assert f"`lens {page}` needs text" in text
+
+
+@pytest.mark.parametrize("whose", RUNS)
+def test_the_command_and_the_job_after_any_run_are_one_and_are_taken(whose, tmp_path):
+    analysis, refused = RUNS[whose]
+    prompts = {"image": "cat.png"} if whose == "vision" else TEXT
+    given = {"what": whose, "prompts": prompts, "capture": {"block_size": 8}, "seed": 3}
+    ran = make_config(given | ({"analysis": analysis} if analysis else {})).fitted(10**6)
+    config = ran.as_mapping()
+    (tmp_path / "config.toml").write_text(tomli_w.dumps(config))
+    assert follows(config, tmp_path) == set(WORDS) - set(refused)
+    for what in set(WORDS) - set(refused):
+        typed = load_config(tmp_path / "config.toml", {"what": what})
+        assert typed == load_config(None, commands.settings(config, what)), what
+        assert (typed.seed, typed.prompts.text_name, typed.capture.block_size) == (3, "lily", 8)
+        if analysis.get("task") == "ioi" and what in ("heads", "patch", "circuit", "explain"):
+            assert typed.analysis.task == "ioi"
+
+
+def test_after_labelled_prompts_and_parts_only_what_takes_them_follows(tmp_path):
+    labelled = {"what": "heads", "prompts": {"images": "folder"}, "analysis": {"task": "labels"}}
+    assert follows(labelled, tmp_path) == {"heads", "circuit"}
+    part = {"what": "profile", "prompts": {"audio": "a.wav"}, "model": {"part": "cross"}}
+    assert follows(part, tmp_path) == {"heads", "sinks"}
+
+
+def follows(config, folder):
+    """The analyses whose commands are told."""
+    found = set()
+    for what in WORDS:
+        with suppress(LensError):
+            commands.analysis(folder, config, what)
+            found.add(what)
+    return found
 
 
 @pytest.mark.slow

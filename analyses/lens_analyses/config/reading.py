@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from lens.common.checked import checked
 from lens.common.errors import LensError
 from lens.common.files import read_text, shorten
+from lens.runs.commands import task_of
 from lens_analyses.config.models import CONFIGS, RunConfig
 from lens_analyses.config.paths import local
 from lens_analyses.config.prompts import SOURCES
@@ -63,6 +64,7 @@ def load_config(
         64
     """
     values: dict[str, Any] = {} if path is None else read_toml(Path(path), *_FILE)
+    _leave_others(values, overrides.get("what"))
     if any(f"prompts.{name}" in overrides for name in SOURCES):
         for name in (*SOURCES, "sha256"):  # another text replaces the file's
             if isinstance(values.get("prompts"), dict):
@@ -125,6 +127,13 @@ def read_toml(path: Path, kind: str, hint: str) -> dict[str, Any]:
         raise
     except (LensError, ValueError, RecursionError) as error:
         raise UsageError(f"cannot read the {kind} {path}: {error}") from None
+
+
+def _leave_others(values: dict[str, Any], what: Any) -> None:
+    """Of the run of another analysis, only its task is this one's: their settings differ, also those of one name."""
+    if what is not None and values.get("what", what) != what and "analysis" in values:
+        task = task_of(values, what)
+        values["analysis"] = {} if task is None else {"task": task}
 
 
 def _own(what: str, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -66,9 +66,11 @@ def page(library: Library, view: Selection) -> list[Any]:
             card(
                 html.P(
                     [
-                        "This run has no picture: ",
-                        html.Code("lens vision --model dinov2-small --image cat.png"),
-                        " makes one.",
+                        "This run has no picture. Of a model that reads pictures ",
+                        html.Code("lens vision"),
+                        " makes one; how, says ",
+                        html.Code("lens vision --help"),
+                        ".",
                     ]
                 ),
                 "No picture",
