@@ -106,6 +106,16 @@ def test_the_keyboard_goes_from_head_to_head(page, address, run):
     ready(page)
 
 
+def test_each_step_counts_from_the_head_that_was_asked_for_last(page, address, run):
+    page.goto(f"{address}/run/{run.id}/head/0/4")
+    ready(page)
+    clicks = "(id) => { for (let i = 0; i < 5; i += 1) document.getElementById(id).click(); }"
+    for id_, there in (("next-head", "L1H3"), ("previous-head", "L0H4")):
+        page.evaluate(clicks, id_)
+        page.wait_for_selector(f"h1:has-text('{there}')")
+        page.wait_for_selector(f"#map[data-head='{there}'][data-ready]")
+
+
 def test_the_table_downloads_as_it_is(page, address, run):
     page.goto(f"{address}/run/{run.id}")
     page.wait_for_selector(f"{GRID} .heatmaplayer")
@@ -164,7 +174,11 @@ def serious(browser, address, width=1280):
 
 
 @pytest.mark.parametrize(
-    "path", ["/", "/run/{id}", "/run/{id}/head/1/3", "/run/{id}/atlas", "/run/{id}/provenance"]
+    "path",
+    [
+        *("/", "/run/{id}", "/run/{id}/head/1/3", "/run/{id}/atlas", "/run/{id}/provenance"),
+        *("/run/{id}/maps?heads=L1H3,L0H2", "/run/{id}/mixers"),
+    ],
 )
 def test_axe_finds_nothing_serious(browser, address, run, path):
     assert serious(browser, address + path.format(id=run.id)) == {}

@@ -92,6 +92,15 @@
     }
   }).observe(document.documentElement, { childList: true, subtree: true });
 
+  /* The head before or after the one that was asked for last, whose page may still be on its way; none beyond the ends. */
+  function headBeside(link) {
+    const { layers, heads } = link.parentElement.dataset, known = JSON.parse(layers);
+    const found = window.location.pathname.match(/^(.*\/head)\/(\d+)\/(\d+)$/);
+    if (!found) return new URL(link.href).pathname;
+    const at = known.indexOf(Number(found[2])) * heads + Number(found[3]) + (link.id === "next-head" ? 1 : -1);
+    return at < 0 || at >= known.length * heads ? null : `${found[1]}/${known[Math.floor(at / heads)]}/${at % heads}`;
+  }
+
   // The next head at the zoom of this one, which only the address knows.
   document.addEventListener("click", (event) => {
     const link = event.target instanceof Element && event.target.closest("#previous-head, #next-head, #maps-chosen a, #pin, .steps #to-maps");
@@ -99,7 +108,8 @@
     event.preventDefault();
     event.stopPropagation();
     if (link.id.endsWith("-head")) {
-      const there = new URL(link.href).pathname;
+      const there = headBeside(link);
+      if (!there) return;
       window.lensBlockMap.expect(...there.split("/").slice(-2));
       return go(there + window.location.search);
     }

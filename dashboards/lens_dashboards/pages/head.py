@@ -1,5 +1,6 @@
 """Page `/run/<id>/head/<layer>/<head>`: what does this head do?"""
 
+import json
 from dataclasses import replace
 from typing import Any
 
@@ -267,7 +268,8 @@ def _steps(run: Run, view: Selection, prompt: str, trace: AttentionTrace) -> htm
             id="pin",
         )
     )
-    return html.Nav(links, className="steps", **named("Heads"))
+    order: Any = {"data-layers": json.dumps(layers), "data-heads": str(heads)}
+    return html.Nav(links, className="steps", **named("Heads"), **order)
 
 
 def _is_head(trace: AttentionTrace, name: str) -> bool:
