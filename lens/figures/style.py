@@ -7,6 +7,7 @@ import numpy as np
 import plotly.graph_objects as go
 
 from lens.common.colors import GRID, INK
+from lens.figures.rows import COLORS
 
 Theme = Literal["light", "dark"]
 
@@ -126,6 +127,7 @@ def style(
         "font": {"family": _FONT, "size": 12, "color": ink},
         "paper_bgcolor": paper,
         "plot_bgcolor": paper,
+        "colorway": COLORS,
         "margin": {"l": 60, "r": 20, "t": 60 if len(drawn) > 1 else 40, "b": 48},
         "legend": {"orientation": "h", "x": 0, "y": 1.01, "yanchor": "bottom"},
         "hoverlabel": {"font": {"family": _FONT}},
