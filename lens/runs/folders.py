@@ -129,6 +129,15 @@ class Run:
         return self.door.entries(ImportancesFile, IMPORTANCES, _MOST_IMPORTANCES)
 
     @property
+    def bos(self) -> str | None:
+        """Whether prompts begin with the tokenizer's BOS, "added" or "absent"; None where they have no tokens."""
+        try:
+            ids = self.prompts["token_ids"]
+        except LensError:
+            return self.meta["bos"]
+        return self.meta["bos"] if any(max(one, default=-1) >= 0 for one in ids) else None
+
+    @property
     def traces(self) -> list[str]:
         """Ids of the prompts that have a finished trace."""
         from lens.traces.store import INDEX as TRACE_INDEX

@@ -18,6 +18,7 @@ from lens_dashboards.views import render
 
 import lens
 from lens.common.errors import LensError
+from lens.figures.rows import COLORS
 from lens.runs import commands, open_run
 from lens.runs.validation import validate
 
@@ -93,6 +94,10 @@ def test_each_part_is_a_run_whose_prompts_are_the_steps(folder, answer):
     ]
     change = ends[1]["entropy"] - ends[0]["entropy"]
     assert np.allclose(heads, change[heads.index], atol=1e-5)
+    assert joint.figures["entropy"].layout.colorway == COLORS
+    report = json.loads((runs[1].path / "report.json").read_text())
+    assert report["setup"]["bos"] is None  # latents begin with no token
+    assert "BOS absent" not in (runs[1].path / "report.html").read_text()
     page = str(render(Library(runs[1].path.parent), f"/run/{runs[1].id}/analysis/denoising", ""))
     assert "Attention over denoising steps" in page
 

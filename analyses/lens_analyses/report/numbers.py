@@ -71,10 +71,8 @@ def numbers(
         "headlines": [headline(one) for one in shown],
         "summary": [_finding(one) for one in found],
         "setup": {
-            **{
-                key: meta[key]
-                for key in ("model", "device", "backend", "block_size", "seed", "bos")
-            },
+            **{key: meta[key] for key in ("model", "device", "backend", "block_size", "seed")},
+            "bos": run.bos,
             "prompts": prompts.to_dict("records"),
             "losses": _losses(run),
         },

@@ -243,8 +243,9 @@ def _cards(run: Run) -> html.Div:
             "nats a token, copied prompts" if len(repeat) else "no copied prompt",
         ),
         ("Blocks", str(run.meta.get("block_size")), f"tokens, backend {run.meta.get('backend')}"),
-        ("BOS", str(run.meta.get("bos")), "sinks depend on the first token"),
     ]
+    if run.bos:
+        cells.append(("BOS", run.bos, "sinks depend on the first token"))
     return html.Div(
         [
             html.Div(
