@@ -114,6 +114,13 @@ def test_each_step_counts_from_the_head_that_was_asked_for_last(page, address, r
         page.evaluate(clicks, id_)
         page.wait_for_selector(f"h1:has-text('{there}')")
         page.wait_for_selector(f"#map[data-head='{there}'][data-ready]")
+    link = page.locator("#next-head").bounding_box()
+    page.mouse.move(link["x"] + 9, link["y"] + 9)
+    page.mouse.down()
+    page.keyboard.press("n")  # the link is another one when the button is let go
+    page.wait_for_selector("h1:has-text('L0H5')")
+    page.mouse.up()
+    page.wait_for_selector("h1:has-text('L1H0')")
 
 
 def test_the_table_downloads_as_it_is(page, address, run):

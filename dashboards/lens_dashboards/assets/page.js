@@ -101,18 +101,30 @@
     return at < 0 || at >= known.length * heads ? null : `${found[1]}/${known[Math.floor(at / heads)]}/${at % heads}`;
   }
 
+  function stepFrom(link) {
+    const there = headBeside(link);
+    if (!there) return;
+    window.lensBlockMap.expect(...there.split("/").slice(-2));
+    go(there + window.location.search);
+  }
+
+  // A link that is replaced by that of the next page while it is pressed gets no click.
+  let pressed = null;
+  const stepAt = (event) => event.target instanceof Element && event.target.closest("#previous-head, #next-head");
+  document.addEventListener("pointerdown", (event) => { pressed = event.button === 0 && stepAt(event); }, true);
+  document.addEventListener("pointerup", (event) => {
+    const link = stepAt(event);
+    if (link && pressed && link !== pressed && link.id === pressed.id && !pressed.isConnected) stepFrom(link);
+    pressed = null;
+  }, true);
+
   // The next head at the zoom of this one, which only the address knows.
   document.addEventListener("click", (event) => {
     const link = event.target instanceof Element && event.target.closest("#previous-head, #next-head, #maps-chosen a, #pin, .steps #to-maps");
     if (!link || link.tagName !== "A" || event.ctrlKey || event.metaKey || event.shiftKey) return;
     event.preventDefault();
     event.stopPropagation();
-    if (link.id.endsWith("-head")) {
-      const there = headBeside(link);
-      if (!there) return;
-      window.lensBlockMap.expect(...there.split("/").slice(-2));
-      return go(there + window.location.search);
-    }
+    if (link.id.endsWith("-head")) return stepFrom(link);
     const there = new URL(link.href), here = new URLSearchParams(window.location.search);
     for (const name of ["q0", "q1", "k0", "k1", "query"]) {
       if (here.get(name)) there.searchParams.set(name, here.get(name));
