@@ -105,6 +105,7 @@ def load_model(config: RunConfig) -> "LoadedModel":
     import torch
 
     import lens
+    from lens.models.sizes import NoHeadsError
 
     name = config.model.device or "cpu"
     try:
@@ -114,7 +115,13 @@ def load_model(config: RunConfig) -> "LoadedModel":
             f"device {name!r} cannot be used ({first_line(error)}); use cpu, or see `lens doctor`"
         ) from None
     asked = config.model
-    model = lens.load(asked.name, revision=asked.revision, dtype=asked.dtype, device=name)
+    try:
+        model = lens.load(asked.name, revision=asked.revision, dtype=asked.dtype, device=name)
+    except NoHeadsError:
+        raise UsageError(
+            f"{asked.name} has no attention heads in its configuration, and every command profiles these first; a model of "
+            "mixers alone (Mamba, RWKV) is measured in Python: lens.mixers.capture(model, ids)"
+        ) from None
     of_pictures = reads_pictures(config)
     if model.info.vocab is None and model.tokenizer is None and not of_pictures and not model.parts:
         raise UsageError(

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 
 from lens.common.errors import LensError
+from lens.common.head_ids import head_of_node
+from lens.figures.circuits import sizes_of_parts
 from lens.runs import Run
 from lens.runs.commands import analysis
 from lens.runs.folders import CIRCUITS, IMPORTANCES
@@ -26,17 +28,40 @@ class CircuitEdges:
         scores: [edges], positive: the task goes worse without the edge.
         saved: the circuit file of the run, without its edges: graph, ablation, task, model, made.
         chosen: names of the edges of that circuit.
+        attending: layers whose heads have a page of their own, those of softmax attention; None: all.
     """
 
     names: tuple[str, ...]
     scores: np.ndarray
     saved: dict[str, Any]
     chosen: tuple[str, ...]
+    attending: frozenset[int] | None = None
 
     @property
     def size(self) -> dict[str, Any]:
-        """`layers`, `heads`, `kv_heads`, `mlps` of the model."""
-        return {name: self.saved["graph"][name] for name in ("layers", "heads", "kv_heads", "mlps")}
+        """`layers`, `heads`, `kv_heads`, `mlps` of the model; of a hybrid those of its largest layer."""
+        graph = self.saved["graph"]
+        if "writers" in graph:
+            return sizes_of_parts(graph["writers"])
+        return {name: graph[name] for name in ("layers", "heads", "kv_heads", "mlps")}
+
+    @cached_property
+    def _read_together(self) -> dict[str, tuple[str, ...]]:
+        """Of a hybrid: `a1` -> the heads of the layer, which read as one."""
+        graph = self.saved["graph"]
+        readers = zip(graph.get("readers", ()), graph.get("feeds", ()), strict=True)
+        return {
+            reader: tuple(graph["writers"][one] for one in fed) for reader, fed in readers if fed
+        }
+
+    def fed(self, reader: str) -> tuple[str, ...]:
+        """Nodes that a reader is an input of: one, or of a hybrid all heads of a layer."""
+        return self._read_together.get(reader, (reader.partition("<")[0],))
+
+    def is_mixer(self, node: str) -> bool:
+        """Whether it is a head of a layer without softmax attention, which has no page of its own."""
+        head = head_of_node(node)
+        return bool(head and self.attending is not None and head.layer not in self.attending)
 
     @cached_property
     def ends(self) -> list[tuple[str, str]]:
@@ -89,8 +114,9 @@ class CircuitEdges:
         largest = sorted(edges, key=lambda edge: -abs(self.scores[edge]))[:_PATH_EDGES]
         into: dict[str, dict[str, float]] = {}
         for writer, reader, score in self.lines(largest):
-            strongest = into.setdefault(reader.partition("<")[0], {})
-            strongest[writer] = max(strongest.get(writer, 0.0), abs(score))
+            for node in self.fed(reader):
+                strongest = into.setdefault(node, {})
+                strongest[writer] = max(strongest.get(writer, 0.0), abs(score))
         best: dict[str, list[tuple[float, tuple[str, ...]]]] = {"input": [(np.inf, ("input",))]}
         for node in sorted(into, key=_depth):
             found = [
@@ -139,14 +165,14 @@ class CircuitEdges:
         behind: dict[str, set[str]] = {}
         for edge in edges:
             writer, reader = self.ends[edge]
-            node = reader.partition("<")[0]
-            ahead.setdefault(writer, set()).add(node)
-            behind.setdefault(node, set()).add(writer)
+            for node in self.fed(reader):
+                ahead.setdefault(writer, set()).add(node)
+                behind.setdefault(node, set()).add(writer)
         fed, useful = _reached("input", ahead), _reached("logits", behind)
         kept = [
             edge
             for edge in edges
-            if self.ends[edge][0] in fed and self.ends[edge][1].partition("<")[0] in useful
+            if self.ends[edge][0] in fed and useful.intersection(self.fed(self.ends[edge][1]))
         ]
         return sorted(kept)
 
@@ -192,6 +218,8 @@ def _read(run: Run, *changed: int) -> CircuitEdges:
     for name in ("edges", "nodes", "scores", "faithfulness"):
         saved.pop(name, None)
     scores = np.array([edge.score for edge in edges.values()], dtype=float)
-    found = CircuitEdges(tuple(edges), scores, saved, chosen)
+    attending = run.meta["model"].get("attending")
+    pages = None if attending is None else frozenset(attending)
+    found = CircuitEdges(tuple(edges), scores, saved, chosen, pages)
     found.find(chosen)
     return found

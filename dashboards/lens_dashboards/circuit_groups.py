@@ -81,11 +81,14 @@ def drawn_groups(run: Run, edges: CircuitEdges, by: str, own: Groups) -> Groups:
     (see `lens.findings`) it passes; heads without one, MLPs and both ends stay single.
     """
     taken = {node for nodes in own.values() for node in nodes}
-    heads = [
-        f"a{layer}.h{head}"
-        for layer in range(edges.size["layers"])
-        for head in range(edges.size["heads"])
-    ]
+    heads = list(
+        dict.fromkeys(
+            node
+            for writer, reader in edges.ends
+            for node in (writer, reader.partition("<")[0])
+            if node.startswith("a")
+        )
+    )
     names: dict[str, str] = {}
     if by == "layer":
         names = {node: f"heads of layer {node[1:].partition('.')[0]}" for node in heads}

@@ -8,7 +8,7 @@ circuit-tracer and Neuronpedia show (their graph-schema.json, version 1.0.0).
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import numpy as np
 from lens.circuits.graph.activations import Ablation, Baseline
 from lens.circuits.graph.circuit import Circuit
 from lens.circuits.graph.edge_scores import EdgeScores
-from lens.circuits.graph.graph import Graph
+from lens.circuits.graph.graph import Graph, StreamGraph, entries, graph_of
 from lens.common.errors import LensError
 from lens.common.files import as_path, read_json, write_json
 from lens.common.given import given_as
@@ -30,7 +30,8 @@ def to_mib(scores: EdgeScores, path: str | Path, *, circuit: Circuit | None = No
     """Write scores as `importances.json`: the mean over the prompts of every edge.
 
     Positive is useful, as in current versions of the benchmark. What its format has no place for stands
-    under `lens`, which its reader passes over.
+    under `lens`, which its reader passes over. Of a hybrid that is the graph, whose layers differ: it stands
+    there instead of the sizes in `cfg`, and only `from_mib` reads it.
 
     Args:
         scores: with keys and values of every query head of its own (kv="head").
@@ -42,7 +43,8 @@ def to_mib(scores: EdgeScores, path: str | Path, *, circuit: Circuit | None = No
     """
     scores = given_as("EdgeScores", scores=scores)
     graph, values = scores.graph, scores.values
-    if graph.kv_readers != graph.heads:
+    is_hybrid = isinstance(graph, StreamGraph)
+    if not is_hybrid and graph.kv_readers != graph.heads:
         raise LensError(
             "the benchmark's format has keys and values of every query head, and these scores share "
             "them in groups; score the edges with kv='head'"
@@ -56,13 +58,7 @@ def to_mib(scores: EdgeScores, path: str | Path, *, circuit: Circuit | None = No
     kept = np.ones(graph.n, bool) if circuit is None else circuit.kept
     inside = {graph.writers[number] for number in graph.ends[1][kept]}
     found = {
-        "cfg": {
-            "n_layers": graph.layers,
-            "n_heads": graph.heads,
-            "parallel_attn_mlp": graph.parallel,
-            "n_kv_heads": graph.kv_heads,
-            "mlps": graph.mlps,
-        },
+        **({} if is_hybrid else {"cfg": _sizes(graph)}),
         "nodes": {name: {"in_graph": name in inside} for name in graph.writers}
         | {"logits": {"in_graph": True}},
         "edges": {
@@ -76,9 +72,32 @@ def to_mib(scores: EdgeScores, path: str | Path, *, circuit: Circuit | None = No
             "task": scores.task,
             "model": scores.model,
             "prompts": scores.n,
+            **({"graph": entries(graph)} if is_hybrid else {}),
         },
     }
     write_json(as_path("path", path), found)
+
+
+def _sizes(graph: Graph) -> dict[str, Any]:
+    """As the benchmark names them."""
+    return {
+        "n_layers": graph.layers,
+        "n_heads": graph.heads,
+        "parallel_attn_mlp": graph.parallel,
+        "n_kv_heads": graph.kv_heads,
+        "mlps": graph.mlps,
+    }
+
+
+def _of_sizes(cfg: Mapping[str, Any]) -> Graph:
+    """The graph of `_sizes`, or of the benchmark's own, which have fewer."""
+    return Graph(
+        cfg["n_layers"],
+        cfg["n_heads"],
+        cfg.get("n_kv_heads", cfg["n_heads"]),
+        mlps=cfg.get("mlps", True),
+        parallel=bool(cfg["parallel_attn_mlp"]),
+    )
 
 
 def from_mib(
@@ -100,27 +119,24 @@ def from_mib(
         raise LensError(f"sign must be 1 or -1, got {sign!r}")
     config = Ablation(baseline)
     found = read_json(as_path("path", path))
-    missing = [key for key in ("cfg", "nodes", "edges") if key not in found]
-    missing += [f"cfg.{key}" for key in _CFG if key not in found.get("cfg", {})]
+    about = found.get("lens", {})
+    is_hybrid = isinstance(about, dict) and "graph" in about
+    missing = [key for key in ("nodes", "edges") if key not in found]
+    if not is_hybrid:
+        missing = ["cfg"] * ("cfg" not in found) + missing
+        missing += [f"cfg.{key}" for key in _CFG if key not in found.get("cfg", {})]
     if missing:
         raise LensError(
             f"{path} is no importances.json: it lacks {', '.join(missing)}; to_mib writes one"
         )
-    cfg, about = found["cfg"], found.get("lens", {})
-    graph = Graph(
-        cfg["n_layers"],
-        cfg["n_heads"],
-        cfg.get("n_kv_heads", cfg["n_heads"]),
-        mlps=cfg.get("mlps", True),
-        parallel=bool(cfg["parallel_attn_mlp"]),
-    )
-    values = np.full((1, graph.n), np.nan)
     try:
+        graph = graph_of(about["graph"]) if is_hybrid else _of_sizes(found["cfg"])
+        values = np.full((1, graph.n), np.nan)
         values[0, graph.find(list(found["edges"]))] = [
             sign * float(edge["score"]) for edge in found["edges"].values()
         ]
         config = Ablation(**about["ablation"]) if "ablation" in about else config
-    except (KeyError, TypeError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise LensError(f"{path} is a damaged importances.json: {error}") from error
     unknown = "unknown"
     return EdgeScores(
@@ -147,7 +163,8 @@ def to_attribution_graph(
 
     Scores are over all positions, so every node stands at the last token. A link sums the edges by
     query, key and value from one node to another; `influence` of a node is the share of all links'
-    sizes in those that leave it.
+    sizes in those that leave it. Heads of a layer of a hybrid read as one: the node of what they read, such
+    as `a1`, has a link to each of them, the sum of those that leave the head.
 
     Args:
         circuit: the edges.
@@ -174,11 +191,14 @@ def to_attribution_graph(
         writer, reader = (names[end[edge]] for names, end in _ends(graph))
         pair = writer, reader.partition("<")[0]
         links[pair] = links.get(pair, 0.0) + float(scores.values[edge])
+    if isinstance(graph, StreamGraph):
+        links |= _to_heads(graph, links)
     whole = sum(map(abs, links.values())) or 1.0
     names = dict.fromkeys(name for pair in links for name in pair)
+    layers = max(int(_kind(one, 0)[1]) for one in graph.writers if one != "input") + 1
     nodes = []
     for name in names:
-        kind, layer = _kind(name, graph.layers)
+        kind, layer = _kind(name, layers)
         out = sum(abs(weight) for (writer, _), weight in links.items() if writer == name)
         nodes.append(
             {
@@ -213,6 +233,22 @@ def to_attribution_graph(
         ],
     }
     write_json(as_path("path", path), found)
+
+
+def _to_heads(
+    graph: StreamGraph, links: Mapping[tuple[str, str], float]
+) -> dict[tuple[str, str], float]:
+    """From what the heads of a layer read to each of them, the sum of the links that leave it."""
+    sums: dict[str, float] = {}
+    for (writer, _), weight in links.items():
+        sums[writer] = sums.get(writer, 0.0) + weight
+    read = {reader for _, reader in links}
+    return {
+        (reader, graph.writers[one]): sums[graph.writers[one]]
+        for reader, fed in zip(graph.readers, graph.feeds, strict=True)
+        for one in fed
+        if reader in read and reader != graph.writers[one] in sums
+    }
 
 
 def _ends(graph: Graph) -> tuple[tuple[tuple[str, ...], np.ndarray], ...]:

@@ -44,8 +44,9 @@ def layered_graph(
     read as one, from a point below them.
     """
     graph = circuit.graph
-    own = _heads(graph)
-    of_hybrid = any(node.startswith("a") and "." not in node for node in graph.readers)
+    size = sizes_of_parts(graph.writers)
+    if not any(node.startswith("a") and "." not in node for node in graph.readers):
+        size["kv_heads"] = graph.kv_heads
     reader, writer = graph.ends
     edges = [
         (graph.writers[writer[edge]], graph.readers[reader[edge]], float(scores.values[edge]))
@@ -53,10 +54,7 @@ def layered_graph(
     ]
     return edge_graph(
         edges,
-        layers=len(own),
-        heads=own.shape[1],
-        kv_heads=own.shape[1] if of_hybrid else graph.kv_heads,
-        mlps=any(node.startswith("m") for node in graph.writers),
+        **size,
         of=graph.n,
         groups=groups,
         meta={"task": circuit.task, "model": circuit.model, "edges": circuit.n},
@@ -221,11 +219,25 @@ def _heads(graph: Graph) -> np.ndarray:
     for number, name in enumerate(graph.writers):
         if match := _HEAD.fullmatch(name):
             found[int(match["layer"]), int(match["head"])] = number
-    layers = 1 + max(int(node[1:].partition(".")[0]) for node in graph.writers if node != "input")
-    heads = 1 + max(head for _, head in found)
+    size = sizes_of_parts(graph.writers)
     return np.array(
-        [[found.get((layer, head), -1) for head in range(heads)] for layer in range(layers)]
+        [
+            [found.get((layer, head), -1) for head in range(size["heads"])]
+            for layer in range(size["layers"])
+        ]
     )
+
+
+def sizes_of_parts(writers: Sequence[str]) -> dict[str, int]:
+    """`layers`, `heads`, `kv_heads` (as many) and `mlps` of a graph with these writers, of a hybrid the largest layer's."""
+    matches = filter(None, map(_HEAD.fullmatch, writers))
+    heads = 1 + max((int(match["head"]) for match in matches), default=0)
+    return {
+        "layers": 1 + max(int(node[1:].partition(".")[0]) for node in writers if node != "input"),
+        "heads": heads,
+        "kv_heads": heads,
+        "mlps": any(node.startswith("m") for node in writers),
+    }
 
 
 def _lines(

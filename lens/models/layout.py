@@ -37,7 +37,7 @@ def layout(model: LoadedModel) -> Layout:
     root: Any = model.model
     row, kind, base = _row(model)
     model.info.check_all_attend(
-        "what rests on the parts of each layer (circuits, direct attribution, weights)"
+        "what rests on the parts of each layer (circuits in words or in spans, direct attribution, weights)"
     )
     if not model.is_bridge and reads_picture_first(root):
         raise LensError(

@@ -11,17 +11,21 @@ from lens.models.loaded import ModelInfo
 _SIZES = ("num_hidden_layers", "num_attention_heads", "hidden_size")
 
 
+class NoHeadsError(LensError):
+    """A model whose configuration has no attention heads: of recurrent mixers alone, or of other things."""
+
+
 def describe(model: Any, licence: str = "unknown") -> ModelInfo:
     """Sizes of a transformers model.
 
     Raises:
-        LensError: the configuration does not say how many layers and heads there are.
+        LensError: the configuration does not say how many layers and heads there are; `NoHeadsError` where it only lacks heads.
     """
     config = model.config.get_text_config()
     sizes = [_setting(config, name) for name in _SIZES]
     layers, heads, hidden = (size if isinstance(size, int) else 0 for size in sizes)
     if missing := [n for n, size in zip(_SIZES, (layers, heads, hidden), strict=True) if not size]:
-        raise LensError(
+        raise (NoHeadsError if missing == ["num_attention_heads"] else LensError)(
             f"cannot read the sizes of {type(model).__name__}: its {type(config).__name__} has no integer "
             f"{', '.join(missing)}; recurrent mixers alone (Mamba, RWKV) go to lens.mixers.capture(model, ids), attention to "
             "lens.passes.wrap(model, inputs)"

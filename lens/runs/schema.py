@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    model_validator,
+)
 
+from lens.circuits.graph.graph import StreamGraph
 from lens.common.errors import LensError
 from lens.common.files import shown
 from lens.common.schema import checked, in_words
@@ -225,11 +236,70 @@ class _Graph(_Open):
     parallel: bool
     kv: Any = None
 
+    @property
+    def parts(self) -> int:
+        """Number of writers."""
+        return 1 + self.layers * (self.heads + self.mlps)
 
-_NODE = r"(input|a\d{1,4}\.h\d{1,4}|m\d{1,4})"
+    def unknown(self, edges: Iterable[str]) -> list[str]:
+        """Those that are none by their names: a layer of heads reads as one in a hybrid alone."""
+        return list(filter(_TOGETHER.search, edges))
+
+
+_TOGETHER = re.compile(r"->a\d+$")
+_MOST_PAIRS = 2**26
+_NODE = r"(input|a\d{1,4}\.h\d{1,5}|m\d{1,4})"
+_READER = r"(a\d{1,4}(\.h\d{1,5}(<[qkv]>)?)?|m\d{1,4}|logits)"
 _Node = Annotated[str, Field(pattern=f"^{_NODE}$")]
-_Edge = Annotated[
-    str, Field(pattern=rf"^{_NODE}->(a\d{{1,4}}\.h\d{{1,4}}(<[qkv]>)?|m\d{{1,4}}|logits)$")
+_Reader = Annotated[str, Field(pattern=f"^{_READER}$")]
+_Edge = Annotated[str, Field(pattern=f"^{_NODE}->{_READER}$")]
+
+
+class _Hybrid(_Open):
+    """`lens.circuits.graph.graph.StreamGraph`."""
+
+    writers: list[_Node]
+    readers: list[_Reader]
+    before: list[_Count]
+    feeds: list[list[_Count]]
+
+    @model_validator(mode="after")
+    def _fit(self) -> _Hybrid:
+        if (pairs := len(self.writers) * len(self.readers)) > _MOST_PAIRS:
+            raise ValueError(
+                f"has {pairs:,} pairs of a writer and a reader, {_MOST_PAIRS:,} are read"
+            )
+        try:
+            self.made()
+        except LensError as error:
+            raise ValueError(f"is no graph: {error}") from error
+        return self
+
+    def made(self) -> StreamGraph:
+        """The graph itself."""
+        names = tuple(self.writers), tuple(self.readers), tuple(self.before)
+        return StreamGraph(*names, tuple(map(tuple, self.feeds)))
+
+    @property
+    def parts(self) -> int:
+        """Number of writers."""
+        return len(self.writers)
+
+    def unknown(self, edges: Iterable[str]) -> list[str]:
+        """Those that it has not got."""
+        known = set(self.made().edges)
+        return [edge for edge in edges if edge not in known]
+
+
+def _graph_kind(given: Any) -> str:
+    """Of what is read, and of what was."""
+    is_hybrid = "writers" in given if isinstance(given, dict) else isinstance(given, _Hybrid)
+    return "of_hybrid" if is_hybrid else "of_sizes"
+
+
+_AnyGraph = Annotated[
+    Annotated[_Graph, Tag("of_sizes")] | Annotated[_Hybrid, Tag("of_hybrid")],
+    Discriminator(_graph_kind),
 ]
 
 
@@ -241,7 +311,7 @@ class CircuitFile(_Open):
     model: _Line
     task: _Line
     made: _Line
-    graph: _Graph
+    graph: _AnyGraph
     nodes: list[_Node]
     edges: list[_Edge]
     scores: list[_Score] | None = None
@@ -249,6 +319,8 @@ class CircuitFile(_Open):
 
     @model_validator(mode="after")
     def _fit(self) -> CircuitFile:
+        if unknown := self.graph.unknown(self.edges):
+            raise ValueError(f"has the edge {unknown[0]!r}, which its graph has not got")
         if self.scores is not None and len(self.scores) != len(self.edges):
             raise ValueError(f"{len(self.scores)} scores for {len(self.edges)} edges")
         if len({len(column) for column in self.faithfulness.values()}) > 1:
@@ -260,10 +332,31 @@ class _Scored(_Open):
     score: _Score
 
 
+class _About(_Open):
+    """Of the scores, what the benchmark's format has no place for."""
+
+    graph: _Hybrid | None = None
+
+
 class ImportancesFile(_Open):
-    """`circuits/mib/importances.json`: every edge with its score."""
+    """`circuits/mib/importances.json`: every edge with its score; of a hybrid with its graph."""
 
     edges: dict[_Edge, _Scored]
+    lens: _About = _About()
+
+    @model_validator(mode="after")
+    def _fit(self) -> ImportancesFile:
+        graph = self.lens.graph
+        unknown = (
+            list(filter(_TOGETHER.search, self.edges))
+            if graph is None
+            else graph.unknown(self.edges)
+        )
+        if unknown:
+            raise ValueError(f"has the edge {unknown[0]!r}, which its graph has not got")
+        if graph is not None and (lacking := graph.made().n - len(self.edges)):
+            raise ValueError(f"has no score of {lacking:,} edges of its graph")
+        return self
 
 
 def run_entries(value: Mapping[str, Any], path: Path) -> tuple[dict[str, Any], tuple[str, ...]]:

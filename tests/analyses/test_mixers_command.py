@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import transformers
 from lens_dashboards.library import Library
 from lens_dashboards.views import render
 
@@ -123,3 +124,27 @@ def test_a_model_of_softmax_heads_alone_has_none(lens_command, tmp_path):
     assert run.sections == []
     assert "has no mixer that is known here" in run.unsupported["mixers"]
     assert "Mixers" not in str(render(Library(tmp_path), f"/run/{run.id}", ""))
+
+
+def test_a_model_of_mixers_alone_is_refused_in_one_line(folder, lens_command, tmp_path):
+    model = tmp_path / "mamba2"
+    sizes = {
+        "vocab_size": 512,
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_heads": 4,
+        "head_dim": 8,
+    }
+    transformers.Mamba2ForCausalLM(
+        transformers.Mamba2Config(**sizes, n_groups=1, state_size=4)
+    ).save_pretrained(model)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(folder / name, model)
+    answer = lens_command(*COMMAND.split(), "--model", model, "--out", tmp_path / "runs")
+    assert answer.code == 2
+    (line,) = answer.err.splitlines()[-1:]
+    assert (
+        "has no attention heads in its configuration, and every command profiles these first"
+        in line
+    )
+    assert not (tmp_path / "runs").exists()

@@ -4,6 +4,7 @@ import lens
 from lens import circuits
 from lens.circuits.graph.head_sets import heads_of
 from lens.circuits.patches.head_parts import ROLES
+from lens.common.errors import LensError
 from lens.common.head_ids import HeadId, head_of_node
 from lens.common.results import of_kind
 from lens.runs.sections import Section
@@ -57,13 +58,23 @@ def joined(subject: Subject) -> Section:
     """What each head of the circuit looks at, through what it acts, and whether the sink is part of it."""
     _, task = halves(subject)
     chosen, scores = circuit_of(subject.run)
-    heads = _largest_heads(largest(chosen, scores))
+    attending, whole = subject.model.info.attending, heads_of(chosen)
+    of_softmax = [head for head in whole if head.layer in attending]
+    if not of_softmax:
+        raise LensError(
+            f"the {len(whole)} heads of this circuit are of mixers, which look at no keys; `lens mixers` measures them"
+        )
+    heads = _largest_heads(largest(chosen, scores), attending)
     check = circuits.checks.sink_check(
         subject.model, task, heads, draws=_DRAWS, seed=subject.seed, progress=subject.progress
     )
     tables, figures = {"sink": check.table()}, {"sink": check.plot()}
     summary: list[str] = []
     limits = ["The sink is the first key; sinks elsewhere are left as they are."]
+    if mixers := len(whole) - len(of_softmax):
+        limits.append(
+            f"{mixers} more heads of the circuit are of mixers and left out: they have no attention weights."
+        )
     if task.corrupt is None:
         limits.insert(
             0,
@@ -78,7 +89,7 @@ def joined(subject: Subject) -> Section:
         summary += found.findings(most=6)
         limits.insert(
             0,
-            f"Each head alone, the {len(heads)} of {len(heads_of(chosen))} with the largest scores; a head "
+            f"Each head alone, the {len(heads)} of {len(of_softmax)} with the largest scores; a head "
             "whose work others take over shows no effect.",
         )
     return Section(
@@ -136,6 +147,7 @@ def reading(subject: Subject) -> Section:
     )
 
 
-def _largest_heads(nodes: list[str]) -> list[HeadId]:
-    """The first `_HEADS` heads of nodes such as a3.h5, largest first."""
-    return list(filter(None, map(head_of_node, nodes)))[:_HEADS]
+def _largest_heads(nodes: list[str], attending: tuple[int, ...]) -> list[HeadId]:
+    """The first `_HEADS` heads of softmax attention of nodes such as a3.h5, largest first."""
+    found = filter(None, map(head_of_node, nodes))
+    return [head for head in found if head.layer in attending][:_HEADS]

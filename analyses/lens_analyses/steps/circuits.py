@@ -33,11 +33,6 @@ _NODES = 64  # that are taken out one by one
 
 def edges(subject: Subject) -> Section:
     """Scores of every edge on half of the task's prompts, the circuit of the best, its stability."""
-    if subject.model.info.without_attention:
-        raise LensError(
-            f"the files of this section have no place for heads of mixers, which {subject.model.info.class_name} has; "
-            "lens.circuits.find scores, finds, saves and draws its circuits"
-        )
     task, _ = halves(subject)
     settings = subject.settings
     word, integrated = named(settings.method)
@@ -294,7 +289,7 @@ _CONTROLS = {
 }
 
 COLUMNS = {
-    "edge": "Writer->reader; a head reads by <q>, <k> and <v>.",
+    "edge": "Writer->reader; a head reads by <q>, <k> and <v>, heads of a layer of a hybrid as one, such as a1.",
     "writer": "Input, head or MLP whose output is read.",
     "reader": "What reads it.",
     "value": "Score, in units of the metric; positive: the task goes worse without the edge.",

@@ -270,10 +270,9 @@ def _check_heads(model: "LoadedModel", words: str | None) -> None:
 def _check_edges(model: "LoadedModel", edges: int) -> None:
     """As `check_edges`; of a model without a graph the section says that it has none."""
     from lens.circuits.graph.mixed import check_edges
-    from lens.circuits.graph.nodes import find_nodes
 
     try:
-        find_nodes(model)
+        check_edges(model, 0)
     except LensError:
         return
     check_edges(model, edges)

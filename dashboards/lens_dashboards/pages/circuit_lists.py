@@ -67,10 +67,10 @@ def nodes_table(
         node = row["node"]
         after = [one for one in pins if one != node] if node in pins else [*pins, node]
         act = "unpin" if node in pins else "pin"
-        head = head_of_node(node)
+        name, page = _name(node, edges), node_link(view, node, edges)
         body.append(
             [
-                (str(head), view.to_head(*head).url()) if head else node,
+                (name, page) if page else name,
                 f"{row['edges']:,}",
                 f"{row['score']:+z.3g}",
                 (act, view.where(pins=",".join(after)).url(), f"{act} {node}"),
@@ -101,18 +101,18 @@ def paths_list(view: Selection, edges: CircuitEdges, chosen: list[int]) -> Any:
     for size, nodes in paths:
         parts: list[Any] = []
         for node in nodes:
-            parts += [_node(view, node), " → "]
+            name, page = _name(node, edges), node_link(view, node, edges)
+            parts += [dcc.Link(name, href=page) if page else name, " → "]
         items.append(html.Li([*parts[:-1], html.Span(f": weakest edge {number(size)}")]))
     return html.Ol(items, className="strongest", id="paths")
 
 
-def _node(view: Selection, node: str) -> Any:
-    """A head leads to its page."""
+def _name(node: str, edges: CircuitEdges) -> str:
     head = head_of_node(node)
-    return dcc.Link(str(head), href=view.to_head(*head).url()) if head else node
+    return f"{head or node}{' (mixer)' * edges.is_mixer(node)}"
 
 
-def node_link(view: Selection, node: str) -> str:
-    """The page of a head, "" for other nodes."""
+def node_link(view: Selection, node: str, edges: CircuitEdges) -> str:
+    """The page of a head, "" for other nodes and for heads of mixers."""
     head = head_of_node(node)
-    return view.to_head(*head).url() if head else ""
+    return view.to_head(*head).url() if head and not edges.is_mixer(node) else ""

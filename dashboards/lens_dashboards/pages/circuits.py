@@ -191,7 +191,7 @@ def _touching(
     kept = [
         edge
         for edge in chosen
-        if edges.ends[edge][0] in pins or edges.ends[edge][1].partition("<")[0] in pins
+        if {edges.ends[edge][0], *edges.fed(edges.ends[edge][1])}.intersection(pins)
     ]
     if not kept:
         notes.append(f"No edge of this circuit touches {', '.join(pins)}; all are shown.")
@@ -206,7 +206,10 @@ def _graph(
     figure = edge_graph(lines, of=len(edges.names), groups=groups, **edges.size)
     nodes: Any = figure.data[-1]
     nodes.customdata = [
-        [f"{node}: {', '.join(groups[node])}" if node in groups else node, node_link(view, node)]
+        [
+            f"{node}: {', '.join(groups[node])}" if node in groups else node,
+            node_link(view, node, edges),
+        ]
         for node in nodes.customdata
     ]
     nodes.hovertemplate = "%{customdata[0]}<extra></extra>"
@@ -239,8 +242,10 @@ def _code(
     grouped = f", groups={groups!r}" if groups else ""
     if shown is chosen:
         return f"{begin}lens.figures.circuits.layered_graph(circuit, scores{grouped})"
+    read = [reader for _, reader in edges.ends if set(pins).intersection(edges.fed(reader))]
+    named = dict.fromkeys([*pins, *(reader.partition("<")[0] for reader in read)])
     return (
-        f"{begin}pins = {pins!r}\n"
+        f"{begin}pins = {list(named)!r}\n"
         "touching = [e for e in circuit.edges if {p.partition('<')[0] for p in e.split('->')} & set(pins)]\n"
         "part = lens.circuits.make_circuit(circuit.graph, touching, ablation=circuit.ablation, "
         "task=circuit.task, model=circuit.model, made='pinned')\n"

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 import numpy as np
 import pandas as pd
+from torch import Tensor
 
 from lens import stats
 from lens.circuits.checks.evaluation import Outcome, run_circuits
-from lens.circuits.graph.activations import Ablation, References, read_activations
+from lens.circuits.graph.activations import Ablation, Activations, References, read_activations
 from lens.circuits.graph.circuit import Circuit
-from lens.circuits.graph.nodes import find_nodes
+from lens.circuits.graph.mixed import Mixed, mixed_of
+from lens.circuits.graph.nodes import Nodes, find_nodes
 from lens.circuits.graph.selection import random_edges, same_degrees
 from lens.common.choices import Count, Seed, check_choice, check_lists
 from lens.common.given import given_as
@@ -132,17 +134,28 @@ def control(
 
 def magnitudes(model: LoadedModel, task: Task, ablation: Ablation) -> np.ndarray:
     """[writers], mean over prompts and tokens of the norm of (output - its reference)."""
-    nodes = find_nodes(model, kv=ablation.kv)
-    references, total = References(nodes, task, ablation), 0.0
+    nodes = mixed_of(model) or find_nodes(model, kv=ablation.kv)
+
+    def read(ids: Tensor) -> Activations:
+        return nodes.outputs(ids) if isinstance(nodes, Mixed) else read_activations(nodes, ids)[1]
+
+    references, total = References(nodes, task, ablation, read), 0.0
     for rows in task.chunks(min(8, task.rows_at_once(model))):
-        _, found = read_activations(nodes, task.clean[rows])
+        found = read(task.clean[rows])
+        own = task.own[rows].to(found.input)[:, None]
         change = found.minus(references.of(rows))
-        own = task.own[rows].to(found.input)
-        norms = [(change.input.norm(dim=-1) * own).sum()[None]]
-        for number, layer in enumerate(nodes.layers):
-            written = change.heads[number] @ layer.block.output  # [rows, heads, tokens, d_model]
-            norms.append((written.norm(dim=-1) * own[:, None]).sum((0, 2)))
-            mlps = change.mlps[number : number + 1]
-            norms += [(part.norm(dim=-1) * own).sum()[None] for part in mlps]
+        norms = [(one.norm(dim=-1) * own).sum((0, 2)) for one in _written(nodes, change)]
         total = total + np.concatenate([part.cpu().double().numpy() for part in norms])
     return np.asarray(total) / int(task.own.sum())
+
+
+def _written(nodes: Nodes | Mixed, change: Activations) -> Iterator[Tensor]:
+    """[rows, writers, tokens, d_model] of some writers at a time, in the order of the graph."""
+    yield change.input[:, None]
+    for number, heads in enumerate(change.heads):
+        if isinstance(nodes, Mixed):
+            yield nodes.written(number, heads)
+            continue
+        yield heads @ nodes.layers[number].block.output
+        for mlp in change.mlps[number : number + 1]:
+            yield mlp[:, None]

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lens.circuits.graph.activations import Ablation
-from lens.circuits.graph.graph import Graph, StreamGraph
+from lens.circuits.graph.graph import Graph, StreamGraph, entries, graph_of
 from lens.circuits.graph.selection import pruned
 from lens.common.errors import LensError
 from lens.common.files import as_path, read_json, write_json
@@ -92,7 +92,7 @@ class Circuit:
             "model": self.model,
             "task": self.task,
             "made": self.made,
-            "graph": {one.name: getattr(self.graph, one.name) for one in fields(self.graph)},
+            "graph": entries(self.graph),
             "ablation": asdict(self.ablation),
             "nodes": list(self.nodes),
             "edges": list(self.edges),
@@ -142,15 +142,6 @@ def make_circuit(
     return Circuit(graph, kept, ablation or Ablation(kv=graph.kv), task, model, made)
 
 
-def _graph(given: Mapping[str, Any]) -> Graph:
-    """Of its fields: those of a hybrid name its parts."""
-    if "writers" not in given:
-        return Graph(**given)
-    names = {key: tuple(given[key]) for key in ("writers", "readers", "before")}
-    found: Any = StreamGraph(**names, feeds=tuple(map(tuple, given["feeds"])))
-    return found
-
-
 def load_circuit(path: str | Path) -> Circuit:
     """A circuit that `Circuit.save` wrote.
 
@@ -171,7 +162,7 @@ def load_circuit(path: str | Path) -> Circuit:
         )
     try:
         return make_circuit(
-            _graph(found["graph"]),
+            graph_of(found["graph"]),
             found["edges"],
             ablation=Ablation(**found["ablation"]),
             task=found["task"],

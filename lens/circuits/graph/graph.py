@@ -8,8 +8,8 @@ Interpretability Benchmark (Mueller et al. 2025, arXiv 2504.13151).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any, Literal
 
@@ -85,12 +85,32 @@ class StreamGraph(AnyGraph):
         readers: in that order.
         before: of each reader, how many writers come before it.
         feeds: of each reader the writers that it is an input of.
+
+    Raises:
+        LensError: names and numbers that make no such graph.
     """
 
     writers: tuple[str, ...]  # type: ignore[reportIncompatibleVariableOverride]
     readers: tuple[str, ...]
     before: tuple[int, ...]
     feeds: tuple[tuple[int, ...], ...]
+
+    def __post_init__(self) -> None:
+        count = len(self.writers)
+        fed = [number for some in self.feeds for number in some]
+        if (
+            self.writers[:1] != ("input",)
+            or self.readers[-1:] != ("logits",)
+            or len({*self.writers}) < count
+            or len({*self.readers}) < len(self.readers)
+            or not len(self.readers) == len(self.before) == len(self.feeds)
+            or not all(1 <= number <= count for number in self.before)
+            or sorted(fed) != list(range(1, count))
+        ):
+            raise LensError(
+                "writers begin with input, readers end with logits, each once; before and feeds have an entry of each "
+                "reader, and each writer but input is fed by one"
+            )
 
     @cached_property
     def allowed(self) -> np.ndarray:
@@ -222,3 +242,21 @@ class Graph(AnyGraph):
             f"Graph({self.layers} layers × {self.heads} heads, {'with' if self.mlps else 'no'} MLPs, "
             f"{kind}: {len(self.writers)} writers, {len(self.readers)} readers, {self.n:,} edges)"
         )
+
+
+def entries(graph: Graph) -> dict[str, Any]:
+    """What a file keeps of a graph: its sizes, or of a hybrid (`StreamGraph`) the names of its parts."""
+    return {one.name: getattr(graph, one.name) for one in fields(graph)}
+
+
+def graph_of(given: Mapping[str, Any]) -> Graph:
+    """The graph of `entries`.
+
+    Raises:
+        LensError: they make none; TypeError, KeyError: they are others.
+    """
+    if "writers" not in given:
+        return Graph(**given)
+    names = {key: tuple(given[key]) for key in ("writers", "readers", "before")}
+    found: Any = StreamGraph(**names, feeds=tuple(map(tuple, given["feeds"])))
+    return found

@@ -169,7 +169,7 @@ def _attended(
     rows = []
     for prompt in range(task.n):
         ids = task.clean[prompt]
-        calls = read_calls(model, ids[None])
+        calls = {call.layer: call for call in read_calls(model, ids[None])}
         at = int(task.positions[prompt].max())
         for head in heads:
             call = part_of(calls[head.layer], torch.tensor([head.head]), at)

@@ -52,7 +52,10 @@ def split_effects(
     with advancing(f"{model.name}: parts of heads", total, progress) as advance:
         for rows in task.chunks(max(1, task.rows_at_once(model) // _RUNS)):
             ids = task.clean[rows]
-            calls = read_calls(model, ids), read_calls(model, corrupt[rows])
+            calls = [
+                {call.layer: call for call in read_calls(model, one)}
+                for one in (ids, corrupt[rows])
+            ]
             with torch.no_grad():
                 clean = measured(task, logits_of(model, ids), rows)
             for layer, some in groupby(range(len(heads)), key=lambda number: heads[number].layer):

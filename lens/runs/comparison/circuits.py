@@ -82,9 +82,8 @@ def _circuits(run: Run) -> tuple[dict[str, CircuitFile], list[str]]:
 def _totals(circuit: CircuitFile) -> dict[str, float | None]:
     """Writers and edges of the whole graph; the edges from the last point of the curve, all of them."""
     graph, curve = circuit.graph, circuit.faithfulness
-    writers = 1 + graph.layers * (graph.heads + graph.mlps)
     points = zip(curve.get("share", ()), curve.get("edges", ()), strict=True)
     return {
-        "nodes": writers,
+        "nodes": graph.parts,
         "edges": next((edges for share, edges in points if share == 1), None),
     }
