@@ -228,7 +228,7 @@ def _heads(graph: Graph) -> np.ndarray:
     )
 
 
-def sizes_of_parts(writers: Sequence[str]) -> dict[str, int]:
+def sizes_of_parts(writers: Sequence[str]) -> dict[str, Any]:
     """`layers`, `heads`, `kv_heads` (as many) and `mlps` of a graph with these writers, of a hybrid the largest layer's."""
     matches = filter(None, map(_HEAD.fullmatch, writers))
     heads = 1 + max((int(match["head"]) for match in matches), default=0)
