@@ -327,7 +327,7 @@ def test_spans_that_are_none_are_refused(case, spans, match):
 def test_pictures_have_no_places(case):
     pictures = torch.rand(2, 1, 8, 8)
     zero = torch.zeros(2, 1, dtype=torch.long)
-    task = Task("digits", pictures, zero, zero, "loss", pictures, labels=7)
+    task = Task("digits", pictures, zero, zero, "loss", 1 - pictures, labels=7)
     with pytest.raises(
         LensError, match="places are of prompts of tokens, and 'digits' is of pictures"
     ):

@@ -179,8 +179,8 @@ def test_padding_is_proved_for_each_prompt_where_blocks_begin_with_the_row(monke
     mask = torch.ones(1, 9, dtype=torch.long)
     mask[0, :3] = 0
     inputs = {"input_ids": ids_of(9, 1).masked_fill(mask == 0, 0), "attention_mask": mask}
-    own, calls = padding._states, []
-    monkeypatch.setattr(padding, "_states", lambda *given: calls.append(given) or own(*given))
+    own, calls = padding.first_of, []
+    monkeypatch.setattr(padding, "first_of", lambda *given: calls.append(given) or own(*given))
 
     def proofs():
         calls.clear()
@@ -206,7 +206,7 @@ def test_padding_before_a_prompt_moves_it_as_it_does_in_the_model(name, monkeypa
     more = {name: tensor.clone() for name, tensor in inputs.items()}
     more["attention_mask"][0, :5] = 0
     with monkeypatch.context() as patch:
-        patch.setattr(padding, "_states", None)  # it was proved
+        patch.setattr(padding, "first_of", None)  # it was proved
         traces += lens.capture(loaded, more, block_size=1, progress=False)
     with switched(loaded.model, "eager"):
         own = [

@@ -174,7 +174,7 @@ def test_what_cannot_be_taken_out_is_refused():
         (lambda: mixers.Ablate("L0H9").start(loaded, "auto"), "has a head L0H9"),
         (lambda: mixers.Ablate([]), "at least one head"),
         (lambda: mixers.Ablate(3), "heads must be a list, got 3"),  # pyright: ignore[reportArgumentType]
-        (lambda: mixers.Ablate("L0H0", "mean"), "baseline of Ablate must be"),  # pyright: ignore[reportArgumentType]
+        (lambda: mixers.Ablate("L0H0", "mean"), "baseline must be one of"),  # pyright: ignore[reportArgumentType]
         (lambda: mixers.Ablate("L0H0", "pooled_mean").start(loaded, "auto"), "needs the prompts"),
         (lambda: mixers.Ablate("L0H0").start(lens.load("induction-2l"), "auto"), "no mixer that is known"),
         (lambda: mixers.Ablate("L0H0").start(zamba, "auto"), "in several calls"),

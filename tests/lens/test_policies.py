@@ -461,7 +461,7 @@ def test_hierarchical_misses_grow_with_the_levels_and_a_flat_search_by_means_is_
         (lambda: policies.FlexPrefill(gamma=0), "gamma of FlexPrefill"),
         (lambda: policies.PerHead(cast(Any, "L0H0")), "takes a mapping.*got str"),
         (lambda: policies.PerHead({"L0H0": cast(Any, "a")}), "takes policies"),
-        (lambda: policies.Grid(cast(Any, "diagonal"), 2, 2), "pattern of Grid must be one of"),
+        (lambda: policies.Grid(cast(Any, "diagonal"), 2, 2), "pattern must be one of"),
         (lambda: policies.Regions(5, 5), "do not divide"),
         (lambda: lens.edits.Sparse(cast(Any, "a")), "takes a policy"),
         (lambda: lens.edits.Sparse(policies.Full(), first_row=-1), "first_row of Sparse"),

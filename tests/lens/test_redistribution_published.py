@@ -206,10 +206,10 @@ def test_published_recipes_run_in_a_model_and_refuse_what_does_not_fit():
             with lens.edit(model, recipe), pytest.raises(LensError, match=match):
                 network(input_ids=ids[:, :1], past_key_values=cache)
     for match, recipe, arguments in (
-        ("preset of ACT must be one of 'paper', 'released', got 'code'", "Act", {"preset": "code"}),
+        ("preset must be one of 'paper', 'released', got 'code'", "Act", {"preset": "code"}),
         ("beta of ACT is a fraction 0..1, got 2", "Act", {"beta": 2}),
         ("threshold of ACT is a fraction 0..1, got 5", "Act", {"threshold": 5}),
-        ("preset of PASTA must be one of", "Pasta", {"spans": [(0, 1)], "preset": "code"}),
+        ("preset must be one of", "Pasta", {"spans": [(0, 1)], "preset": "code"}),
         ("alpha of PASTA must be above 0, got 0", "Pasta", {"spans": [(0, 1)], "alpha": 0}),
         ("0 <= start < end, got ..3, 3", "Pasta", {"spans": [(3, 3)]}),
         ("spans must not overlap", "Pasta", {"spans": [(0, 4), (3, 5)]}),

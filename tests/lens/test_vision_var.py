@@ -290,7 +290,7 @@ def test_what_does_not_fit_is_refused():
     model = lens.load(network)
     image = lens.vision.segments(model, inputs).keys("image")
     for match, options in (
-        ("preset of VAR must be one of 'paper', 'released', got 'code'", {"preset": "code"}),
+        ("preset must be one of 'paper', 'released', got 'code'", {"preset": "code"}),
         ("rho of VAR is a fraction 0..1, got 1.5", {"rho": 1.5}),
         ("tau of VAR must be above 0, got 0", {"tau": 0}),
         ("give sinks, or dims and tau", {"sinks": [0], "dims": [3]}),
