@@ -1,6 +1,7 @@
 """Edges of hybrids: heads of mixers as nodes, each edge replaced by hand, slopes against differences, what is refused."""
 
 import copy
+import json
 
 import numpy as np
 import pytest
@@ -8,7 +9,9 @@ import torch
 
 import lens
 from lens.circuits import score_edges
+from lens.circuits.checks._control import magnitudes
 from lens.circuits.checks.evaluation import run_circuits
+from lens.circuits.graph.activations import Ablation
 from lens.circuits.graph.mixed import Mixed
 from lens.figures.circuits import head_map, layered_graph
 
@@ -218,6 +221,37 @@ def test_circuits_are_found_saved_evaluated_and_drawn(tmp_path):
     nodes = next(one for one in drawn.data if one.mode == "markers+text").customdata
     assert set(circuit.nodes) <= set(nodes)
     assert head_map(circuit, found.scores).data[0].z.shape == (4, 4)
+
+
+@torch.no_grad()
+def test_magnitudes_are_the_lengths_of_what_the_ablation_changes():
+    model = hybrid("bamba")
+    projection, columns, _ = HEADS["bamba"]
+    found = magnitudes(lens.load(model), task_of(), Ablation())
+    clean, corrupt = (read_of(projection(model), model, ids) for ids in (CLEAN, CORRUPT))
+    change = (corrupt - clean)[..., columns] @ projection(model).weight[:, columns].T
+    writers = Mixed(lens.load(model)).graph.writers
+    assert found.shape == (len(writers),)
+    assert found[writers.index("a0.h2")] == pytest.approx(
+        float(change.norm(dim=-1).mean()), rel=1e-4
+    )
+    own = model.model.embed_tokens.weight
+    entered = (own[CORRUPT] - own[CLEAN]).norm(dim=-1).mean()
+    assert found[0] == pytest.approx(float(entered), rel=1e-4)
+
+
+def test_an_attribution_graph_hangs_together(tmp_path):
+    found = score_edges(lens.load(hybrid("bamba")), task_of(), method="eap", progress=False)
+    names = ("input->a0", "a0.h2->m2", "a0.h2->logits", "m2->logits")
+    circuit = lens.circuits.make_circuit(found.graph, names)
+    lens.circuits.exports.to_attribution_graph(circuit, found, ["x"], tmp_path / "graph.json")
+    graph = json.loads((tmp_path / "graph.json").read_text())
+    weights = {(one["source"], one["target"]): one["weight"] for one in graph["links"]}
+    assert set(weights) == {
+        ("input", "a0"), ("a0", "a0.h2"), ("a0.h2", "m2"), ("a0.h2", "logits"), ("m2", "logits")
+    }  # fmt: skip
+    through = found.values[found.graph.find(names[1:3])].sum()
+    assert weights["a0", "a0.h2"] == pytest.approx(through)
 
 
 def test_what_has_no_such_graph_is_refused():

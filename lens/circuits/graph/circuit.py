@@ -117,7 +117,7 @@ class Circuit:
 
 
 def make_circuit(
-    graph: Graph,
+    graph: Graph | StreamGraph,
     edges: Iterable[str],
     *,
     ablation: Ablation | None = None,
@@ -137,9 +137,11 @@ def make_circuit(
     """
     if not isinstance(graph, StreamGraph):
         given_as("Graph", graph=graph)
-    kept = np.zeros(graph.n, bool)
-    kept[graph.find(edges)] = True
-    return Circuit(graph, kept, ablation or Ablation(kv=graph.kv), task, model, made)
+    of: Any = graph
+    kept = np.zeros(of.n, bool)
+    kept[of.find(edges)] = True
+    ablation = ablation or Ablation(kv="head" if isinstance(graph, StreamGraph) else graph.kv)
+    return Circuit(of, kept, ablation, task, model, made)
 
 
 def load_circuit(path: str | Path) -> Circuit:
