@@ -156,7 +156,10 @@ BAD = {
     "a folder that is no model": (["--model", "{tmp}", "--copied", "1"], "config.json"),
     "unknown text": (["--text-name", "moby"], "unknown text 'moby'; known: moby-dick"),
     "empty text": (["--text", "{tmp}/empty.txt"], "is empty; give one with at least one token"),
-    "no such file": (["--text", "{tmp}/none.txt"], "give a text file, the words themselves with --prompt"),
+    "no such file": (
+        ["--text", "{tmp}/none.txt"],
+        "give a text file, the words themselves with --prompt",
+    ),
     "too long": (["--text-name", "moby-dick"], "takes 128; --tokens 128 takes the first 128"),
     "block size 0": (
         ["--copied", "1", "--block-size", "0"],
