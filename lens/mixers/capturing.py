@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from lens.common.choices import Count
 from lens.common.errors import LensError
 from lens.common.head_ids import layers_in_words
 from lens.common.progress import advancing
