@@ -20,7 +20,13 @@ from lens_analyses.config.pictures import PictureConfig
 from lens_analyses.config.prompts import labelled_by
 from lens_analyses.config.settings import Section
 from lens_analyses.console import UsageError
-from lens_analyses.pictured import bytes_of, read_labelled_prompts, reads_pictures, unchanged
+from lens_analyses.pictured import (
+    bytes_of,
+    check_reads_text,
+    read_labelled_prompts,
+    reads_pictures,
+    unchanged,
+)
 from lens_analyses.planned import PlannedPrompt, Source, copied_prompts, cut, say_of
 
 if TYPE_CHECKING:
@@ -106,7 +112,10 @@ def load_model(config: RunConfig) -> "LoadedModel":
 
     import lens
     from lens.models.sizes import NoHeadsError
+    from lens.passes.inputs import accepted
 
+    if (known := KNOWN.get(config.model.name)) is not None and known.context is not None:
+        check_reads_text(config, known.name)
     name = config.model.device or "cpu"
     try:
         torch.zeros(1, device=name).item()
@@ -123,6 +132,8 @@ def load_model(config: RunConfig) -> "LoadedModel":
             "mixers alone (Mamba, RWKV) is measured in Python: lens.mixers.capture(model, ids)"
         ) from None
     of_pictures = reads_pictures(config)
+    if not model.parts and not {*map(_READ.get, accepted(model))} - {"text", None}:
+        check_reads_text(config, f"{model.name} ({model.info.class_name})")
     if model.info.vocab is None and model.tokenizer is None and not of_pictures and not model.parts:
         raise UsageError(
             f"{model.name} ({model.info.class_name}) has no vocabulary and reads no text, which this "

@@ -11,6 +11,7 @@ from lens_analyses.config.paths import local
 from lens_analyses.config.pictures import PictureConfig
 from lens_analyses.config.prompts import labelled_by
 from lens_analyses.config.sizes import PROMPTS
+from lens_analyses.console import UsageError
 
 if TYPE_CHECKING:
     from lens.tasks.labelled import Labelled
@@ -23,6 +24,20 @@ PROFILED = 8
 def reads_pictures(config: RunConfig) -> bool:
     """Whether the prompts of a run are pictures."""
     return isinstance(config.prompts, PictureConfig) or labelled_by(config.prompts) == "images"
+
+
+def check_reads_text(config: RunConfig, name: str) -> None:
+    """Of a model that reads nothing but text.
+
+    Raises:
+        UsageError: it is given sounds or pictures.
+    """
+    given = [one for one in ("audio", "image", "images") if getattr(config.prompts, one, None)]
+    if given:
+        said = "a sound" if given[0] == "audio" else "a picture"
+        raise UsageError(
+            f"{name} reads text, and --{given[0]} is {said}; leave it out, or give a model that reads it"
+        )
 
 
 def _profiled(config: RunConfig, place: str | Path) -> "Labelled":

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from flask import Blueprint, Response, jsonify, request
-from werkzeug.exceptions import BadRequest
+from werkzeug.exceptions import BadRequest, HTTPException
 
 from lens.common.errors import LensError
 
@@ -69,6 +69,16 @@ def make_job_routes(desk: Desk | None) -> Blueprint:
             if origin is not None and urlsplit(origin).netloc != request.host:
                 return _refusal("another site may not start analyses here", 403)
         return None
+
+    @api.app_errorhandler(HTTPException)
+    def refuse(error: HTTPException) -> Response | HTTPException:
+        """A body that is too large, a method that is not taken: as JSON, like what the desk refuses."""
+        if not f"{request.path}/".startswith(f"{api.url_prefix}/") or error.code is None:
+            return error
+        large = f"more than {LARGEST_BODY:,} bytes, which no job is"
+        told = _refusal(large if error.code == 413 else error.description or error.name, error.code)
+        told.headers.extend((name, value) for name, value in error.get_headers() if name == "Allow")
+        return told
 
     def answer(ask: Callable[..., Any]) -> Callable[..., Response]:
         @wraps(ask)

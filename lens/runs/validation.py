@@ -8,13 +8,21 @@ of `heads.parquet` follow from the traces. Traces are read one layer at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lens.common.errors import LensError
 from lens.common.files import lies_in
+from lens.runs.agreement import (
+    disagreements,
+    interval_problems,
+    kept_problems,
+    model_problems,
+    prompt_number_problems,
+    section_number_problems,
+)
 from lens.runs.folders import CIRCUITS, CONFIG, IMPORTANCES
 from lens.runs.manifest import GROWING, MANIFEST, changed_files
 from lens.runs.schema import PROMPT_KINDS
@@ -42,21 +50,23 @@ def validate(run: Run) -> list[str]:
     A run that is not finished is not wrong: what it has not made yet is not missed.
     """
     problems = [*run.damage, *_files(run)]
+    known: dict[str, Mapping[str, Any]] = {}  # of the first trace
     checks: list[tuple[str, Callable[[], Iterable[str]]]] = [
         (MANIFEST, lambda: _manifest(run)),
+        ("run.json", lambda: model_problems(run)),
         (CONFIG, lambda: _config(run)),
         ("prompts.parquet", lambda: _prompts(run)),
         ("heads.parquet", lambda: _heads(run)),
         (IMPORTANCES, lambda: _read(run.importances)),
         *(
-            (f"sections/{name}", lambda name=name: _read(run.section, name))
+            (f"sections/{name}", lambda name=name: section_number_problems(run.section(name)))
             for name in run.sections
         ),
         *(
             (f"{CIRCUITS}/{name}.json", lambda name=name: _read(run.circuit, name))
             for name in run.circuits
         ),
-        *((f"trace/{name}", lambda name=name: _trace(run, name)) for name in run.traces),
+        *((f"trace/{name}", lambda name=name: _trace(run, name, known)) for name in run.traces),
     ]
     for name, check in checks:
         try:
@@ -123,11 +133,13 @@ def _prompts(run: Run) -> Iterator[str]:
     said, tokens = run.meta["prompts"].get("tokens"), int(run.prompts["tokens"].sum())
     if said is not None and said != tokens:
         yield f"run.json says that the prompts have {said:,} tokens, prompts.parquet has {tokens:,}"
+    yield from prompt_number_problems(run)
 
 
 def _heads(run: Run) -> Iterator[str]:
     table = run.heads
     yield from _scores(table)
+    yield from interval_problems(table, "heads.parquet")
     done = run.prompts[run.prompts["status"] == "done"]
     if lacking := sorted({*done["prompt_id"], *done["kind"]} - set(table["prompt_id"])):
         yield f"heads.parquet has no scores of {', '.join(lacking)}"
@@ -168,13 +180,14 @@ def _scores(table: pd.DataFrame) -> Iterator[str]:
         yield f"heads.parquet has {metric} outside of 0 to 1"
 
 
-def _trace(run: Run, prompt_id: str) -> Iterator[str]:
+def _trace(run: Run, prompt_id: str, known: dict[str, Mapping[str, Any]]) -> Iterator[str]:
     said = f"trace of {prompt_id}"
     try:
         trace = run.trace(prompt_id)
-        for layer in trace.dataset["layer"].values:
+        yield from disagreements(run, prompt_id, trace, known)
+        for layer in trace.layers:
             data = trace.dataset.sel(layer=layer).load()
-            for problem in _layer(trace, data):
+            for problem in (*_layer(trace, data), *kept_problems(trace, layer)):
                 yield f"{said}: layer {layer}: {problem}"
     except LensError as error:
         yield f"{said}: {error}"

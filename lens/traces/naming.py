@@ -50,7 +50,8 @@ def keys_of(model: LoadedModel, prompt: Prompt, length: int, extra: Sequence[str
         why = "it is a video of several pictures: positions are called frame,row,column"
         return Axis([-1] * length, names, {"first": None, "why": why})
     if (names := _of_spectrogram(model, prompt, length)) is not None:
-        return Axis([-1] * length, names)
+        why = "it is a spectrogram in patches: positions are called by time and band"
+        return Axis([-1] * length, names, {"first": None, "why": why})
     seconds = _seconds(model, prompt, length)
     if seconds is not None:
         names = [f"{position * seconds:.2f} s" for position in range(length)]
@@ -69,7 +70,9 @@ def queries_of(model: LoadedModel, prompt: Prompt, length: int) -> Axis:
 
 def _tokens(model: LoadedModel, ids: list[int] | None, length: int) -> Axis:
     if ids is None or len(ids) != length:  # learned queries
-        return Axis([-1] * length, [str(position) for position in range(length)])
+        why = "they are learned queries, which stand in no row"
+        names = [str(position) for position in range(length)]
+        return Axis([-1] * length, names, {"first": None, "why": why})
     return Axis(ids, model.token_strings(ids))
 
 

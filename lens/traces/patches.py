@@ -32,11 +32,17 @@ def grid_of(config: Any, inputs: Mapping[str, Any]) -> tuple[int, int] | None:
         if isinstance(sizes := inputs.get(name), torch.Tensor):
             frames, height, width = sizes[0].tolist()
             return (height, width) if len(sizes) == 1 and frames == 1 else None
+    if isinstance(shapes := inputs.get("spatial_shapes"), torch.Tensor):
+        return tuple(shapes[0].tolist()) if len(shapes) == 1 else None
     sides = _sides(getattr(getattr(config, "vision_config", None) or config, "patch_size", None))
     pixels = next((inputs[name] for name in _PIXELS if name in inputs), None)
     if sides is None or not isinstance(pixels, torch.Tensor) or pixels.dim() < 4:
         return None
-    return pixels.shape[-2] // sides[0], pixels.shape[-1] // sides[1]
+    height, width = pixels.shape[-2:]
+    sizes = None if hasattr(config, "vision_config") else inputs.get("image_sizes")
+    if isinstance(sizes, torch.Tensor) and len(sizes) == 1:
+        height, width = sizes[0].tolist()  # without what makes pictures of a batch equally large
+    return height // sides[0], width // sides[1]
 
 
 def describe_patches(

@@ -96,6 +96,7 @@ class LayerRecord:
         partition: [keys], which of them see each other, where they fall into parts (windows).
         query_places, key_places: what its positions are, where the layer itself says it.
         extra: as in `LayerCall`.
+        biased: whether something is added to the logits that `variables` does not have.
         variables: name -> [batch, ...] tensor on the CPU: what was asked for, float32, and always
             `visible` (int32 [batch, keys], the number of queries that see a key).
     """
@@ -124,6 +125,7 @@ class LayerRecord:
     query_places: Places | None = None
     key_places: Places | None = None
     extra: tuple[str, ...] = ()
+    biased: bool = False
 
     def __repr__(self) -> str:
         where = f"{self.place} " if self.place else ""
@@ -218,6 +220,7 @@ def measure(
         query_places=call.query_places,
         key_places=call.key_places,
         extra=call.extra,
+        biased=call.position_bias is not None and "bias" not in variables,
     )
     return result.output, record
 

@@ -221,6 +221,7 @@ class _Attributes(BaseModel):
     prefix: int = Field(ge=0)
     bos: str
     learned_sinks: bool = False
+    biased: bool | None = None
     segments: dict[str, Any] | None = None
     labels: dict[str, _LabelPair] = Field(default_factory=dict)
     patches: dict[str, Any] | None = None

@@ -153,14 +153,18 @@ def refusal(dataset: xr.Dataset, head: HeadId) -> str:
                 f"{head} of {dataset.attrs['model']} adds a position bias that depends on more than how far apart two "
                 "patches are, which a trace does not keep, so there are no exact tiles; use block_mass"
             )
-    rows = dataset.sizes["query"]
-    for query in {rows // 2, rows - 1}:
-        if not _gives_back(dataset, head, query):
-            return (
-                f"q and k of {head} of {dataset.attrs['model']} do not give back what was measured (a "
-                "position bias, perhaps), so there are no exact tiles; use block_mass"
-            )
+    if not gives_back(dataset, head):
+        return (
+            f"q and k of {head} of {dataset.attrs['model']} do not give back what was measured (a "
+            "position bias, perhaps), so there are no exact tiles; use block_mass"
+        )
     return ""
+
+
+def gives_back(dataset: xr.Dataset, head: HeadId) -> bool:
+    """Whether q and k of a head, whose mask is noted, give back what was measured of two rows."""
+    rows = dataset.sizes["query"]
+    return all(_gives_back(dataset, head, query) for query in {rows // 2, rows - 1})
 
 
 def _gives_back(dataset: xr.Dataset, head: HeadId, query: int) -> bool:

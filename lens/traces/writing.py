@@ -173,6 +173,7 @@ def provenance(
         "softcap": first.softcap,
         "scale": [layer.scale for layer in layers],
         "learned_sinks": any(layer.sink_logits is not None for layer in layers),
+        "biased": any(layer.biased for layer in layers),
         "kv_heads": first.kv_heads,
         "prefix": PREFIX,
         "tokens": first.keys,

@@ -234,7 +234,15 @@ def test_other_models_have_no_parts_and_no_targets(folder, lens_command, tmp_pat
         "run", "--model", "text-lm-3l", "--audio", folder / "sources.txt", "--out", tmp_path
     )
     assert answer.code == 2
-    assert "no encoder-decoder; leave --audio out" in answer.err
+    assert "text-lm-3l reads text, and --audio is a sound; leave it out" in answer.err
+    Image.new("RGB", (8, 8)).save(picture := tmp_path / "a.png")
+    answer = lens_command(
+        "vision", "--model", "induction-2l", "--image", picture, "--out", tmp_path
+    )
+    assert answer.code == 2
+    assert "induction-2l reads text, and --image is a picture; leave it out" in answer.err
+    answer = lens_command("run", "--model", folder / "t5", "--image", picture, "--out", tmp_path)
+    assert "reads input_ids, and --image is a picture; give --text FILE" in answer.err
 
 
 @pytest.fixture(scope="module")

@@ -71,7 +71,12 @@ def test_what_makes_no_sense_or_comes_from_elsewhere_is_refused(client, path, se
 
 def test_a_body_that_is_too_large_is_refused(client):
     sent = {"settings": {"model.name": "a" * LARGEST_BODY}}
-    assert client.post("/api/jobs", json=sent).status_code == 413
+    answer = client.post("/api/jobs", json=sent)
+    assert answer.status_code == 413
+    assert answer.json["error"] == "more than 65,536 bytes, which no job is"
+    answer = client.post("/api/jobs/form", json={})
+    assert (answer.status_code, "GET" in answer.headers["Allow"]) == (405, True)
+    assert "not allowed" in answer.json["error"]
 
 
 def test_a_foreign_host_is_refused(client):

@@ -49,6 +49,9 @@ def test_patches_of_spectrograms_are_called_by_time_and_band():
     sound = torch.randn(1, 19, 8)
     trace = lens.capture(lens.load(model), {"input_values": sound}, progress=False)
     assert trace.tokens[:2] == ["[CLS]", "[DIST]"]
+    scores = lens.profile(trace)  # a row of patches goes on in the next band: no distance
+    assert scores["distance"].isna().all()
+    assert scores["entropy"].notna().all()
     for frame, bin_ in ((0, 0), (7, 3), (18, 7)):
         names = {
             trace.tokens[2 + one]

@@ -18,7 +18,14 @@ from lens.traces.profiles import pooled_table, prompt_table
 from lens.traces.store import DIMENSIONS, trace_files
 from lens.traces.trace import AttentionTrace, TraceWriter
 from tests.lens.made_runs import meta
-from tests.lens.traces import LENGTH, probabilities, token_ids, trace_of
+from tests.lens.traces import (
+    ATTRIBUTES,
+    LENGTH,
+    layer_variables,
+    probabilities,
+    token_ids,
+    trace_of,
+)
 
 META = meta(
     title="analytic on two prompts", model={"name": "analytic"}, prompts={"total": 2, "done": 2}
@@ -37,13 +44,11 @@ def run(whole, tmp_path):
     return open_run(shutil.copytree(whole.path, tmp_path / whole.path.name))
 
 
-def made_run(runs, scale=1.0, **attributes):
+def made_run(runs, scale=1.0, of=None, **attributes):
     """A run of two prompts; `scale` below 1 is what a learned sink leaves of each row."""
     writer = RunWriter.start(runs, {"seed": 0}, META)
-    traces = {
-        f"p{seed:03d}": trace_of(scale * probabilities(2, 3, LENGTH, seed), **attributes)
-        for seed in range(2)
-    }
+    of = of or (lambda seed: trace_of(scale * probabilities(2, 3, LENGTH, seed), **attributes))
+    traces = {f"p{seed:03d}": of(seed) for seed in range(2)}
     tables = [prompt_table(trace, prompt_id) for prompt_id, trace in traces.items()]
     for prompt_id, trace in traces.items():
         trace.save(writer.path / "trace" / prompt_id)
@@ -192,6 +197,17 @@ def test_a_file_outside_of_the_run_is_not_followed(run, tmp_path):
         (lambda t: t.assign(status="great"), "column status has 'great', which is not known"),
         (lambda t: t.assign(prompt_id=["p000", "p007"]), "p007 is done but its trace is missing"),
         (lambda t: first(t, loss=np.inf), "column loss has numbers that are negative or infinite"),
+        (lambda t: first(t, loss=1e6), r"column loss: p000 has 1e\+06 nats, which no model has"),
+        (lambda t: first(t, loss=np.nan), "column loss: p000 has none, and no warning says why"),
+        (lambda t: first(t, kind="copied"), "column loss_repeat: p000 is copied and has none"),
+        (
+            lambda t: t.assign(token_ids=[[7, *ids[1:]] for ids in t["token_ids"]]),
+            "column token_ids: p000 has 7, the model knows 0 to 4",
+        ),
+        (
+            lambda t: t.assign(token_ids=[[*ids[:-1], 3] for ids in t["token_ids"]]),
+            "trace/p000/trace.json: token_id is not what prompts.parquet has in token_ids",
+        ),
         (lambda t: first(t, seconds=-1), "column seconds has numbers that are negative"),
         (lambda t: first(t, status="pending"), "column loss has numbers of prompts that are pend"),
         (lambda t: first(t, loss_repeat=1), "column loss_repeat has .* that are not copied"),
@@ -224,6 +240,10 @@ def first(table, **values):
         (lambda t: first(t, value=np.nan), "NaN without a reason"),
         (lambda t: first(t, low=0.9, high=0.1), "intervals whose ends are swapped"),
         (lambda t: first(t, n=-1), "scores of fewer than 0 rows"),
+        (
+            lambda t: first(t, low=t["high"][0], high=2 * t["high"][0]),
+            "heads.parquet: column value: .* in row 0 lies outside of its own interval",
+        ),
         (lambda t: first(t, value=1.1), "previous_token outside of 0 to 1"),
         (lambda t: first(t, value=-0.1), "previous_token outside of 0 to 1"),
         (lambda t: t[t["head"] % 2 == 0], "column head: layer 0 has 2 of 3 heads"),
@@ -254,10 +274,11 @@ HEAD_SCORES = pd.DataFrame(
     {
         **{"name": ["L0H1", "L1H0"], "layer": [0, 1], "head": [1, 0]},
         **{"kl": [0.2, 0.3], "kl_low": [0.1, np.nan], "kl_high": [0.4, np.nan]},
-        **{"value": [1.0, 2.0], "low": [0.5, 2.5], "high": [1.5, 3.0], "amount": [0.0, -np.inf]},
+        **{"tau": [1.0, 2.0], "tau_low": [0.5, 2.5], "tau_high": [1.5, 3.0]},
+        **{"value": [1.0, 2.0], "low": [0.5, 2.0], "high": [1.5, 2.0], "amount": [0.0, -np.inf]},
     }
 )
-"""An interval need not hold its value, and amounts may be infinite."""
+"""The interval of what is no mean need not hold it, and amounts may be infinite."""
 
 
 @pytest.mark.parametrize(
@@ -272,6 +293,11 @@ HEAD_SCORES = pd.DataFrame(
             lambda t: t.assign(kl_low=t["kl_high"], kl_high=t["kl_low"]),
             "column kl_low is above kl_high",
         ),
+        (
+            lambda t: first(t, kl=0.5),
+            "column kl: 0.5 in row 0 lies outside of its own interval, 0.1",
+        ),
+        (lambda t: first(t, value=np.nan), "column value: nan in row 0 lies outside of its own"),
     ],
 )
 def test_a_section_whose_numbers_cannot_be_is_told(run, change, message):
@@ -330,6 +356,83 @@ def test_wrong_traces(run, name, change, message):
     found = "\n".join(validate(open_run(run.path)))
     assert_matches(f"trace of p000: .*{message}", found)
     assert "trace of p001" not in found
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("layers", 3, r"layers with softmax attention are \[0, 1\], run.json says \[0, 1, 2\]"),
+        ("attending", [1, 0], r"run.json: model.attending \[1, 0\] are no layers of 2, in order"),
+        (
+            "kv_heads",
+            4,
+            "run.json: model.kv_heads is 4, which does not divide the 3 of model.heads",
+        ),
+        ("kv_heads", 2, "run.json: model.kv_heads is 2, which does not divide"),
+        ("name", "gpt2", "trace/p000/trace.json: model is 'analytic', run.json says 'gpt2'"),
+        ("dtype", "float16", "trace/p001/trace.json: dtype is 'float32', run.json says 'float16'"),
+    ],
+)
+def test_a_model_that_is_another_one_in_the_traces_is_told(run, name, value, message):
+    entries = json.loads((run.path / "run.json").read_text())
+    entries["model"][name] = value
+    write_json(run.path / "run.json", entries)
+    write_manifest(run.path, ["run.json"])
+    assert_matches(message, "\n".join(validate(open_run(run.path))))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("model", "gpt2", "model is 'gpt2', run.json says 'analytic'"),
+        ("dtype", "float16", "dtype is 'float16', run.json says 'float32'"),
+        ("bos", "added", "bos is 'added', run.json and its first token say 'absent'"),
+        ("scale", [1.0, 2.0], r"scale is \[1.0, 2.0\], in p000 \[1.0, 1.0\]"),
+        ("softcap", 30.0, "softcap is 30.0, in p000 None"),
+        ("without_attention", [2], "its layers are 3, run.json says 2"),
+        ("kv_heads", 2, "kv_heads is 2, of 3 heads"),
+    ],
+)
+def test_a_trace_that_says_something_else_of_the_model_is_told(run, name, value, message):
+    index = run.path / "trace" / "p001" / "trace.json"
+    entries = json.loads(index.read_text())
+    entries["attributes"][name] = value
+    write_json(index, entries)
+    sizes(run, "trace/p001/trace.json")
+    found = validate(open_run(run.path))
+    assert len(found) == 1
+    assert_matches(f"trace/p001/trace.json: {message}", found[0])
+
+
+def kept_trace(seed, **attributes):
+    """A trace with the q and k that its probabilities come from."""
+    random, writer = np.random.default_rng(seed), TraceWriter()
+    for layer in range(2):
+        q, k = random.normal(0, 1, (2, 3, LENGTH, 4))
+        logits = np.where(np.tri(LENGTH, dtype=bool), q @ k.swapaxes(1, 2), -np.inf)
+        lse = np.log(np.exp(logits).sum(-1))
+        own = {"lse": lse, "max_logit": logits.max(-1), "q": q, "k": k}
+        found = layer_variables(np.exp(logits - lse[..., None]))
+        writer.add_layer(layer, found | {name: x.astype(np.float32) for name, x in own.items()})
+    alike = {"windows": [None] * 2, "scale": [1.0] * 2, "kv_heads": 3, "biased": False}
+    ids = token_ids(LENGTH)
+    return writer.finish(
+        token_ids=ids, tokens=[f"t{i}" for i in ids], attributes=ATTRIBUTES | alike | attributes
+    )
+
+
+def test_q_and_k_that_do_not_give_back_what_was_measured_are_told(tmp_path):
+    run = made_run(tmp_path, of=kept_trace)
+    assert validate(run) == []
+    rewrite_trace(run, spoiled("q", lambda q: 2 * q))
+    told = "trace of p000: layer 1: q and k of head 0 do not give back its lse"
+    assert validate(open_run(run.path)) == [told]
+
+
+def test_of_logits_with_more_than_q_and_k_nothing_is_known(tmp_path):
+    run = made_run(tmp_path, of=lambda seed: kept_trace(seed, biased=True))
+    rewrite_trace(run, spoiled("q", lambda q: 2 * q))
+    assert validate(open_run(run.path)) == []
 
 
 def test_undoing_nothing_leaves_the_run_whole(run):

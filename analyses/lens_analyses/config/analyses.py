@@ -205,9 +205,9 @@ class MixersSettings(AnalysisSettings):
 class ExplainSettings(_OnTask):
     """Of `lens explain`."""
 
-    heads: Annotated[str, AfterValidator(check_heads)] = setting(
-        "",
-        "Heads to explain, with commas, e.g. L1H0,L1H2; none: the three that look most at such keys.",
+    heads: Annotated[str, AfterValidator(check_heads)] | None = setting(
+        None,
+        "Heads to explain, with commas, e.g. L1H0,L1H2; the three that look most at such keys if not given.",
     )
     pairs: Literal["induction", "duplicate", "previous"] = setting(
         "induction",

@@ -211,13 +211,13 @@ def spans_of(words: str | None) -> Any:
 
 
 def check_heads(words: str) -> str:
-    """The words, if each is written as a head is; no words are right too.
+    """The words, if each is written as a head is.
 
     Raises:
         ValueError: one is not.
     """
     try:
-        return _once(words, [head_id(word) for word in listed(words) if words])
+        return _once(words, [head_id(word) for word in listed(words)])
     except LensError as error:
         raise ValueError(str(error)) from error
 
@@ -229,9 +229,9 @@ def check_overlays(words: str | None) -> str | None:
         ValueError: one is not.
     """
     if words is not None:
-        check_heads(
-            ",".join(one for one in listed(words) if one != "mean" and not _LAYER.fullmatch(one))
-        )
+        heads = [one for one in listed(words) if one != "mean" and not _LAYER.fullmatch(one)]
+        if heads:
+            check_heads(",".join(heads))
         _once(words, listed(words))
     return words
 
