@@ -14,7 +14,7 @@ from lens.common.colors import ACCENT, DIVERGING, LINE, VIRIDIS, scale
 from lens.common.errors import LensError
 from lens.common.given import given_table
 from lens.figures.rows import head_names
-from lens.figures.style import Look, escaped, grid_axes, grid_height, style
+from lens.figures.style import Look, escaped, grid_axes, grid_height, style, tick_step
 from lens.traces.metrics import metric_of
 
 _COLUMNS = ("prompt_id", "layer", "head", "metric", "variant", "value", "low", "high", "detail")
@@ -68,6 +68,8 @@ def head_grid(
     heat, shape = _heat(rows, metric)
     figure = go.Figure([heat])
     grid_axes(figure, *shape, most=32)
+    if np.ptp(layers := heat["y"]) >= len(layers):  # of a hybrid, which has no heads in between
+        figure.update_yaxes(tickmode="array", tickvals=layers[:: tick_step(len(layers), 32)])
     return style(
         figure,
         _finding(rows, metric, variant),
