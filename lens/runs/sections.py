@@ -77,6 +77,11 @@ class Section:
                 "add them to columns"
             )
 
+    def __repr__(self) -> str:
+        rows = ", ".join(f"{name} of {len(table):,} rows" for name, table in self.tables.items())
+        held = f"{len(self.summary)} sentences, {len(self.figures)} figures, tables: {rows or 'none'}"
+        return f"<Section {self.name}: {self.title}; {held}>"
+
     def save(self, run: Path) -> list[str]:
         """Write the section into a run folder; the index last, so that a half one is not there.
 

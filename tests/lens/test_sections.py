@@ -47,6 +47,12 @@ def test_a_section_is_read_as_it_was_saved(tmp_path):
     assert read.figures["grid"].to_plotly_json() == saved.figures["grid"].to_plotly_json()
 
 
+def test_a_section_prints_in_a_line():
+    assert repr(section()) == (
+        "<Section roles: What heads do; 1 sentences, 1 figures, tables: scores of 2 rows>"
+    )
+
+
 @pytest.mark.parametrize("template", ["plotly", "plotly_dark", "none"])
 @pytest.mark.parametrize("usual", ["plotly", "simple_white", None])
 def test_a_figure_keeps_its_template_whatever_the_reader_prefers(
