@@ -97,7 +97,10 @@ def test_each_part_is_a_run_whose_prompts_are_the_steps(folder, answer):
     assert joint.figures["entropy"].layout.colorway == COLORS
     report = json.loads((runs[1].path / "report.json").read_text())
     assert report["setup"]["bos"] is None  # latents begin with no token
-    assert "BOS absent" not in (runs[1].path / "report.html").read_text()
+    html = (runs[1].path / "report.html").read_text()
+    assert "BOS absent" not in html
+    assert report["headlines"] == []  # and yet a picture stands on the first screen
+    assert html.count('data-picture="summary"') == 1
     page = str(render(Library(runs[1].path.parent), f"/run/{runs[1].id}/analysis/denoising", ""))
     assert "Attention over denoising steps" in page
 

@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 from lens_analyses.comparing import write_comparison
 from lens_analyses.report import render, write_report
+from lens_analyses.report.charts import only_picture
 from lens_analyses.report.maps import colored, png
 from lens_analyses.report.page import embedded_json, interval, number, percent
 from lens_dashboards import views
@@ -488,3 +489,20 @@ def test_in_a_browser(browser, run_folder, report):
 @pytest.mark.browser
 def test_accessibility(browser, run_folder):
     assert serious_violations(browser, run_folder / "report.html", "#grid .main-svg") == []
+
+
+def test_what_is_shown_where_nothing_stands_out_has_numbers():
+    def figure(name, values):
+        return {"data": [{"type": "heatmap", "z": values}], "layout": {"title": {"text": name}}}
+
+    empty = {"dtype": "f8", "bdata": base64.b64encode(np.full(2, np.nan).tobytes()).decode()}
+    figures = {
+        "grid/text/entropy/raw": figure("other", [[1.0]]),
+        "grid/copied/induction/raw": figure("the<br>grid", [[1.0]]),
+        "section/patching/residual": figure("nothing", empty),
+    }
+    title, shown = only_picture(figures)
+    assert (title, shown["layout"]["width"]) == ("the grid", 300)
+    figures["section/patching/heads"] = figure("heads", [[None, 0.5]])
+    assert only_picture(figures)[0] == "heads"
+    assert only_picture({}) is None

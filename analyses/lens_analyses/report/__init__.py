@@ -10,7 +10,7 @@ from lens.runs import Run
 from lens.runs.first_screen import first_screen
 from lens.runs.writer import RunWriter
 from lens_analyses.console import to_json
-from lens_analyses.report.charts import charts, pictures, section_charts
+from lens_analyses.report.charts import charts, only_picture, pictures, section_charts
 from lens_analyses.report.maps import head_maps
 from lens_analyses.report.numbers import numbers
 from lens_analyses.report.page import page
@@ -73,8 +73,11 @@ def render(run: Run, status: str | None = None) -> Report:
         raise LensError(damaged["heads"])
     shown = first_screen(run.heads, sections)
     data = numbers(run, sections, shown, damaged, [*run.damage, *problems], status)
-    figures = {**charts(data), **section_charts(sections), **pictures(shown)}
-    return Report(page(data, head_maps(run, data["summary"]), figures), data)
+    figures = {**charts(data), **section_charts(sections)}
+    only = None if shown else only_picture(figures)
+    figures |= pictures(shown) if only is None else {"summary": only[1]}
+    html = page(data, head_maps(run, data["summary"]), figures, only[0] if only else "")
+    return Report(html, data)
 
 
 def write_report(run: Run, out: Path | None = None) -> Written:

@@ -1,9 +1,11 @@
 """The interactive figures of a report, as plain plotly JSON that shares one template."""
 
+from base64 import b64decode
 from collections.abc import Mapping, Sequence
 from textwrap import wrap
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import plotly.io as pio
@@ -11,12 +13,14 @@ import plotly.io as pio
 from lens.common.colors import ACCENT, BASELINE, LINE
 from lens.figures import metric_by_layer
 from lens.figures.heads import plain_grids
+from lens.figures.small import small
 from lens.figures.style import band, style
 from lens.runs.first_screen import Shown
 from lens.runs.schema import KIND_WORDS
 from lens.runs.sections import Section
 
 _COLORS = {"text": LINE, "copied": ACCENT, "picture": LINE, "sound": LINE}
+_GRID = "grid/copied/induction/raw"
 _TICKS = 15
 _TITLE = 64  # characters of a title that a figure beside another has room for
 
@@ -75,6 +79,29 @@ def pictures(shown: Sequence[Shown]) -> dict[str, dict[str, Any]]:
         for number, one in enumerate(shown)
         if one.picture is not None
     }
+
+
+def only_picture(figures: Mapping[str, dict[str, Any]]) -> tuple[str, dict[str, Any]] | None:
+    """What a first screen without headlines shows, in words and small: the first figure of an analysis, or the grid."""
+    names = [
+        name for name in figures if name.startswith("section/") and _has_numbers(figures[name])
+    ]
+    names += [_GRID] * (_GRID in figures) + [name for name in figures if name.startswith("grid/")]
+    for name in names:
+        title = figures[name]["layout"]["title"]["text"].replace("<br>", " ")
+        return title, bare(small(go.Figure(figures[name])).to_plotly_json())
+    return None
+
+
+def _has_numbers(figure: Mapping[str, Any]) -> bool:
+    """Whether anything is drawn: of a patch that has nothing to move every number is missing."""
+    for trace in figure["data"]:
+        values = trace.get("z", trace.get("y"))
+        if isinstance(values, Mapping):  # plotly's form of numbers in a file
+            values = np.frombuffer(b64decode(values["bdata"]), values["dtype"])
+        if values is not None and pd.notna(np.asarray(values)).any():
+            return True
+    return False
 
 
 def _sensitivity(sinks: dict[str, Any]) -> go.Figure:

@@ -54,13 +54,19 @@ ROLES = {
 }
 
 
-def page(data: dict[str, Any], maps: list[HeadMap], figures: dict[str, dict[str, Any]]) -> str:
+def page(
+    data: dict[str, Any],
+    maps: list[HeadMap],
+    figures: dict[str, dict[str, Any]],
+    picture: str = "",
+) -> str:
     """The whole page.
 
     Args:
         data: the report's numbers.
         maps: pictures of some heads.
         figures: of `charts`, by name.
+        picture: what the figure `summary` shows, in words; "" where there is none.
     """
     kinds = list(dict.fromkeys(record["prompts"] for record in data["heads"]))
     made = environment()
@@ -75,6 +81,7 @@ def page(data: dict[str, Any], maps: list[HeadMap], figures: dict[str, dict[str,
         sink_heads=_sink_heads(kinds, data) if kinds else {},
         maps=maps,
         most_rows=MOST_ROWS,
+        picture=picture,
         style=Markup(source_of(made, "report.css")),
         script=Markup(source_of(made, "shared.js") + source_of(made, "report.js")),
         plotly=Markup(get_plotlyjs()),
