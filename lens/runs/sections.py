@@ -79,7 +79,9 @@ class Section:
 
     def __repr__(self) -> str:
         rows = ", ".join(f"{name} of {len(table):,} rows" for name, table in self.tables.items())
-        held = f"{len(self.summary)} sentences, {len(self.figures)} figures, tables: {rows or 'none'}"
+        held = (
+            f"{len(self.summary)} sentences, {len(self.figures)} figures, tables: {rows or 'none'}"
+        )
         return f"<Section {self.name}: {self.title}; {held}>"
 
     def save(self, run: Path) -> list[str]:
