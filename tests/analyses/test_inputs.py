@@ -228,7 +228,9 @@ def test_a_device_that_is_not_there(device):
         ([96] * 6, 32, 32),
         ([5, 60, 58, 7], None, 58),
         ([5] * 90 + [60], None, 5),  # two windows, and half of all tokens
-        ([90], None, 90),  # which is then refused by its number
+        ([128], None, 64),  # one text gives two windows
+        ([90], None, 45),
+        ([5], None, 5),  # which is then refused by its number
     ],
 )
 def test_windows_are_as_long_as_the_texts_allow(lengths, asked, expected):

@@ -311,14 +311,15 @@ def windows_of(texts: list[list[int]], pair: Around, settings: AnalysisSettings)
 
 
 def window_length(texts: list[list[int]], pair: Around, settings: AnalysisSettings) -> int:
-    """`settings.length`, or 128, or where texts are shorter the longest length that keeps half of them.
+    """`settings.length`, or 128, or where texts are shorter the longest length that keeps half of them, if need be half a text.
 
     Half of all tokens must be in whole windows, and there must be two, if any length does that.
     """
     if settings.length is not None or not texts:
         return settings.length or WINDOW
     enough = sum(map(len, texts)) / 2
-    for length in sorted({min(WINDOW, len(ids)) for ids in texts}, reverse=True):
+    tried = {min(WINDOW, size) for ids in texts for size in (len(ids), len(ids) // 2)}
+    for length in sorted(tried, reverse=True):
         found = _cut(texts, pair, length) if length > 2 else []
         if len(found) > 1 and len(found) * length >= enough:
             return length
