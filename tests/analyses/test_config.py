@@ -299,7 +299,7 @@ def test_the_command_line_makes_the_same_configuration(config, lens_command, mon
         ("heads --copied 2 --n 1", "--n must be at least 2, got 1"),
         ("sinks --text-name lily --edits mask,dorp", "unknown edit 'dorp'"),
         ("sinks --text-name lily --amounts 0,3", "--amounts of transfer must be 0..1, got 3"),
-        ("sinks --text-name moby-dick --tokens 90", "the text gives 1 window of 90 tokens"),
+        ("sinks --text-name moby-dick --tokens 4", "the text gives 1 window of 4 tokens"),
         ("sinks --text-name moby-dick --tokens 90 --length 60", "the text gives 1 window of 60 tokens"),
         ("run --copied 1000000000", "1,000,000,000 copied prompts of 51 tokens would take about "),
         ("run --copied 2 --copied-length 1000000000", "and 100,000,000 copied tokens: ask for fewer"),
