@@ -131,6 +131,12 @@ def test_the_table_downloads_as_it_is(page, address, run):
     text = download.value.path().read_text()
     assert text == csv_text(run.heads)
     assert download.value.suggested_filename == f"{run.id}_heads.csv"
+    with page.expect_download() as download:
+        page.locator(".figure-menu").last.locator("[data-figure=csv]").click()
+    assert download.value.suggested_filename == f"{run.id}_by-layer.csv"
+    with page.expect_download() as download:
+        page.locator(f".figure:has({GRID}) [data-figure=csv]").click()
+    assert download.value.suggested_filename == f"{run.id}_grid.csv"
 
 
 @pytest.mark.parametrize("ending", ["PNG", "CSV", "JSON"])

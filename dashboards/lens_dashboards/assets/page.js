@@ -237,7 +237,8 @@
   function fileName(figure) {
     const page = decodeURIComponent(location.pathname).split("/").filter(Boolean);
     if (page[0] === "run") page.shift();
-    return [...page, figure.replace(/^figure-/, "")].join("_").replace(/[^\w.-]+/g, "-");
+    const shown = figure.startsWith("{") ? Object.values(JSON.parse(figure)).join("-") : figure.replace(/^figure-/, "");
+    return [...page, shown].join("_").replace(/[^\w.-]+/g, "-");
   }
 
   /* The numbers of a figure, one row a point: trace, x, y, z, and the ends of its interval. */
