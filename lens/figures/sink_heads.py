@@ -119,7 +119,7 @@ def energy_curves(table: pd.DataFrame, **look: Unpack[Look]) -> go.Figure:
             hovertemplate="band %{x}: %{y:.3f}",
         )
     figure.add_hline(y=1 / count, line={"color": BASELINE, "dash": "dot"})
-    figure.update_xaxes(title="Band, strongest first; the last is the darkest")
+    figure.update_xaxes(title="Band, strongest first; the last is the weakest")
     figure.update_yaxes(title="Share of the weights, mean over heads", rangemode="tozero")
     return style(figure, "Where weights read and write; dotted: by chance", look)
 
@@ -141,7 +141,7 @@ def band_points(table: pd.DataFrame, **look: Unpack[Look]) -> go.Figure:
             hovertemplate="band %{x}: %{y:.4f}<extra></extra>",
         )
     )
-    figure.update_xaxes(title="Band, strongest first; the last is the darkest")
+    figure.update_xaxes(title="Band, strongest first; the last is the weakest")
     figure.update_yaxes(title=f"{_LOSS} without it")
     first = table.iloc[0]
     text = f"What each band of the last stream is worth (BOS {first['bos']}, n = {first['n']})"

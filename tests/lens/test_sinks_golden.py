@@ -173,10 +173,10 @@ LIMIT = (
 def test_bands():
     losses = BandLosses(np.array([[0.1, 0.3], [0.5, 0.7], [0.0, 0.2]]), (9, 9), "added", 0)
     worth = ("losses", "Without band 1 of 3 the loss rises most, by 0.600 [0.500, 0.700] nats per token; without the "
-                       "darkest by 0.100 [0.000, 0.200] (2 prompts, BOS added).")  # fmt: skip
+                       "weakest by 0.100 [0.000, 0.200] (2 prompts, BOS added).")  # fmt: skip
     assert said(losses) == [worth, ("limit", LIMIT)]
     assert said(BandLosses(-losses.delta_loss - 0.1, (9, 9), "added", 0))[0] == (
-        "losses", "Without none of 3 bands the loss rises; without the darkest it changes by -0.200 [-0.300, -0.100] nats "
+        "losses", "Without none of 3 bands the loss rises; without the weakest it changes by -0.200 [-0.300, -0.100] nats "
                   "per token (2 prompts, BOS added).",
     )  # fmt: skip
     weights = pd.concat(
@@ -185,7 +185,7 @@ def test_bands():
     )  # fmt: skip
     nothing: Any = None
     result = SpectralBands(nothing, (0, 1, 2, 3), np.ones(3) / 3, weights, losses)
-    energies = ("energies", "Share of the weights in the darkest of 3 bands, mean over heads: query 50.0% (by chance "
+    energies = ("energies", "Share of the weights in the weakest of 3 bands, mean over heads: query 50.0% (by chance "
                             "33.3%).")  # fmt: skip
     assert said(result) == [energies, worth, ("limit", LIMIT)]
     assert said(SpectralBands(nothing, (0, 1, 2, 3), np.ones(3) / 3, weights)) == [energies]

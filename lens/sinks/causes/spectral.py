@@ -65,7 +65,7 @@ class SpectralBands(Result):
         dark = self.weights[self.weights["band"] == count - 1]
         shares = dark.groupby("weight", sort=False)["energy"].mean()
         text = (
-            f"Share of the weights in the darkest of {count} bands, mean over heads: "
+            f"Share of the weights in the weakest of {count} bands, mean over heads: "
             f"{', '.join(f'{name} {share:.1%}' for name, share in shares.items())} (by chance {1 / count:.1%})."
         )
         losses = () if self.losses is None else self.losses.findings()
@@ -96,18 +96,18 @@ class BandLosses(Result):
         return pd.DataFrame(columns).assign(bos=self.bos, n=len(self.tokens))
 
     def findings(self) -> tuple[Sentence, ...]:
-        """The dearest band and the darkest, and what is not in these numbers."""
+        """The dearest band and the weakest, and what is not in these numbers."""
         table = self.table()
         most, dark = table.sort_values("delta_loss").iloc[-1], table.iloc[-1]
         said = (
             f"Without band {most['band']} of {len(table)} the loss rises most, by "
             f"{most['delta_loss']:.3f}{ends(most['low'], most['high'], '.3f')} nats per token; without "
-            f"the darkest by {dark['delta_loss']:.3f}{ends(dark['low'], dark['high'], '.3f')} "
+            f"the weakest by {dark['delta_loss']:.3f}{ends(dark['low'], dark['high'], '.3f')} "
             f"({len(self.tokens)} prompts, BOS {self.bos})."
         )
         if most["delta_loss"] <= 0:
             said = (
-                f"Without none of {len(table)} bands the loss rises; without the darkest it changes by "
+                f"Without none of {len(table)} bands the loss rises; without the weakest it changes by "
                 f"{dark['delta_loss']:.3f}{ends(dark['low'], dark['high'], '.3f')} nats per token "
                 f"({len(self.tokens)} prompts, BOS {self.bos})."
             )
