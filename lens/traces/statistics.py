@@ -220,7 +220,8 @@ def measure(
         query_places=call.query_places,
         key_places=call.key_places,
         extra=call.extra,
-        biased=call.position_bias is not None and "bias" not in variables,
+        biased=call.position_bias is not None
+        and bool(variables.get("bias", torch.tensor(torch.nan)).isnan().all()),
     )
     return result.output, record
 

@@ -162,9 +162,10 @@ def refusal(dataset: xr.Dataset, head: HeadId) -> str:
 
 
 def gives_back(dataset: xr.Dataset, head: HeadId) -> bool:
-    """Whether q and k of a head, whose mask is noted, give back what was measured of two rows."""
-    rows = dataset.sizes["query"]
-    return all(_gives_back(dataset, head, query) for query in {rows // 2, rows - 1})
+    """Whether q and k of a head, whose mask is noted, give back what was measured of two rows that see a key."""
+    lse = read(dataset, "lse", layer=position_of(dataset, head.layer), head=head.head)
+    rows = np.flatnonzero(np.isfinite(lse)).tolist()
+    return all(_gives_back(dataset, head, row) for row in {*rows[len(rows) // 2 :][:1], *rows[-1:]})
 
 
 def _gives_back(dataset: xr.Dataset, head: HeadId, query: int) -> bool:

@@ -7,6 +7,7 @@ import transformers
 
 import lens
 from lens.common.errors import LensError
+from lens.runs.agreement import kept_problems
 from lens.traces.profiles import prompt_table
 
 SMALL = {
@@ -72,6 +73,55 @@ def test_positions_behind_the_patches_are_named_too():
     config = transformers.YolosConfig(**SMALL, image_size=[16, 24], num_detection_tokens=2)
     trace = captured(lens.load(transformers.YolosModel(config).eval()), 16, 24)
     assert trace.tokens[-3:] == ["3,5", "[DET0]", "[DET1]"]
+
+
+SIZES = {name: size for name, size in SMALL.items() if name != "patch_size"}
+
+
+def test_patches_of_a_padded_picture_are_those_of_the_picture():
+    network = transformers.PixtralVisionModel(
+        transformers.PixtralVisionConfig(**SIZES, patch_size=4, image_size=32)
+    ).eval()
+    pixels, sizes = torch.randn(2, 3, 16, 28), torch.tensor([[16, 28], [8, 12]])
+    given = {"pixel_values": pixels, "image_sizes": sizes}
+    traces = lens.capture(lens.load(network), given, progress=False)
+    shapes = [(one.attrs["patches"]["height"], one.attrs["patches"]["width"]) for one in traces]
+    assert shapes == [(4, 7), (2, 3)]
+    assert traces[1].tokens == ["0,0", "0,1", "0,2", "1,0", "1,1", "1,2"]
+
+
+def test_patches_that_come_with_their_shape_have_its_names():
+    network = transformers.Siglip2VisionModel(
+        transformers.Siglip2VisionConfig(**SIZES, patch_size=4, num_patches=64)
+    ).eval()
+    given = {
+        "pixel_values": torch.randn(1, 28, 48),
+        "pixel_attention_mask": torch.ones(1, 28).long(),
+        "spatial_shapes": torch.tensor([[4, 7]]),
+    }
+    trace = lens.capture(lens.load(network), given, progress=False)
+    assert (trace.tokens[9], trace.tokens[-1]) == ("1,2", "3,6")
+
+
+def test_a_bias_that_a_trace_does_not_hold_is_noted():
+    """SAM's depends on the query: its q and k alone do not give the probabilities back, and that is no damage."""
+    config = transformers.SamVisionConfig(
+        **SIZES,
+        image_size=24,
+        patch_size=4,
+        window_size=4,
+        global_attn_indexes=[1],
+        output_channels=8,
+    )
+    network = transformers.SamVisionModel(config).eval()
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            if "rel_pos" in name:
+                parameter.normal_()
+    trace = captured(lens.load(network), 24, 24)
+    assert trace.attrs["biased"] is True
+    assert list(kept_problems(trace, 1)) == []
+    assert captured(tower("vit"), 24, 24).attrs["biased"] is False
 
 
 def test_nothing_is_invented_where_the_picture_does_not_explain_the_positions(monkeypatch):
