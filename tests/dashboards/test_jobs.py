@@ -175,6 +175,9 @@ def test_the_form_follows_the_analysis_and_shows_refusals(page, tmp_path):
         page.get_by_label("tokens of each prompt").fill("64")
         page.get_by_role("button", name="Start").click()
         page.wait_for_selector("#job-row-1[data-status=queued]")
+        page.wait_for_function(
+            "() => document.getElementById('job-row-1').getBoundingClientRect().top >= 0"
+        )
         page.get_by_role("button", name="cancel job 1").click()
         page.wait_for_selector("#job-row-1[data-status=cancelled]")
         found = axe(page)

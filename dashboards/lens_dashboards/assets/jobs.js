@@ -92,7 +92,8 @@
       problem.textContent = "";
       try {
         await ask("", { kind, settings: settings(element) });
-        poll();
+        await poll();
+        document.getElementById("jobs-list")?.scrollIntoView({ block: "center" }); // the form is longer than a screen
       } catch (error) {
         problem.textContent = error.message;
       }
