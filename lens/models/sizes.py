@@ -118,7 +118,7 @@ def describe_bridge(bridge: Any) -> ModelInfo:
         head_dim=config.d_head,
         vocab=config.d_vocab,
         context=config.n_ctx,
-        parameters=_parameters(bridge.original_model),
+        parameters=_held_once(bridge.original_model),
         licence="unknown",
         class_name=f"TransformerBridge of {type(bridge.original_model).__name__}",
         attending=tuple(range(config.n_layers)),
@@ -128,3 +128,13 @@ def describe_bridge(bridge: Any) -> ModelInfo:
 def _parameters(model: nn.Module) -> int:
     count = getattr(model, "num_parameters", None)  # of 4 bits a parameter holds two
     return count() if count is not None else sum(one.numel() for one in model.parameters())
+
+
+def _held_once(model: nn.Module) -> int:
+    """Weights of what a bridge wraps: q, k and v of its own can be views of one matrix that it has too."""
+    counted: dict[int, list[int]] = {}  # memory -> its room, and what views of it add up to
+    for one in model.parameters():
+        memory = one.untyped_storage()
+        room = memory.nbytes() // one.element_size()
+        counted.setdefault(memory.data_ptr() or id(one), [room, 0])[1] += one.numel()
+    return sum(map(min, counted.values()))

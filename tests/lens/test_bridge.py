@@ -69,6 +69,11 @@ def _assert_equal_traces(found, expected):
         assert found.attrs[name] == expected.attrs[name]
 
 
+def test_the_weights_of_a_bridge_count_once(boot):
+    model = models_table.make("gpt2", False)  # its q, k and v are one matrix
+    assert lens.load(boot(model)).info.parameters == sum(one.numel() for one in model.parameters())
+
+
 @pytest.mark.parametrize("kind", ["bloom", "mpt"])
 def test_a_bridge_with_a_bias_by_distance_gives_the_trace_of_the_bare_model(kind):
     model = models_table.make(kind, False)
