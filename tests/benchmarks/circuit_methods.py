@@ -265,6 +265,8 @@ def trained(
         lines.append(line)
         views.append(kept)
         yield "\n".join(lines)
+    if np.all(views):  # no smaller circuit is faithful enough, by any of them
+        return
     best = lens.circuits.score_edges(model, task, method="eap-ig", progress=False)
     names = np.array(best.graph.edges)
     made = [
@@ -297,7 +299,8 @@ def row_of(
         scored(model, task.take(rows), method).top(count)
         for rows in torch.arange(task.n).split(task.n // 2)
     ]
-    shown = [str(found[one] or "–") for one in ("top", "bootstrap")]
+    named = {None: "–", scores.graph.n: "all"}
+    shown = [named.get(found[one], str(found[one])) for one in ("top", "bootstrap")]
     overlap = lens.circuits.checks.jaccard(halves).mean
     line = (
         f"| {method} | {judged.cpr:.2f} | {judged.cmd:.2f} | {' | '.join(shown)} | {overlap:.2f} |"
