@@ -12,6 +12,8 @@ import transformers
 
 import lens
 from lens import edits
+from lens.circuits.checks._control import magnitudes
+from lens.circuits.graph.activations import Ablation
 from lens.common.errors import LensError
 from lens.models.vocabulary import around, windows
 from lens.tasks import classification, from_jsonl, induction, ioi, language_modelling
@@ -322,3 +324,12 @@ def test_windows_of_an_encoder_stand_between_its_special_tokens(tokenizer):
     task = language_modelling(model, text, length=8)
     kept = task.clean.clone().scatter_(1, task.positions, task.correct)
     assert kept.tolist() == found
+
+
+def test_what_writers_of_a_picture_write_is_measured_at_all_positions(vit):
+    """The input's is the mean norm of plain embeddings."""
+    task = a_task(vit)
+    found = magnitudes(vit, task, Ablation("zero"))
+    with torch.no_grad():
+        read = vit.model.vit.embeddings(task.clean)
+    assert found[0] == pytest.approx(float(read.norm(dim=-1).mean()), rel=1e-4)

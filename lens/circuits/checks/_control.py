@@ -8,6 +8,7 @@ from typing import Literal, get_args
 
 import numpy as np
 import pandas as pd
+import torch
 from torch import Tensor
 
 from lens import stats
@@ -139,14 +140,17 @@ def magnitudes(model: LoadedModel, task: Task, ablation: Ablation) -> np.ndarray
     def read(ids: Tensor) -> Activations:
         return nodes.outputs(ids) if isinstance(nodes, Mixed) else read_activations(nodes, ids)[1]
 
-    references, total = References(nodes, task, ablation, read), 0.0
+    references, total, count = References(nodes, task, ablation, read), 0.0, 0
     for rows in task.chunks(min(8, task.rows_at_once(model))):
         found = read(task.clean[rows])
         own = task.own[rows].to(found.input)[:, None]
+        if task.clean.is_floating_point():  # of pictures all positions are their own
+            own = torch.ones_like(found.input[:, None, :, 0])
+        count += int(own.sum())
         change = found.minus(references.of(rows))
         norms = [(one.norm(dim=-1) * own).sum((0, 2)) for one in _written(nodes, change)]
         total = total + np.concatenate([part.cpu().double().numpy() for part in norms])
-    return np.asarray(total) / int(task.own.sum())
+    return np.asarray(total) / count
 
 
 def _written(nodes: Nodes | Mixed, change: Activations) -> Iterator[Tensor]:
