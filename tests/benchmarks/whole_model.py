@@ -40,7 +40,7 @@ def main() -> None:
     lines = [
         "# A whole model",
         "",
-        f"`python tests/benchmarks/whole_model.py`: `{given.model}`, float32, {torch.get_num_threads()} threads, {given.rounds} rounds, in turn in one",
+        f"`python tests/benchmarks/whole_model.py --rounds {given.rounds}`: `{given.model}`, float32, {torch.get_num_threads()} threads, in turn in one",
         "process; medians, `ratio` of the two in the same round. `seconds of CPU` are of all threads: on a machine with other",
         "work they say more than the clock (load average at the end: {load:.1f}).",
         "",
