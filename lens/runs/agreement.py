@@ -50,8 +50,11 @@ def prompt_number_problems(run: Run) -> Iterator[str]:
     for name in ("loss", "loss_repeat"):
         for row in table[table[name] > LARGEST_LOSS].to_dict("records"):
             yield f"prompts.parquet: column {name}: {row['prompt_id']} has {row[name]:.4g} nats, which no model has"
-    if any(text.startswith("no loss") for text in run.meta["warnings"]):
-        return
+    if (
+        any(text.startswith("no loss") for text in run.meta["warnings"])
+        or of_tokens["loss"].isna().all()
+    ):
+        return  # traces that were opened without their model have none
     for row in of_tokens[of_tokens["status"] == "done"].to_dict("records"):
         if row["tokens"] > 1 and np.isnan(row["loss"]):
             yield f"prompts.parquet: column loss: {row['prompt_id']} has none, and no warning says why"
