@@ -7,10 +7,11 @@ import torch
 from lens.circuits.checks.recovery import recovery
 from lens.circuits.discovery import acdc
 from lens.circuits.discovery._acdc import visiting_order
-from lens.circuits.graph.activations import Ablation, References
+from lens.circuits.graph.activations import Ablation
 from lens.circuits.graph.graph import Graph
 from lens.circuits.graph.masked_forward import masked_logits
 from lens.circuits.graph.nodes import find_nodes
+from lens.circuits.graph.references import References
 from lens.circuits.known import induction_transformer, logic_gate
 from lens.common.errors import LensError
 from tests.lens.circuit_models import small_model, small_task

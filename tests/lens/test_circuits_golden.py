@@ -15,12 +15,13 @@ import lens
 from lens.circuits import run_circuit, score_edges
 from lens.circuits.checks.evaluation import run_circuits
 from lens.circuits.checks.recovery import recovery
-from lens.circuits.graph.activations import Ablation, References, read_activations
+from lens.circuits.graph.activations import Ablation, read_activations
 from lens.circuits.graph.circuit import make_circuit
 from lens.circuits.graph.edge_scores import EdgeScores
 from lens.circuits.graph.graph import Graph
 from lens.circuits.graph.masked_forward import masked_logits
 from lens.circuits.graph.nodes import find_nodes
+from lens.circuits.graph.references import References
 from lens.circuits.known import induction_transformer, logic_gate
 from lens.circuits.known.program import ProgramConfig, ProgramModel
 from lens.circuits.scores.methods import EapIg

@@ -4,10 +4,11 @@ import pytest
 import torch
 
 import lens
-from lens.circuits.graph.activations import Ablation, References, read_activations
+from lens.circuits.graph.activations import Ablation, read_activations
 from lens.circuits.graph.graph import Graph
 from lens.circuits.graph.masked_forward import masked_logits
 from lens.circuits.graph.nodes import find_nodes
+from lens.circuits.graph.references import References
 from lens.common.errors import LensError
 from tests.lens.architectures import build
 from tests.lens.circuit_models import KINDS, Naive, error, small_model, small_task

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import lens
-from lens.circuits.graph.activations import Ablation, References, read_activations
+from lens.circuits.graph.activations import Ablation, read_activations
 from lens.circuits.graph.nodes import find_nodes
+from lens.circuits.graph.references import References
 from lens.common.errors import LensError
 from lens.heads import importance
 from lens.tasks import Task, from_jsonl, induction, language_modelling

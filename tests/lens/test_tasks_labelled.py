@@ -11,9 +11,10 @@ import transformers
 from PIL import Image
 
 import lens
-from lens.circuits.graph.activations import Ablation, References
+from lens.circuits.graph.activations import Ablation
 from lens.circuits.graph.masked_forward import masked_logits
 from lens.circuits.graph.nodes import find_nodes
+from lens.circuits.graph.references import References
 from lens.common.errors import LensError
 from lens.tasks import classification
 from lens.tasks.labelled import read_labelled

@@ -8,16 +8,17 @@ from typing import Literal, get_args
 
 import numpy as np
 import pandas as pd
-import torch
 from torch import Tensor
 
 from lens import stats
 from lens.circuits.checks.evaluation import Outcome, run_circuits
-from lens.circuits.graph.activations import Ablation, Activations, References, read_activations
+from lens.circuits.graph.activations import Ablation, Activations
 from lens.circuits.graph.circuit import Circuit
 from lens.circuits.graph.mixed import Mixed, mixed_of
 from lens.circuits.graph.nodes import Nodes, find_nodes
+from lens.circuits.graph.references import References, outputs_of, own_positions
 from lens.circuits.graph.selection import random_edges, same_degrees
+from lens.circuits.scores.attribution import written
 from lens.common.choices import Count, Seed, check_choice, check_lists
 from lens.common.given import given_as
 from lens.common.results import Result
@@ -136,16 +137,10 @@ def control(
 def magnitudes(model: LoadedModel, task: Task, ablation: Ablation) -> np.ndarray:
     """[writers], mean over prompts and tokens of the norm of (output - its reference)."""
     nodes = mixed_of(model) or find_nodes(model, kv=ablation.kv)
-
-    def read(ids: Tensor) -> Activations:
-        return nodes.outputs(ids) if isinstance(nodes, Mixed) else read_activations(nodes, ids)[1]
-
-    references, total, count = References(nodes, task, ablation, read), 0.0, 0
+    references, total, count = References(nodes, task, ablation), 0.0, 0
     for rows in task.chunks(min(8, task.rows_at_once(model))):
-        found = read(task.clean[rows])
-        own = task.own[rows].to(found.input)[:, None]
-        if task.clean.is_floating_point():  # of pictures all positions are their own
-            own = torch.ones_like(found.input[:, None, :, 0])
+        found = outputs_of(nodes, task.clean[rows])
+        own = own_positions(task, found.input.shape[1])[rows].to(found.input)[:, None]
         count += int(own.sum())
         change = found.minus(references.of(rows))
         norms = [(one.norm(dim=-1) * own).sum((0, 2)) for one in _written(nodes, change)]
@@ -159,7 +154,5 @@ def _written(nodes: Nodes | Mixed, change: Activations) -> Iterator[Tensor]:
     for number, heads in enumerate(change.heads):
         if isinstance(nodes, Mixed):
             yield nodes.written(number, heads)
-            continue
-        yield heads @ nodes.layers[number].block.output
-        for mlp in change.mlps[number : number + 1]:
-            yield mlp[:, None]
+        else:
+            yield written(nodes, change, number)

@@ -11,12 +11,13 @@ import pandas as pd
 import torch
 
 from lens import stats
-from lens.circuits.graph.activations import Ablation, References
+from lens.circuits.graph.activations import Ablation
 from lens.circuits.graph.circuit import Circuit
 from lens.circuits.graph.edge_scores import EdgeScores
 from lens.circuits.graph.masked_forward import masked_logits
 from lens.circuits.graph.mixed import Mixed, mixed_of
 from lens.circuits.graph.nodes import find_nodes
+from lens.circuits.graph.references import References
 from lens.circuits.graph.ways import Ways, calls_of
 from lens.common.choices import Count, Seed
 from lens.common.errors import LensError
@@ -264,7 +265,7 @@ def run_circuits(
         raise LensError(
             f"edges in spans are not known of {model.info.class_name}, which has mixers"
         )
-    references = References(nodes, task, ablation, None if mixed is None else mixed.outputs)
+    references = References(nodes, task, ablation)
     metric, kl = [], []
     at_most = task.rows_at_once(model)
     with torch.no_grad(), advancing(f"{model.name}: circuits", task.n, progress) as advance:

@@ -26,12 +26,13 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from lens.circuits.graph.activations import Ablation, Baseline, References
+from lens.circuits.graph.activations import Ablation, Baseline
 from lens.circuits.graph.circuit import Circuit
 from lens.circuits.graph.edge_scores import EdgeScores
 from lens.circuits.graph.graph import Graph, Kv
 from lens.circuits.graph.masked_forward import masked_logits
 from lens.circuits.graph.nodes import Nodes, find_nodes
+from lens.circuits.graph.references import References
 from lens.common.choices import Count, Seed, check_counts
 from lens.common.errors import LensError
 from lens.common.progress import advancing

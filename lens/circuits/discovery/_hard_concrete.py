@@ -23,12 +23,13 @@ import torch
 from scipy.stats import rankdata
 from torch import Tensor
 
-from lens.circuits.graph.activations import Ablation, Baseline, References
+from lens.circuits.graph.activations import Ablation, Baseline
 from lens.circuits.graph.circuit import Circuit
 from lens.circuits.graph.edge_scores import EdgeScores
 from lens.circuits.graph.graph import Graph, Kv
 from lens.circuits.graph.masked_forward import masked_logits
 from lens.circuits.graph.nodes import find_nodes
+from lens.circuits.graph.references import References
 from lens.circuits.graph.selection import pruned
 from lens.common.choices import Count, Seed, check_choice, is_number
 from lens.common.errors import LensError

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -13,7 +13,6 @@ from lens.circuits.graph.graph import Kv
 from lens.circuits.graph.nodes import Nodes, project, visit
 from lens.common.choices import check_choice
 from lens.passes.visit import Visitor
-from lens.tasks.task import Task
 
 Baseline = Literal["counterfactual", "mean", "zero"]
 
@@ -129,68 +128,3 @@ def read_activations(
     with torch.no_grad():
         logits = visit(nodes, ids, reading)
     return logits, reading.found
-
-
-def shares_in_mean(task: Task, rows: Tensor, hidden: Tensor) -> Tensor:
-    """[rows, tokens, 1], what each prompt counts in the mean at a position: alike all that have a token of their own there.
-
-    Args:
-        task, rows: the prompts, and which of them.
-        hidden: [rows, tokens, d_model] of these, for precision and device.
-    """
-    own = task.own
-    if task.clean.is_floating_point():  # of pictures all positions are their own
-        own = torch.ones(task.n, hidden.shape[1], dtype=torch.bool)
-    return (own[rows].to(hidden) / own.sum(0).clamp(min=1).to(hidden))[..., None]
-
-
-class References:
-    """What is put in place of each writer's output, for any rows of a task.
-
-    Args:
-        nodes: of the model; of a hybrid `lens.circuits.graph.mixed.Mixed`.
-        task, ablation: whose prompts, and what of them.
-        read: ids -> what every writer writes; None: as `read_activations`.
-
-    Raises:
-        LensError: no corrupt prompts for the counterfactual ablation.
-    """
-
-    def __init__(
-        self,
-        nodes: Any,
-        task: Task,
-        ablation: Ablation,
-        read: Callable[[Tensor], Activations] | None = None,
-    ) -> None:
-        task.check(nodes.model)
-        self._model, self._task, self._ablation = nodes.model, task, ablation
-        self._read = read or (lambda ids: read_activations(nodes, ids)[1])
-        self._mean: Activations | None = None
-        if ablation.value == "counterfactual":
-            task.corrupt_or_refuse()
-
-    def of(self, rows: Tensor) -> Activations:
-        """Reference outputs of these prompts, or one row for all."""
-        if self._ablation.value == "counterfactual":
-            return self._read(self._task.corrupt_or_refuse()[rows])
-        if self._mean is None:
-            self._mean = self._over_prompts()
-        return self._mean
-
-    def _over_prompts(self) -> Activations:
-        task, total = self._task, None
-        for rows in task.chunks(min(16, task.rows_at_once(self._model))):
-            found = self._read(task.clean[rows])
-            share = shares_in_mean(task, rows, found.input)
-
-            def shared(part: Tensor, share: Tensor = share) -> Tensor:
-                weighted = part * (share if part.dim() == 3 else share[:, None])
-                return weighted.sum(0, keepdim=True)
-
-            summed = found.each(shared)
-            total = summed if total is None else summed.minus(total.times(-1))
-            if self._ablation.value == "zero":
-                return total.times(0)
-        assert total is not None
-        return total

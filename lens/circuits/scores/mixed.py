@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lens.circuits.graph.activations import Ablation, Activations, References
+from lens.circuits.graph.activations import Ablation, Activations
 from lens.circuits.graph.edge_scores import EdgeScores
 from lens.circuits.graph.mixed import Mixed, Written
+from lens.circuits.graph.references import References
 from lens.circuits.scores.batch import fractions_of
 from lens.common.errors import LensError
 from lens.common.progress import advancing
@@ -41,7 +42,7 @@ def score_mixed(
             f"edges of models with mixers are scored by {', '.join(METHODS)} with a number of steps; got {asked}"
         )
     model = mixed.model
-    references = References(mixed, task, ablation, mixed.outputs)
+    references = References(mixed, task, ablation)
     fractions = [1.0] if method == "eap" else fractions_of(steps, rule)
     found = []
     with advancing(f"{model.name}: {method}", task.n, progress) as advance:

@@ -14,18 +14,13 @@ import torch
 from torch import Tensor
 
 from lens.circuits.discovery._hard_concrete import learn_masks
-from lens.circuits.graph.activations import (
-    Ablation,
-    Activations,
-    Baseline,
-    References,
-    read_activations,
-)
+from lens.circuits.graph.activations import Ablation, Activations, Baseline, read_activations
 from lens.circuits.graph.edge_scores import EdgeScores
 from lens.circuits.graph.graph import Kv
 from lens.circuits.graph.masked_forward import masked_logits
 from lens.circuits.graph.mixed import mixed_of
 from lens.circuits.graph.nodes import Nodes, find_nodes
+from lens.circuits.graph.references import References
 from lens.circuits.scores.atp import atp_star, atp_star_grad_drop, atp_star_together
 from lens.circuits.scores.attribution import Stage, edge_products
 from lens.circuits.scores.batch import Batch, fractions_of
