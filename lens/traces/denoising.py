@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from lens.common.choices import check_counts, is_whole
+from lens.common.choices import Count, check_counts, is_whole
 from lens.common.errors import LensError
 from lens.passes.denoising import DenoisingCall, Pass, denoiser_of, denoising_calls
 from lens.traces.denoised import Denoising
@@ -32,7 +32,7 @@ def denoising(
     row: int = -1,
     text: Sequence[str] | None = None,
     statistics: str | Sequence[str] = "all",
-    block_size: int = 64,
+    block_size: Count = 64,
     keep_qk: bool = False,
     backend: str = "auto",
 ) -> Iterator[list[Denoising]]:

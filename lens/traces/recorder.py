@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import torch
 
+from lens.common.choices import Count
 from lens.common.errors import LensError
 from lens.models.loaded import LoadedModel
 from lens.passes.calls import LayerCall, attend, without_last
@@ -100,7 +101,7 @@ def capturing(
     model: LoadedModel,
     *,
     statistics: str | Sequence[str] = "all",
-    block_size: int = 64,
+    block_size: Count = 64,
     keep_qk: bool = False,
     backend: str = "auto",
 ) -> Iterator[Recorder]:

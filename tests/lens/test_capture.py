@@ -362,7 +362,7 @@ def test_prompts_that_cannot_be_captured(prompt, expected, tmp_path):
     [
         ({"block_size": 0}, "block_size must be a positive integer, got 0"),
         ({"block_size": True}, "block_size must be a positive integer, got True"),
-        ({"block_size": "64"}, r"block_size must be an? (positive )?integer, got '64'"),
+        ({"block_size": "64"}, "block_size must be a positive integer, got '64'"),
         ({"statistics": ["lse", "entropie"]}, "unknown statistics entropie; known: lse, max_logit"),
         (
             {"statistics": "lse"},
@@ -489,9 +489,7 @@ def test_a_mask_that_the_model_made_itself(monkeypatch):
     assert torch.equal(added[0, 0], 0.5 * allowed)
     with pytest.raises(LensError, match=r"mask of its own, torch\.float32 of shape \(37, 37\)"):
         masks.structure_of(additive, True, None, 37)
-    before = torch.ones(5, 5, dtype=torch.bool).tril(
-        -1
-    )  # no query sees itself: the last is none of padding
+    before = torch.ones(5, 5, dtype=torch.bool).tril(-1)  # the last query is none of padding
     structure, _ = masks.structure_of(before[None, None], True, None, 5)
     assert torch.equal(structure.allowed[0, 0], before)
     of_heads = torch.stack([allowed, ~allowed])[None]
