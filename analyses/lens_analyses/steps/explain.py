@@ -1,14 +1,14 @@
 """Why heads attend where they do: logits taken apart, parts taken out, singular components."""
 
-from collections.abc import Iterator
-from typing import Literal
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
 
 import pandas as pd
 
 import lens
 from lens.common.errors import LensError
 from lens.common.head_ids import HeadId
-from lens.common.results import Sentence, ends, of_kind
+from lens.common.results import Result, Sentence, ends, of_kind
 from lens.figures.reading_changes import part_shares
 from lens.reading.explanations import Explanation
 from lens.runs.headlines import Headline
@@ -124,22 +124,29 @@ def groups(subject: Subject) -> Section:
     )
 
 
+def _of_each(
+    subject: Subject, name: str, measure: Callable[[HeadId], Result]
+) -> tuple[pd.DataFrame, list[Sentence], dict[str, Any]]:
+    """What is measured of each head: one table, all sentences, and a figure a head, called after `name`."""
+    found = {head: measure(head) for head in heads_of(subject)}
+    table = pd.concat([named(head, one.table()) for head, one in found.items()], ignore_index=True)
+    said = [sentence for one in found.values() for sentence in one.findings()]
+    return table, said, {f"{name}_{key(head)}": one.plot() for head, one in found.items()}
+
+
 def removal(subject: Subject) -> Section:
     """The attention without each of the largest parts of the keys, predicted and measured."""
-    tables, figures = [], {}
-    said: list[Sentence] = []
     largest = subject.run.section("explain").tables["sides"]
-    for head in heads_of(subject):
+
+    def without(head: HeadId) -> Result:
         own = largest[(largest["name"] == str(head)) & (largest["side"] == "key")]
         written = [part for part in own["part"] if part not in ("key bias", "norm bias")]
-        found = lens.reading.removal(
+        return lens.reading.removal(
             subject.model, subject.task.prompts, head, pairs_of(subject), parts=written[:_PARTS],
             seed=subject.seed, progress=subject.progress,
         )  # fmt: skip
-        said += found.findings()
-        tables.append(named(head, found.table()))
-        figures[f"removal_{key(head)}"] = found.plot()
-    table = pd.concat(tables, ignore_index=True)
+
+    table, said, figures = _of_each(subject, "removal", without)
     return Section(
         name="removal",
         title="The same heads without a part of their keys: predicted, and what the model does",
@@ -158,17 +165,14 @@ def removal(subject: Subject) -> Section:
 
 def subspace(subject: Subject) -> Section:
     """Heads without the directions of their queries that tell such keys from others, beside controls."""
-    tables, figures = [], {}
-    said: list[Sentence] = []
-    for head in heads_of(subject):
-        found = lens.reading.subspace(
+
+    def without(head: HeadId) -> Result:
+        return lens.reading.subspace(
             subject.model, subject.task.prompts, head, pairs_of(subject), beside=_BESIDE[pairs_of(subject)],
             seed=subject.seed, progress=subject.progress,
         )  # fmt: skip
-        said += found.findings()
-        tables.append(named(head, found.table()))
-        figures[f"subspace_{key(head)}"] = found.plot()
-    table = pd.concat(tables, ignore_index=True)
+
+    table, said, figures = _of_each(subject, "subspace", without)
     return Section(
         name="subspace",
         title="The same heads without a subspace of their queries, beside principal components, another head's and random directions",
