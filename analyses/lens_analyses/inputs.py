@@ -339,7 +339,6 @@ def _absolute_beside(config: RunConfig) -> RunConfig:
         if not path.exists():
             raise LensError(f"no file {path}; --corpus takes a text file, or prompts in one")
         _read(path)
-        _read(path)
         return _with(config, analysis=_with(settings, corpus=str(path)))
     return config
 
