@@ -23,7 +23,7 @@ from lens.common.head_ids import HeadId
 from lens.common.progress import advancing
 from lens.edits.parts import Ablate
 from lens.edits.running import edit
-from lens.heads.behaviour.retrieval import retrieval as literal
+from lens.heads.behaviour.retrieval import fetched, succeeded
 from lens.models.loaded import LoadedModel
 from lens.models.vocabulary import ordinary_ids
 from lens.passes.calls import LayerCall, attend
@@ -86,27 +86,26 @@ def retrieval(
     heads = model.info.every_head
     if masked and 2 * max(masked) > len(heads):
         raise LensError(f"masked must be at most half of the {len(heads)} heads, got {max(masked)}")
-    first = literal(model, trials, needed=needed, progress=progress)
+    counted, recall = succeeded(model, trials, needed, progress)
     unembedding = layout.unembed_weight().T  # [vocab, d_model]
     outputs = [block.output.float() for block in layout.blocks]
     random = np.random.default_rng(seed)
-    counted = [trial for trial, recall in zip(trials, first.recall, strict=True) if recall > needed]
-    by_query, by_output = [], []
+    scores = []
     with advancing(f"{model.name}: retrieval heads", len(counted), progress) as advance:
-        for trial in counted:
-            answer = answered(model, trial)
+        for trial, answer in counted:
+            keys, asked, brought = _answering(model, trial, answer, question, unembedding, outputs)
             other = [*trial.prompt[:-question], *_absent(model, trial.prompt, question, random)]
-            asked = torch.arange(len(trial.prompt) - question, len(trial.prompt))
-            by_query.append(_calibrated(model, trial, other, asked))
-            by_output.append(_brought(model, trial, answer, unembedding, outputs))
+            by_query = _calibrated(asked, _asking(model, trial, other, question))
+            scores.append([fetched(keys, trial, answer), by_query, brought])
             advance(1)
-    values = np.stack([first.per_trial, np.stack(by_query, -1), np.stack(by_output, -1)])
+    values = np.moveaxis(np.array(scores), 0, -1)
     order = [np.argsort(-kind.mean(-1).ravel(), kind="stable") for kind in values]
-    recalls = _masked(model, counted, heads, order, tuple(masked), draws, random, progress)
+    kept = [trial for trial, _ in counted]
+    recalls = _masked(model, kept, heads, order, tuple(masked), draws, random, progress)
     return RetrievalKinds(
         values=values,
         masked=tuple(masked),
-        clean=first.recall[first.recall > needed],
+        clean=recall[recall > needed],
         recalls=recalls[: len(KINDS)],
         random=recalls[-1],
         trials=len(trials),
@@ -124,14 +123,9 @@ def _absent(
     return random.choice(others if len(others) >= count else ordinary, count).tolist()
 
 
-def _calibrated(model: LoadedModel, trial: Trial, other: list[int], asked: Tensor) -> np.ndarray:
-    """[layer, head]: attention of the asking rows to the needle, less that of other tokens, flat tokens left out."""
-    needle = slice(*trial.needle)
-    own, null = (
-        _rows(model, list(ids), asked, lambda call, rows: rows[..., needle].mean(1))
-        for ids in (trial.prompt, other)
-    )
-    calibrated = own - null  # [layers, heads, needle]
+def _calibrated(own: np.ndarray, null: np.ndarray) -> np.ndarray:
+    """[layer, head]: attention to the needle [layer, head, token], less that of other tokens, flat tokens left out."""
+    calibrated = own - null
     if calibrated.shape[-1] > 1:
         spread = calibrated.std(-1, keepdims=True, ddof=1)
         low = calibrated <= calibrated.mean(-1, keepdims=True) - _STEEP * spread
@@ -139,21 +133,40 @@ def _calibrated(model: LoadedModel, trial: Trial, other: list[int], asked: Tenso
     return calibrated.sum(-1)
 
 
-def _brought(
+def _asking(model: LoadedModel, trial: Trial, ids: list[int], question: int) -> np.ndarray:
+    """[layer, head, token of the needle]: attention of the last `question` tokens to it, mean."""
+    asked = torch.arange(len(ids) - question, len(ids))
+    needle = slice(*trial.needle)
+    (found,) = _rows(model, ids, asked, lambda call, rows: (rows[..., needle].mean(1),))
+    return found
+
+
+def _answering(
     model: LoadedModel,
     trial: Trial,
     answer: Sequence[int],
+    question: int,
     unembedding: Tensor,
     outputs: Sequence[Tensor],
-) -> np.ndarray:
-    """[layer, head]: logit of each generated token that the needle brings, less as many of the other tokens', mean."""
+) -> tuple[np.ndarray, ...]:
+    """What one pass over prompt and answer says of every head.
+
+    Returns:
+        [layer, head, step], the key that it looks at most; [layer, head, token of the needle], attention of the asking
+        tokens to it; [layer, head], logit of each generated token that the needle brings, less as many of the other
+        tokens', mean.
+    """
     ids = [*trial.prompt, *answer[:-1]]
-    steps = torch.arange(len(trial.prompt) - 1, len(ids))
+    size = len(trial.prompt)
+    rows = torch.arange(size - question, len(ids))
+    steps = rows[question - 1 :]  # the last of the prompt predicts the answer's first
     directions = unembedding[torch.tensor(list(answer), device=unembedding.device)]
     first, last = trial.needle
     count = last - first
 
-    def of_layer(call: LayerCall, rows: Tensor) -> Tensor:
+    def of_layer(call: LayerCall, rows: Tensor) -> tuple[Tensor, ...]:
+        asked = rows[:, :question, first:last].mean(1)
+        rows = rows[:, question - 1 :]
         written = torch.einsum("hkd,td->htk", outputs[call.layer], directions.to(rows))
         share = call.query.shape[1] // call.key.shape[1]
         value = call.value[0].float().repeat_interleave(share, 0)
@@ -161,16 +174,20 @@ def _brought(
         needle = brought[..., first:last].sum(-1)
         # A row sees the prompt and what was generated up to it.
         others = (steps.to(rows.device) + 1 - count).clamp(min=1)
-        return (needle - count / others * (brought.sum(-1) - needle)).mean(-1)
+        net = needle - count / others * (brought.sum(-1) - needle)
+        return rows.argmax(-1), asked, net.mean(-1)
 
-    return _rows(model, ids, steps, of_layer)
+    return _rows(model, ids, rows, of_layer)
 
 
 def _rows(
-    model: LoadedModel, ids: list[int], rows: Tensor, read: Callable[[LayerCall, Tensor], Tensor]
-) -> np.ndarray:
-    """[layers, ...]: what is read of these rows of every layer."""
-    found: list[Tensor] = []
+    model: LoadedModel,
+    ids: list[int],
+    rows: Tensor,
+    read: Callable[[LayerCall, Tensor], tuple[Tensor, ...]],
+) -> tuple[np.ndarray, ...]:
+    """[layers, ...] each: what is read of these rows of every layer."""
+    found: list[tuple[Tensor, ...]] = []
 
     def on_layer(call: LayerCall) -> Tensor:
         if not call.mask.causal:
@@ -180,7 +197,7 @@ def _rows(
 
     with torch.no_grad(), listening(model, on_layer):
         base(model)(torch.tensor([ids], device=model.device))
-    return torch.stack(found).double().cpu().numpy()
+    return tuple(torch.stack(one).double().cpu().numpy() for one in zip(*found, strict=True))
 
 
 def _masked(

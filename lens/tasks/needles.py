@@ -7,6 +7,8 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from inspect import signature
+from typing import Any
 
 import numpy as np
 import torch
@@ -58,11 +60,14 @@ def answered(model: LoadedModel, trial: Trial) -> list[int]:
     model.check_ids([*trial.prompt, *trial.prompt[first:last]])
     step = torch.tensor([list(trial.prompt)], device=model.device)
     cached = not model.is_bridge and model.model.can_generate()
+    asked: dict[str, Any] = {"use_cache": True}
+    if cached and "logits_to_keep" in signature(model.model.forward).parameters:
+        asked["logits_to_keep"] = 1  # those of the other tokens are a third of the work
     past, answer = None, []
     with torch.no_grad():
         for _ in range(first, last):
             if cached:
-                result = model.model(input_ids=step, past_key_values=past, use_cache=True)
+                result = model.model(input_ids=step, past_key_values=past, **asked)
                 logits, past = result.logits, result.past_key_values
             else:
                 logits = logits_of(model, step)

@@ -7,7 +7,7 @@ import torch
 import lens
 from lens.common.errors import LensError
 from lens.heads import retrieval
-from lens.heads.behaviour.retrieval import _fetched
+from lens.heads.behaviour.retrieval import fetched
 from lens.tasks import needles
 
 
@@ -63,7 +63,7 @@ def test_scores_equal_the_twin_and_name_the_induction_heads(name):
 def test_a_position_counts_once_and_only_with_its_own_token():
     trial = needles.Trial((9, 5, 6, 5, 9), (1, 4), 0.3)
     keys = np.array([[[1, 1, 3], [3, 2, 4], [2, 1, 1]]])  # [layer, head, step]
-    found = _fetched(keys, trial, [5, 5, 5])
+    found = fetched(keys, trial, [5, 5, 5])
     np.testing.assert_allclose(found, [[2 / 3, 1 / 3, 1 / 3]])
 
 

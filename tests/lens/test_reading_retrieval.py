@@ -6,6 +6,7 @@ import torch
 
 import lens
 from lens.common.errors import LensError
+from lens.heads.behaviour import retrieval as behaviour
 from lens.reading import retrieving
 from lens.reading.retrieved import KINDS
 from lens.tasks.needles import Trial, answered
@@ -91,13 +92,48 @@ def test_the_query_score_is_that_of_whole_maps(copying):
     model, trials = copying
     trial = trials[1]
     other = [*trial.prompt[:-2], 1, 2]
+    seen = [retrieving._asking(model, trial, list(ids), 2) for ids in (trial.prompt, other)]
+    layout = lens.passes.replay.proved(model)
+    outputs = [block.output.float() for block in layout.blocks]
+    weight = layout.unembed_weight().T
+    of_answer = retrieving._answering(model, trial, answered(model, trial), 2, weight, outputs)
+    np.testing.assert_allclose(of_answer[1], seen[0], atol=1e-6)
+    score = retrieving._calibrated(*seen)
     rows = torch.tensor([len(trial.prompt) - 2, len(trial.prompt) - 1])
-    score = retrieving._calibrated(model, trial, other, rows)
     own, null = (eager(model, ids)[0][:, :, rows].mean(2) for ids in (trial.prompt, other))
     away = (own - null)[..., slice(*trial.needle)]
     low = away.mean(-1, keepdim=True) - 2 * away.std(-1, keepdim=True)
     expected = torch.where(away <= low, 0, away).sum(-1)
     np.testing.assert_allclose(score, expected.numpy(), atol=1e-5)
+
+
+def test_a_trial_is_answered_once_and_two_passes_give_all_scores(copying, monkeypatch):
+    model, trials = copying
+    done = []
+
+    def counting(own, name):
+        def called(*args):
+            done.append(name)
+            return own(*args)
+
+        return called
+
+    monkeypatch.setattr(retrieving, "base", counting(retrieving.base, "pass"))
+    monkeypatch.setattr(behaviour, "answered", counting(answered, "answer"))
+    found = lens.reading.retrieval(model, trials, masked=[], progress=False)
+    assert done.count("pass") == 2 * len(found.clean)
+    assert done.count("answer") == len(trials)
+
+
+def test_only_the_next_token_s_logits_are_computed():
+    model = lens.load("text-lm-3l")
+    sizes = []
+    handle = model.model.get_output_embeddings().register_forward_hook(
+        lambda _, __, output: sizes.append(output.shape[1])
+    )
+    answered(model, Trial(tuple(range(20)), (3, 6), 0.5))
+    handle.remove()
+    assert sizes == [1, 1, 1]
 
 
 def test_a_head_that_looks_and_does_not_write_is_none_by_its_output():
@@ -124,7 +160,7 @@ def test_all_that_is_brought_alike_is_no_retrieval():
     layout = lens.passes.replay.proved(model)
     unembedding = layout.unembed_weight().T
     outputs = [block.output.float() for block in layout.blocks]
-    brought = retrieving._brought(model, trial, answer, unembedding, outputs)
+    brought = retrieving._answering(model, trial, answer, 1, unembedding, outputs)[-1]
     assert np.abs(brought).max() < 1e-6
 
 

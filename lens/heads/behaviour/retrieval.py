@@ -105,27 +105,52 @@ def retrieval(
         >>> lens.heads.retrieval(small, lens.tasks.needles.copied(small)).heads()[0].layer
         1
     """
+    counted, recalls = succeeded(model, trials, needed, progress)
+    found = []
+    with advancing(f"{model.name}: retrieval heads", len(counted), progress) as advance:
+        for trial, answer in counted:
+            found.append(
+                fetched(
+                    _strongest_keys(model, [*trial.prompt, *answer], len(answer)), trial, answer
+                )
+            )
+            advance(1)
+    return RetrievalScores(np.stack(found, -1), recalls, needed, model.name)
+
+
+def succeeded(
+    model: LoadedModel, trials: Sequence[Trial], needed: float, progress: bool
+) -> tuple[list[tuple[Trial, list[int]]], np.ndarray]:
+    """Trials that the model brings back more than `needed` of, each with its answer; and the recall of all.
+
+    Raises:
+        LensError: no trials, or none that succeeded.
+    """
     model.info.check_all_attend("retrieval")
     if not trials:
         raise LensError("retrieval needs at least one trial")
-    found, recalls = [], []
     with advancing(f"{model.name}: needles", len(trials), progress) as advance:
+        answers = []
         for trial in trials:
-            answer = answered(model, trial)
-            recalls.append(trial.recall(answer))
-            if recalls[-1] > needed:
-                keys = _strongest_keys(model, [*trial.prompt, *answer], len(answer))
-                found.append(_fetched(keys, trial, answer))
+            answers.append(answered(model, trial))
             advance(1)
-    if not found:
+    recalls = np.array(
+        [trial.recall(answer) for trial, answer in zip(trials, answers, strict=True)]
+    )
+    if not (recalls > needed).any():
         raise LensError(
             f"{model.name} brought back more than {needed:.0%} of the needle in none of {len(trials)} "
             f"trials (at most {max(recalls):.0%}), so there is no retrieval to attribute to heads"
         )
-    return RetrievalScores(np.stack(found, -1), np.array(recalls), needed, model.name)
+    counted = [
+        one
+        for one, recall in zip(zip(trials, answers, strict=True), recalls, strict=True)
+        if recall > needed
+    ]
+    return counted, recalls
 
 
-def _fetched(keys: np.ndarray, trial: Trial, answer: Sequence[int]) -> np.ndarray:
+def fetched(keys: np.ndarray, trial: Trial, answer: Sequence[int]) -> np.ndarray:
     """[layer, head]: share of the needle whose positions are among `keys` [layer, head, step] in time."""
     first, last = trial.needle
     hit = np.zeros((*keys.shape[:2], last - first))
