@@ -18,7 +18,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from lens.common.errors import LensError, in_words
-from lens.common.files import shown
+from lens.common.files import printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -65,7 +65,7 @@ class Output:
         if sys.stdout is None:
             return
         try:
-            sys.stdout.write(shown(to_json(data) if self.json else text.rstrip("\n") + "\n"))
+            sys.stdout.write(printable(to_json(data) if self.json else text.rstrip("\n") + "\n"))
             sys.stdout.flush()
         except OSError:
             with suppress(OSError, ValueError):  # so that Python does not try again at the end
@@ -134,7 +134,7 @@ class _Handler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            self._console.print(shown(record.getMessage()), markup=False, soft_wrap=True)
+            self._console.print(printable(record.getMessage()), markup=False, soft_wrap=True)
         except (OSError, ValueError):  # a full disk or a closed file takes no log: the work goes on
             self._console.quiet = True
 
@@ -259,4 +259,4 @@ def one_line(message: str) -> str:
 def say(message: str) -> None:
     """One line on stderr, if it is there."""
     with suppress(OSError, ValueError, AttributeError):
-        sys.stderr.write(f"{shown(one_line(message))}\n")
+        sys.stderr.write(f"{printable(one_line(message))}\n")

@@ -84,7 +84,7 @@ def _windows(
 ) -> list[PlannedPrompt]:
     """Consecutive pieces, each between the special tokens that the tokenizer puts round the whole text."""
     pair = vocabulary.around(model)
-    start, _, end = vocabulary.unwrapped(ids, pair)
+    start, _, end = vocabulary.split_special(ids, pair)
     found = vocabulary.windows(ids, tokens, pair)
     if len(found) < windows:
         raise LensError(
@@ -127,7 +127,7 @@ def say_of(model: "LoadedModel") -> Callable[[list[int]], str]:
     pair = ([], []) if model.tokenizer is None else vocabulary.around(model)
 
     def say(ids: list[int]) -> str:
-        body = vocabulary.unwrapped(ids[1:] if ids[:1] == [model.bos_id] else ids, pair)[1]
+        body = vocabulary.split_special(ids[1:] if ids[:1] == [model.bos_id] else ids, pair)[1]
         if model.tokenizer is None:
             return " ".join(map(str, body))
         return model.tokenizer.decode(body)

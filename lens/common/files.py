@@ -235,7 +235,7 @@ def json_of_line(line: str) -> Any:
         raise ValueError("nested too deep") from error
 
 
-def shown(text: str) -> str:
+def printable(text: str) -> str:
     """A text as it may be shown: control characters and changes of direction become U+FFFD."""
     return _NOT_TEXT.sub("\ufffd", text)
 

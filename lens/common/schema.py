@@ -15,7 +15,7 @@ _LONGEST = 60
 _MOST_SAID = 3
 
 
-def checked(model: type[_Model], value: Mapping[str, Any], path: Path) -> _Model:
+def validated(model: type[_Model], value: Mapping[str, Any], path: Path) -> _Model:
     """The contents of a file as `model`.
 
     Raises:

@@ -15,6 +15,7 @@ from lens.models.bare import bare
 from lens.models.loaded import LoadedModel, check_loaded
 from lens.models.parts import Block, Layout, Norm, setting
 from lens.models.sizes import reads_picture_first
+from lens.models.stacks import outermost
 from lens.models.weights import matrix
 
 
@@ -50,9 +51,9 @@ def layout(model: LoadedModel) -> Layout:
         )
     _refuse_variants(kind, base)
     modules = _blocks(base, row, model.info.layers)
-    names = {name: row.head[:-1] for name in row.head[-1:] if _part(root, name) is not None}
-    head = tuple(root.get_submodule(name) for parts in names.values() for name in parts)
-    unembedding = root.get_submodule(row.head[-1]) if names else None
+    *between, last_name = row.head
+    unembedding = _part(root, last_name)
+    head = () if unembedding is None else tuple(map(root.get_submodule, between))
     if isinstance(unembedding, nn.Identity):  # an image classifier without classes
         unembedding = None
     blocks: list[Block] = []
@@ -102,16 +103,11 @@ def blocks(model: LoadedModel) -> list[nn.Module]:
     if row is not None:
         return _blocks(base, row, model.info.layers)
     layers = model.info.layers
-    lists = [
+    outer = outermost(
         module
         for module in base.modules()
         if isinstance(module, nn.ModuleList) and len(module) == layers
-    ]
-    outer = [
-        one
-        for one in lists
-        if not any(one is not other and one in list(other.modules()) for other in lists)
-    ]
+    )
     if len(outer) != 1:
         raise LensError(
             f"{model.info.class_name} has {len(outer)} lists of {layers} modules, and exactly one must "

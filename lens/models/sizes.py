@@ -44,7 +44,7 @@ def describe(model: Any, licence: str = "unknown") -> ModelInfo:
     )
 
 
-def in_stages(model: Any, licence: str = "unknown") -> ModelInfo:
+def in_stages(model: Any) -> ModelInfo:
     """Of a model in stages, before they are measured: 1 for each size that every stage has of its own."""
     ones = {"layers": 1, "heads": 1, "kv_heads": 1, "head_dim": 1, "attending": (0,)}
     return ModelInfo(
@@ -52,7 +52,7 @@ def in_stages(model: Any, licence: str = "unknown") -> ModelInfo:
         vocab=None,
         context=_context(model, model.config) if reads_tokens(model) else None,
         parameters=_parameters(model),
-        licence=licence,
+        licence="unknown",
         class_name=type(model).__name__,
     )
 

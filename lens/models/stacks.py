@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,17 +53,22 @@ def crossing(root: nn.Module) -> frozenset[int]:
 
 def layers_of(stack: nn.Module) -> list[nn.Module]:
     """The layers of a half: its longest list of modules that all attend."""
-    lists = [
+    outer = outermost(
         one
         for one in stack.modules()
         if isinstance(one, nn.ModuleList) and len(one) and all(map(attends, one))
-    ]
-    outer = [
-        one
-        for one in lists
-        if not any(one is not other and one in list(other.modules()) for other in lists)
-    ]
+    )
     return list(max(outer, key=len)) if outer else []
+
+
+def outermost(lists: Iterable[nn.ModuleList]) -> list[nn.ModuleList]:
+    """Those that lie in none of the others."""
+    several = list(lists)
+    return [
+        one
+        for one in several
+        if not any(one is not other and one in list(other.modules()) for other in several)
+    ]
 
 
 def attends(module: nn.Module) -> bool:

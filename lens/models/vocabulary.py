@@ -38,7 +38,7 @@ def around(model: LoadedModel) -> tuple[list[int], list[int]]:
     return [], []
 
 
-def unwrapped(
+def split_special(
     ids: Sequence[int], pair: tuple[list[int], list[int]]
 ) -> tuple[list[int], list[int], list[int]]:
     """What of `pair`, as `around` gives it, stands before the ids of a text, the text's own, and behind."""
@@ -57,7 +57,7 @@ def windows(ids: Sequence[int], length: int, pair: tuple[list[int], list[int]]) 
         >>> windows([1, 5, 6, 7, 8, 9, 2], 4, ([1], [2]))
         [[1, 5, 6, 2], [1, 7, 8, 2]]
     """
-    start, body, end = unwrapped(ids, pair)
+    start, body, end = split_special(ids, pair)
     size = length - len(start) - len(end)
     if size < 1:
         return []

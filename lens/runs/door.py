@@ -16,7 +16,7 @@ from pydantic import BaseModel
 
 from lens.common.errors import LensError
 from lens.common.files import open_regular, read_json, read_text
-from lens.common.schema import checked
+from lens.common.schema import validated
 from lens.runs.manifest import read_manifest, size_problem
 from lens.runs.schema import LATER, Kind
 
@@ -91,7 +91,7 @@ class Door:
 
     def entries(self, model: type[_Model], name: str, most: int = 2**25) -> _Model:
         """A JSON object that fits a schema."""
-        return checked(model, self.json(name, most), self.folder / name)
+        return validated(model, self.json(name, most), self.folder / name)
 
     def table(
         self,

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from lens.common.errors import LensError
-from lens.common.files import as_path, read_json, shown
-from lens.common.schema import checked
+from lens.common.files import as_path, printable, read_json
+from lens.common.schema import validated
 from lens.runs.commands import again
 from lens.runs.contents import head_problems, prompt_problems, section_problems, trace_problems
 from lens.runs.door import Door
@@ -68,7 +68,7 @@ class Run:
     @property
     def id(self) -> str:
         """Name of the folder."""
-        return shown(self.path.name)
+        return printable(self.path.name)
 
     @property
     def title(self) -> str:
@@ -88,7 +88,7 @@ class Run:
     def config(self) -> dict[str, Any]:
         """Contents of `config.toml`."""
         found = self.door.toml(CONFIG)
-        checked(ConfigFile, found, self.path / CONFIG)
+        validated(ConfigFile, found, self.path / CONFIG)
         return found
 
     @cached_property
@@ -271,7 +271,7 @@ class BrokenRun:
     @property
     def id(self) -> str:
         """Name of the folder."""
-        return shown(self.path.name)
+        return printable(self.path.name)
 
     @property
     def status(self) -> str:
@@ -323,7 +323,7 @@ def listed(folder: str | Path, opened: Callable[[Path], Run]) -> list[Run | Brok
             if (entry / INDEX).exists() or (entry / INDEX).is_symlink():
                 runs.append(opened(entry))
         except (LensError, OSError) as error:
-            runs.append(BrokenRun(entry.absolute(), shown(str(error))))
+            runs.append(BrokenRun(entry.absolute(), printable(str(error))))
     return sorted(runs, key=_newest_first)
 
 

@@ -16,7 +16,7 @@ from pydantic import BaseModel, Field
 
 from lens.common.errors import LensError
 from lens.common.files import PART, lies_in, open_regular, read_json, write_json
-from lens.common.schema import checked
+from lens.common.schema import validated
 
 MANIFEST = "manifest.json"
 GROWING = "log.txt"
@@ -47,7 +47,7 @@ def read_manifest(folder: Path) -> Mapping[str, _Entry] | None:
     path = folder / MANIFEST
     if not path.exists() and not path.is_symlink():
         return None
-    return checked(_Manifest, read_json(path, within=folder), path).files
+    return validated(_Manifest, read_json(path, within=folder), path).files
 
 
 def write_manifest(folder: Path, names: Iterable[str]) -> None:

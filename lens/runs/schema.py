@@ -20,8 +20,8 @@ from pydantic import (
 
 from lens.circuits.graph.graph import StreamGraph
 from lens.common.errors import LensError
-from lens.common.files import shown
-from lens.common.schema import checked, in_words
+from lens.common.files import printable
+from lens.common.schema import in_words, validated
 from lens.traces.profiles import COLUMNS as HEAD_COLUMNS
 
 SCHEMA = "attention-lens/run"
@@ -98,8 +98,8 @@ SECTIONS: Mapping[str, Mapping[str, dict[str, Kind]]] = {
 }
 """Section -> its tables that pages look into -> the columns that they read."""
 
-_Line = Annotated[str, AfterValidator(lambda text: " ".join(shown(text).split()))]
-_Text = Annotated[str, AfterValidator(shown)]
+_Line = Annotated[str, AfterValidator(lambda text: " ".join(printable(text).split()))]
+_Text = Annotated[str, AfterValidator(printable)]
 _Count = Annotated[int, Field(ge=0, le=2**53)]
 _Size = Annotated[int, Field(ge=1, le=2**20)]
 _Seconds = Annotated[float, Field(ge=0, le=1e12, allow_inf_nan=False)]
@@ -387,5 +387,5 @@ def run_entries(value: Mapping[str, Any], path: Path) -> tuple[dict[str, Any], t
             if holder in names and not names[str(holder)].is_required():
                 part.pop(holder, None)
                 damage.append(f"{path.name}: {in_words(one)}")
-    found = checked(RunFile, kept, path).model_dump(by_alias=True)
+    found = validated(RunFile, kept, path).model_dump(by_alias=True)
     return found, tuple(damage)

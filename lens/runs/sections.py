@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from lens.common.errors import LensError
 from lens.common.files import write_atomically, write_json, write_text
-from lens.common.schema import checked
+from lens.common.schema import validated
 from lens.runs.door import Door, shape_of
 from lens.runs.headlines import Headline, those_that_stand
 from lens.runs.schema import SECTIONS, DetectionEntries, SectionFile
@@ -137,7 +137,7 @@ def load_section(door: Door, name: str) -> Section:
     if lacking := ", ".join(part for part in needed if part not in index.tables):
         raise LensError(f"{run / place / INDEX} lacks the tables {lacking}; run again")
     if name == "detection":
-        checked(DetectionEntries, index.configuration, run / place / INDEX)
+        validated(DetectionEntries, index.configuration, run / place / INDEX)
     shown = {str(dict(one).get("figure", "")) for one in index.headlines} - {""}
     if lacking := ", ".join(sorted(shown - set(index.figures))):
         raise LensError(

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from random import Random
+from statistics import multimode
 
 import torch
 
@@ -40,18 +41,28 @@ class Misfit(Exception):  # noqa: N818 (not an error: the prompt is left out and
     """Why a text cannot be used with this tokenizer."""
 
 
-def following(model: LoadedModel, text: str, answer: str) -> int:
-    """The single token that makes `text` into `text + answer`.
+def following(model: LoadedModel, text: str, answer: str) -> list[int]:
+    """The tokens that make `text` into `text + answer`.
 
     Raises:
-        Misfit: the answer is several tokens there, or changes how the text before it is split.
+        Misfit: the answer changes how the text before it is split.
     """
     before, after = model.encode(text), model.encode(text + answer)
     if after[: len(before)] != before or len(after) <= len(before):
         raise Misfit(f"{answer!r} changes how the text before it is split into tokens")
-    if len(after) > len(before) + 1:
-        raise Misfit(f"{answer!r} is {len(after) - len(before)} tokens, one was expected")
-    return after[-1]
+    return after[len(before) :]
+
+
+def following_one(model: LoadedModel, text: str, answer: str) -> int:
+    """The single token of `following`.
+
+    Raises:
+        Misfit: as there, or the answer is several tokens.
+    """
+    found = following(model, text, answer)
+    if len(found) > 1:
+        raise Misfit(f"{answer!r} is {len(found)} tokens, one was expected")
+    return found[0]
 
 
 def usable(
@@ -66,7 +77,7 @@ def usable(
     split: list[str] = []
     for word in words:
         try:
-            following(model, before, f" {word}")
+            following_one(model, before, f" {word}")
             kept.append(word)
         except Misfit:
             split.append(word)
@@ -120,7 +131,7 @@ def make_task(
         if tuple(row.clean) not in rows:
             rows[tuple(row.clean)] = row
             counts[len(row.clean)] += 1
-    length = min(counts, key=lambda size: (-counts[size], size), default=0)
+    length = min(multimode(counts.elements()), default=0)
     kept = [row for row in rows.values() if len(row.clean) == length][:n]
     if len(kept) < n:
         most = reasons.most_common(1)
@@ -156,7 +167,7 @@ def _encode(model: LoadedModel, candidate: Candidate) -> _Row:
             raise Misfit(f"the place of {name!r} is inside a token")
         marks[name] = len(ids) - 1
     right, wrong = (
-        [following(model, candidate.clean, answer) for answer in answers]
+        [following_one(model, candidate.clean, answer) for answer in answers]
         for answers in (candidate.right, candidate.wrong)
     )
     if set(right) & set(wrong):

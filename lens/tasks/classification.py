@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
+from statistics import multimode
 from typing import Any
 
 import torch
@@ -184,8 +184,7 @@ def _of_one_length(
         model.encode(one) if isinstance(one, str) else _ids_of(model, one)[0] for one in prompts
     ]
     if length is None:
-        counts = Counter(map(len, found))
-        length = min(counts, key=lambda size: (-counts[size], size))
+        length = min(multimode(map(len, found)))
     else:
         pair = around(model) if any(isinstance(one, str) for one in prompts) else ([], [])
         found = [(windows(ids, length, pair) or [ids])[0] for ids in found]

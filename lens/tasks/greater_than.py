@@ -6,7 +6,7 @@ from lens.common.choices import Seed
 from lens.common.errors import LensError
 from lens.models.loaded import LoadedModel
 from lens.passes.logits import check_predicts_tokens
-from lens.tasks.candidates import Candidate, Misfit, following, make_task
+from lens.tasks.candidates import Candidate, Misfit, following_one, make_task
 from lens.tasks.task import Task
 from lens.tasks.words import NOUNS
 
@@ -86,7 +86,7 @@ def _by_digit(model: LoadedModel) -> bool:
     for is_digit, answers in ((False, _YEARS), (True, _DIGITS)):
         try:
             for answer in answers:
-                following(model, text, answer)
+                following_one(model, text, answer)
         except Misfit as reason:
             problems.append(str(reason))
         else:

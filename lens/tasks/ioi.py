@@ -3,8 +3,9 @@
 import re
 from collections.abc import Sequence
 from random import Random
+from typing import Literal
 
-from lens.common.choices import Seed
+from lens.common.choices import Seed, check_choice
 from lens.common.errors import LensError
 from lens.models.loaded import LoadedModel
 from lens.passes.logits import check_predicts_tokens
@@ -32,7 +33,7 @@ TEMPLATES = (
 """With the subject [B] first; in half of the prompts the first [B] and [A] change places."""
 
 
-CORRUPTIONS = ("abc", "s2_io", "s2_random")
+Corruption = Literal["abc", "s2_io", "s2_random"]
 
 
 def ioi(
@@ -40,7 +41,7 @@ def ioi(
     n: int = 32,
     seed: Seed = 0,
     *,
-    corruption: str = "abc",
+    corruption: Corruption = "abc",
     templates: Sequence[str] = TEMPLATES,
 ) -> Task:
     """Indirect object identification; the metric is `logit[IO] - logit[S]` after the last "to".
@@ -70,8 +71,7 @@ def ioi(
         >>> task = ioi(lens.load("smollm2-135m"), n=8, seed=1)
     """
     check_predicts_tokens(model)
-    if corruption not in CORRUPTIONS:
-        raise LensError(f"unknown corruption {corruption!r}; known: {', '.join(CORRUPTIONS)}")
+    check_choice("corruption", corruption, Corruption)
     if not templates or not set(templates) <= set(TEMPLATES):
         raise LensError(
             "templates must be those of the module lens.tasks.ioi (TEMPLATES), at least one"

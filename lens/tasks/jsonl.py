@@ -1,7 +1,7 @@
 """Tasks from a file: one JSON object per line, with `clean`, `corrupt`, `correct` and `wrong`."""
 
-from collections import Counter
 from pathlib import Path
+from statistics import multimode
 from typing import Any
 
 import torch
@@ -9,9 +9,10 @@ import torch
 from lens.common.choices import is_whole
 from lens.common.errors import LensError, first_line
 from lens.common.files import as_path, json_of_line, read_text
+from lens.models.ids import is_ids
 from lens.models.loaded import LoadedModel
 from lens.passes.logits import check_predicts_tokens, logits_of
-from lens.tasks.candidates import Misfit
+from lens.tasks.candidates import Misfit, following
 from lens.tasks.task import Task
 
 _LARGEST = 256 << 20  # bytes of a file
@@ -102,10 +103,10 @@ def _of_one_length_or_filled(
     model: LoadedModel, rows: list[dict[str, Any]]
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """All rows where filling up changes nothing, else those of the most frequent length; what is left out."""
-    counts = Counter(len(row["clean"]) for row in rows)
-    if len(counts) == 1 or _looks_back_alone(model, [row["clean"] for row in rows]):
+    lengths = [len(row["clean"]) for row in rows]
+    if len(set(lengths)) == 1 or _looks_back_alone(model, [row["clean"] for row in rows]):
         return rows, []
-    length = min(counts, key=lambda size: (-counts[size], size))
+    length = min(multimode(lengths))
     return [row for row in rows if len(row["clean"]) == length], [
         f"line {row['number']}: {len(row['clean'])} tokens, most have {length}, and the model looks ahead"
         for row in rows
@@ -149,22 +150,14 @@ def _parse(line: str, number: int, path: Path) -> dict[str, Any]:
         value = row.get(field)
         if (
             not isinstance(value, str)
-            and not _are_ids(value)
+            and not is_ids(value)
             and not (field == "corrupt" and value is None)
         ):
             raise LensError(f"{path.name}: line {number} needs a text or token ids as {field}")
     for field in ("correct", "wrong"):
-        if not isinstance(row[field], str) and not _are_ids([row[field]]):
+        if not isinstance(row[field], str) and not is_whole(row[field]):
             raise LensError(f"{path.name}: line {number} needs a text or a token id as {field}")
     return row
-
-
-def _are_ids(value: Any) -> bool:
-    return (
-        isinstance(value, list)
-        and len(value) > 0
-        and all(isinstance(one, int) and not isinstance(one, bool) for one in value)
-    )
 
 
 def _encode(model: LoadedModel, row: dict[str, Any], number: int) -> dict[str, Any]:
@@ -210,10 +203,7 @@ def _answer(model: LoadedModel, prompt: str | list[int], answer: str | int) -> l
     if isinstance(answer, int):
         return [answer]
     if isinstance(prompt, str) and answer[:1].isspace():
-        before, after = model.encode(prompt), model.encode(prompt + answer)
-        if after[: len(before)] != before or len(after) <= len(before):
-            raise Misfit(f"{answer!r} changes how the text before it is split into tokens")
-        return after[len(before) :]
+        return following(model, prompt, answer)
     ids = model.encode(answer)
     if ids[0] == model.bos_id:
         ids = ids[1:]

@@ -96,15 +96,13 @@ def copied(
         LensError: no vocabulary, fewer than one trial or token, or more than the model takes.
     """
     check_counts(0, n=n, seed=seed)
-    if model.info.vocab is None:
-        raise LensError(f"{model.name} has no vocabulary, so no tokens can be drawn")
+    ordinary = np.array(ordinary_ids(model))
     context = model.info.context or LONGEST
     if n < 1 or needle < 1 or length < needle + 4 or length + needle + 2 > context:
         raise LensError(
             f"copied needs n and needle of at least 1 and a length of needle + 4 to "
             f"{context - needle - 2}; got n={n}, needle={needle}, length={length}"
         )
-    ordinary = np.array(ordinary_ids(model))
     start = [] if model.bos_id is None else [model.bos_id]
     random = np.random.default_rng(seed)
     trials = []

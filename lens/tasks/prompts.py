@@ -104,8 +104,7 @@ def copied(model: "LoadedModel", length: int, seed: Seed = 0) -> list[int]:
 
     import torch
 
-    if model.info.vocab is None:
-        raise LensError(f"{model.name} has no vocabulary, so no tokens can be drawn")
+    ordinary = torch.tensor(ordinary_ids(model))
     start = [] if model.bos_id is None else [model.bos_id]
     check_counts(0, length=length)
     total, most = len(start) + 2 * length, model.info.context or LONGEST
@@ -114,7 +113,6 @@ def copied(model: "LoadedModel", length: int, seed: Seed = 0) -> list[int]:
             f"a copied prompt of 2 × {length} tokens has {total}; {model.name} takes "
             f"{most}: length must be 1 to {(most - len(start)) // 2}"
         )
-    ordinary = torch.tensor(ordinary_ids(model))
     generator = torch.Generator().manual_seed(seed)
     drawn = ordinary[torch.randint(len(ordinary), (length,), generator=generator)].tolist()
     return start + drawn + drawn

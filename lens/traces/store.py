@@ -20,7 +20,7 @@ from xarray.core import indexing
 
 from lens.common.errors import LensError
 from lens.common.files import PART, open_regular, read_json, write_atomically, write_json
-from lens.common.schema import checked
+from lens.common.schema import validated
 from lens.traces.labels import MATCH_RULES
 
 SCHEMA_VERSION = 1
@@ -164,7 +164,7 @@ def read_index(folder: Path) -> dict[str, Any]:
             f"{path} has schema version {version}, this attention-lens reads {SCHEMA_VERSION}; "
             f"it was written by attention-lens {writer or 'unknown'}: read it with that version"
         )
-    found = checked(_TraceFile, index, path)
+    found = validated(_TraceFile, index, path)
     for name, size in found.files.items():
         with open_regular(folder / name, most=_MOST_LAYER, within=folder) as file:
             stored = os.fstat(file.fileno()).st_size

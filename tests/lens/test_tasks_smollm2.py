@@ -9,7 +9,7 @@ import torch
 import lens
 from lens.models import smollm2
 from lens.tasks import docstring, greater_than, ioi
-from lens.tasks.candidates import following
+from lens.tasks.candidates import following_one
 
 pytestmark = [
     pytest.mark.smollm2,
@@ -40,7 +40,7 @@ def test_it_does_ioi(model):
 
 def test_the_published_years_at_the_tens(model):
     """Page of the prompts: 0.965 clean, -0.627 corrupt, over its first 60 rows."""
-    digits = [following(model, "to the year 17", digit) for digit in "0123456789"]
+    digits = [following_one(model, "to the year 17", digit) for digit in "0123456789"]
     table = rows("greater_than.csv")
     tens = [int(row["label"]) // 10 for row in table]
     made = greater_than(model, n=1)

@@ -12,7 +12,7 @@ import torch
 import lens
 from lens.common.errors import LensError
 from lens.tasks import colored_objects, docstring, from_jsonl, greater_than, ioi
-from lens.tasks.candidates import Candidate, Misfit, following, make_task
+from lens.tasks.candidates import Candidate, Misfit, following, following_one, make_task
 from lens.tasks.colored_objects import SURFACES, _Scene
 from lens.tasks.greater_than import _text
 from lens.tasks.ioi import TEMPLATES, _fill
@@ -292,7 +292,7 @@ def test_docstring(by_word):
 
 def test_what_a_tokenizer_breaks_is_refused(by_word, short_words):
     with pytest.raises(Misfit, match="' Christopher' is 2 tokens, one was expected"):
-        following(short_words, "given to", " Christopher")
+        following_one(short_words, "given to", " Christopher")
     with pytest.raises(Misfit, match="'ly' changes how the text before it is split"):
         following(by_word, "sad", "ly")
     letters = reader(r".")
@@ -303,7 +303,9 @@ def test_what_a_tokenizer_breaks_is_refused(by_word, short_words):
         greater_than(reader(r" ?[A-Za-z]+| ?\d{1,3}|."))
     with pytest.raises(LensError, match="n must be a positive integer, got 0"):
         ioi(by_word, n=0)
-    with pytest.raises(LensError, match="unknown corruption 'swap'; known: abc, s2_io, s2_random"):
+    with pytest.raises(
+        LensError, match="corruption must be one of 'abc', 's2_io', 's2_random', got 'swap'"
+    ):
         ioi(by_word, corruption="swap")
     for templates in ((), ("[B] gave [A] a hand",)):
         with pytest.raises(LensError, match="templates must be those of the module"):
