@@ -14,7 +14,7 @@ from lens.common.choices import Seed, check_counts
 from lens.common.errors import LensError
 from lens.common.given import given_as
 from lens.common.progress import advancing
-from lens.common.results import Result, Sentence
+from lens.common.results import Result, Sentence, ends
 from lens.edits.running import edit
 from lens.edits.sparse import Sparse
 from lens.models.loaded import LoadedModel
@@ -73,15 +73,13 @@ class PolicyRuns(Result):
         """One sentence per policy ("change"), and what was sparse ("limit")."""
         said = []
         for row in self.table().to_dict("records"):
-            ends = f" [{row['change_low']:+z.4f}, {row['change_high']:+z.4f}]"
-            if np.isnan(row["change_low"]):
-                ends = ""
             worse = self.sign * row["change"] < 0
             divergence = "" if np.isnan(row["kl"]) else f"; KL {row['kl']:.4f} nats"
             said.append(
                 Sentence(
                     f"Under {row['policy']}, with {row['density']:.1%} of the blocks, the {self.metric} goes from "
-                    f"{row['dense']:.4f} to {row['sparse']:.4f}, {row['change']:+z.4f}{ends}"
+                    f"{row['dense']:.4f} to {row['sparse']:.4f}, {row['change']:+z.4f}"
+                    f"{ends(row['change_low'], row['change_high'], '+z.4f')}"
                     f"{' (worse)' if worse else ''}{divergence}.",
                     kind="change",
                 )

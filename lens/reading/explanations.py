@@ -345,7 +345,7 @@ class PairExplanation(Result):
             said.append(
                 Sentence(
                     f"{self.head} on {self.pairs}: {int(self.count[number].sum())} pairs in {int(some.sum())} "
-                    f"prompts get {self.mass[number, some].mean():.1%} of their row's attention; logits are "
+                    f"prompt{'s' * int(some.sum() != 1)} get {self.mass[number, some].mean():.1%} of their row's attention; logits are "
                     f"{self.above[number, some].mean():+z.3g} against {_against(self.against)}.",
                     kind="pairs",
                 )

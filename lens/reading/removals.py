@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from lens.common.head_ids import HeadId
-from lens.common.results import Result, Sentence
+from lens.common.results import Result, Sentence, ends
 from lens.stats.intervals import columns
 from lens.stats.orders import spearman
 
@@ -72,11 +72,7 @@ class Removals(Result):
         """The part without which the attention falls most ("part"), and how far predictions are off ("agreement")."""
         table = self.table()
         least = table.iloc[int(np.argmin(table["measured"]))]
-        interval = (
-            f" [{least['measured_low']:.1%}, {least['measured_high']:.1%}]"
-            if np.isfinite(least["measured_low"])
-            else ""
-        )
+        interval = ends(least["measured_low"], least["measured_high"], ".1%")
         said = [
             Sentence(
                 f"{self.head} gives {self.pairs} {self.clean.mean():.1%}; without what {least['part']} wrote on the "

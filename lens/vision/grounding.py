@@ -18,8 +18,8 @@ import pandas as pd
 from lens.common.choices import Seed, check_lists, is_number
 from lens.common.errors import LensError
 from lens.common.given import given_as
-from lens.common.results import Result, Sentence
-from lens.stats.intervals import columns
+from lens.common.results import Result, Sentence, ends
+from lens.stats.intervals import columns, of_share
 from lens.traces.overlays import Overlay
 
 _DIGITS = 5  # of shares of the highest value: what differs by less is one threshold
@@ -42,7 +42,8 @@ class Grounding(Result):
     seed: int
 
     def table(self) -> pd.DataFrame:
-        """One row per map: the means over pictures with 95 % intervals, and the number of pictures `n`."""
+        """One row per map: the means over pictures with 95 % intervals (of shares that are yes or no Wilson's), and the number of
+        pictures `n`."""
         groups = list(self.rows.groupby("map", sort=False))
         found: dict[str, Any] = {
             "map": [name for name, _ in groups],
@@ -51,6 +52,9 @@ class Grounding(Result):
         values = np.array([part[list(_COLUMNS)].to_numpy(dtype=float).T for _, part in groups])
         for place, column in enumerate(_COLUMNS):
             found |= columns(column, values[:, place], self.seed)
+        for column in ("pointing", "pointing_middle"):  # yes or no
+            ends_of = [of_share(*one) for one in zip(found[column], found["n"], strict=True)]
+            found[f"{column}_low"], found[f"{column}_high"] = zip(*ends_of, strict=True)
         return pd.DataFrame(found)
 
     def findings(self) -> tuple[Sentence, ...]:
@@ -59,16 +63,21 @@ class Grounding(Result):
         best, covers = (table.iloc[int(table[name].argmax())] for name in ("pointing", "iou"))
         return (
             Sentence(
-                f"{best['map']} points into a box in {best['pointing']:.0%} of {best['n']} pictures; a blind point "
+                f"{best['map']} points into a box in {best['pointing']:.0%}"
+                f"{ends(best['pointing_low'], best['pointing_high'], '.0%')} of {_counted(best['n'])}; a blind point "
                 f"does in {best['pointing_blind']:.0%}, the middle in {best['pointing_middle']:.0%}.",
                 kind="pointing",
             ),
             Sentence(
-                f"{covers['map']} covers the boxes best: IoU {covers['iou']:.2f} at the best threshold of each "
-                f"picture; the whole picture has {covers['iou_whole']:.2f}, patches round its middle {covers['iou_middle']:.2f}.",
+                f"{covers['map']} covers the boxes best: IoU {covers['iou']:.2f}"
+                f"{ends(covers['iou_low'], covers['iou_high'], '.2f')} at the best threshold of each picture; the whole picture has {covers['iou_whole']:.2f}, patches round its middle {covers['iou_middle']:.2f}.",
                 kind="iou",
             ),
         )
+
+
+def _counted(pictures: int) -> str:
+    return "1 picture" if pictures == 1 else f"{pictures} pictures"
 
 
 def grounding(

@@ -215,7 +215,10 @@ def test_the_pointing_game_and_iou_of_a_planted_thing_beside_what_needs_no_model
     assert row["iou_low"] <= row["iou"] <= row["iou_high"]
     half = lens.vision.grounding(trace.overlay("mean"), [(8, 12, 16, 36)])
     assert half.rows["iou"].iloc[0] == pytest.approx(0.5)
-    assert "points into a box in 100% of 1 pictures; a blind point does in 6%" in half.findings()[0]
+    assert (
+        "points into a box in 100% [21%, 100%] of 1 picture; a blind point does in 6%"
+        in half.findings()[0]
+    )
     assert half.rows["iou_whole"].iloc[0] == pytest.approx(8 * 24 / (48 * 72))
     with pytest.raises(LensError, match="hold nothing of a picture of 48 × 72 pixels"):
         lens.vision.grounding(trace.overlay(), [(50, 0, 60, 10)])
