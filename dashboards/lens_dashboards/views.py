@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from dash import ALL, ClientsideFunction, Dash, Input, Output, State, dcc, html, no_update
+from dash import ALL, MATCH, ClientsideFunction, Dash, Input, Output, State, dcc, html, no_update
 
 from lens.common.errors import LensError
 from lens_dashboards.library import Library
@@ -162,20 +162,19 @@ def register(app: Dash, library: Library) -> None:
 
     app.clientside_callback(
         ClientsideFunction("lens", "mountMap"),
-        Output("map-mounted", "data"),
-        Input("map-config", "data"),
+        Output({"map-mounted": MATCH}, "data"),
+        Input({"map-config": MATCH}, "data"),
     )
 
     @app.callback(
-        Output("curves", "children"),
-        Input("map-mounted", "data"),
-        State("url", "pathname"),
-        State("url", "search"),
+        Output({"curves": MATCH}, "children"),
+        Input({"map-mounted": MATCH}, "data"),
         prevent_initial_call=True,
     )
-    def draw_curves(_: Any, path: str, search: str) -> Any:
-        """The curves below a map, when it is drawn and stays."""
-        view, _notes = read_url(path, search or "")
+    def draw_curves(link: str) -> Any:
+        """The curves below a map, when it is drawn and stays; an answer for a head that is left finds no place."""
+        path, _, search = link.partition("?")
+        view, _notes = read_url(path, search)
         if view is None or view.page != "head":
             return no_update
         return _shown(head.curves, library, view, path, html.H2)

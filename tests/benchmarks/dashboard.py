@@ -135,7 +135,7 @@ def _in_browser(address: str, pid: int) -> dict[str, float]:
         used = _seconds(pid), _drawn(renderer)
         switches = [page.evaluate(_NEXT) / 1000 for _ in range(SWITCHES)]
         spent = _seconds(pid) - used[0], _drawn(renderer) - used[1]
-        page.wait_for_selector("#curves .js-plotly-plot")
+        page.wait_for_selector(".curves .js-plotly-plot")
         browser.close()
     return {
         "atlas, the first time": cold,

@@ -53,8 +53,7 @@ def test_maps_that_wait_for_their_numbers_take_pointer_and_keys(page, serve, run
     page.goto(f"{serve(tmp_path)}/run/HEADS/maps?heads=L1H3,L0H2")
     canvas = page.locator("#maps canvas").first
     canvas.wait_for()
-    while not held:
-        page.wait_for_timeout(20)
+    _until(page, held)
     canvas.hover(position={"x": 90, "y": 90})
     canvas.press("+")
     page.locator("#maps .map").first.get_by_role("button", name="CSV").click()
@@ -74,6 +73,13 @@ def test_full_screen_fills_the_screen(page, address, run):
     page.wait_for_function("document.fullscreenElement")
     page.wait_for_timeout(500)
     assert canvas.bounding_box()["height"] > 0.75 * 900 > before
+    side = page.locator("#maps .map-side").nth(1)
+    beside, square = side.bounding_box(), canvas.bounding_box()
+    assert (
+        beside["x"] >= square["x"] + square["width"]
+    )  # the row that is marked, where the square leaves room
+    assert beside["x"] + beside["width"] > 1400
+    assert side.locator(".token").count() == 101
     page.evaluate("document.exitFullscreen()")
     page.wait_for_function("!document.fullscreenElement")
     page.wait_for_timeout(500)
@@ -144,3 +150,32 @@ def test_a_pin_keeps_zoom_and_row_and_a_pressed_switch_is_readable(page, address
     )
     assert colors[0] == "rgb(255, 255, 255)"
     assert colors[1] not in ("rgb(255, 255, 255)", "rgb(244, 245, 247)")
+
+
+def test_an_answer_for_a_head_that_was_left_is_dropped(page, address, run):
+    late, maps = [], []
+
+    def hold(route):
+        held = "map-mounted" in route.request.post_data and "curves" in route.request.post_data
+        late.append(route) if held and not late else route.continue_()
+
+    page.route("**/_dash-update-component*", hold)
+    page.route("**/raster/**L1H4*", lambda route: maps.append(route))
+    page.goto(f"{address}/run/{run.id}/head/1/3")
+    _until(page, late)
+    page.click("#next-head")
+    page.wait_for_selector("h1:has-text('L1H4')")
+    _until(page, maps)
+    late[0].continue_()
+    page.wait_for_timeout(800)
+    assert page.locator(".curves > *").count() == 0
+    for route in maps:
+        route.continue_()
+    page.wait_for_selector(".curves .js-plotly-plot", timeout=60_000)
+    assert "L1H3" not in page.locator(".curves").inner_text()
+    assert page.problems == []
+
+
+def _until(page, held):
+    while not held:
+        page.wait_for_timeout(20)

@@ -81,7 +81,10 @@
       frame.append(this.canvas, this.tip);
       this.summary = element("p", "small map-summary");
       this.summary.setAttribute("aria-live", "polite");
-      root.append(bar, frame, this.summary);
+      this.row = element("div", "map-row"); // the tokens of a row, in full screen
+      const side = element("div", "map-side");
+      side.append(this.summary, this.row);
+      root.append(bar, frame, side);
       this.canvas.addEventListener("wheel", (event) => this.onWheel(event), { passive: false });
       this.canvas.addEventListener("pointerdown", (event) => this.onDown(event));
       this.canvas.addEventListener("pointermove", (event) => this.onMove(event));
@@ -91,6 +94,8 @@
       this.canvas.addEventListener("keydown", (event) => this.onKey(event));
       this.root = root;
       this.onResize = () => {
+        if (this.isFull && !this.row.firstChild && this.view) this.shade(this.query ?? this.rows - 1);
+        if (!this.isFull) this.row.replaceChildren();
         this.draw();
         if (this.data && this.cells > this.asked) this.later();
       };
@@ -166,9 +171,11 @@
       keepLink(this, this.query);
     }
 
+    get isFull() { return document.fullscreenElement === this.root; }
+
     /* Cells a side that have a pixel each. */
     get cells() {
-      const shrunk = this.config.small && document.fullscreenElement !== this.root;
+      const shrunk = this.config.small && !this.isFull;
       return shrunk ? Math.min(CELLS, Math.ceil(this.config.small * (window.devicePixelRatio || 1))) : CELLS;
     }
 
@@ -228,9 +235,14 @@
     }
 
     size() {
+      if (this.isFull) { // as high as the screen; what is left beside it is for the words
+        const beside = window.innerWidth >= 900 ? 324 : 0, edge = 20;
+        const high = window.innerHeight - this.canvas.parentElement.offsetTop - edge - TOP - this.bottom;
+        const side = Math.max(160, Math.min(window.innerWidth - 2 * edge - beside - this.left - RIGHT, high));
+        return { width: this.left + side + RIGHT, height: side + TOP + this.bottom, side };
+      }
       const width = Math.max(this.config.small ? 200 : 280, this.canvas.parentElement.clientWidth);
-      const most = document.fullscreenElement === this.root ? window.innerHeight - TOP - this.bottom - 110 : this.config.small || 620;
-      const side = Math.min(width - this.left - RIGHT, most);
+      const side = Math.min(width - this.left - RIGHT, this.config.small || 620);
       return { width, height: side + TOP + this.bottom, side };
     }
 
@@ -542,9 +554,9 @@
 
     /* The row of one query over the tokens before it. */
     async shade(query) {
-      const strip = this.config.strip || document.getElementById("strip");
-      if (!strip) return;
-      if (this.group.length > 1) strip.dataset.head = this.root.dataset.head;
+      const strips = [this.config.strip || document.getElementById("strip"), this.isFull && this.row].filter(Boolean);
+      if (!strips.length) return;
+      if (this.group.length > 1) for (const strip of strips) strip.dataset.head = this.root.dataset.head;
       if (query >= this.rows) query = this.rows - 1;
       for (const map of this.group) { map.query = query; map.draw(); }
       keepLink(this, query);
@@ -552,14 +564,16 @@
       try {
         values = await this.source.row(query);
       } catch (error) {
-        strip.replaceChildren(element("p", "small", `Rows cannot be shown: ${error.message}`));
+        for (const strip of strips) strip.replaceChildren(element("p", "small", `Rows cannot be shown: ${error.message}`));
         return;
       }
       const name = this.group.length > 1 ? `${this.root.dataset.head}: query` : "Query";
       const choose = (q) => this.shade(q);
-      if (this.config.queries) drawTwo(strip, this.queries, this.tokens, values, query, choose, name, this.config.seconds);
-      else if (this.config.seconds) drawSound(strip, this.tokens, values, query, choose, name, this.config.seconds);
-      else drawStrip(strip, this.tokens, values, query, choose, name);
+      for (const strip of strips) {
+        if (this.config.queries) drawTwo(strip, this.queries, this.tokens, values, query, choose, name, this.config.seconds);
+        else if (this.config.seconds) drawSound(strip, this.tokens, values, query, choose, name, this.config.seconds);
+        else drawStrip(strip, this.tokens, values, query, choose, name);
+      }
     }
 
     save() {

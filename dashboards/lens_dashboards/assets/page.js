@@ -46,7 +46,7 @@
       await map.started;
       await new Promise((resolve) => setTimeout(resolve, CURVES_AFTER));
       const stays = window.lensBlockMap.current === map && window.location.pathname === link;
-      return stays ? link : window.dash_clientside.no_update;
+      return stays ? link + window.location.search : window.dash_clientside.no_update;
     },
     mountMaps(config) {
       const wall = document.getElementById("maps");

@@ -48,6 +48,7 @@ def page(library: Library, view: Selection) -> list[Any]:
     layer, head = view.layer, view.head
     name = str(trace.head_id((layer, head)))
     code = _trace_code(run, prompt)
+    shown = f"{run.id} {prompt} {name} {view.variant}"
     if trace.cross:
         attention, below = map_card(view, trace, code), strips(view, trace, prompt, code, notes)
         mounted = []
@@ -55,7 +56,10 @@ def page(library: Library, view: Selection) -> list[Any]:
         attention = _map_card(run, prompt, trace, layer, head)
         below = [card(html.Div(id="strip", className="strip"), "Tokens")]
         config = map_config(view, run, prompt, trace, name)
-        mounted = [dcc.Store(id="map-config", data=config), dcc.Store(id="map-mounted")]
+        mounted = [
+            dcc.Store(id={"map-config": shown}, data=config),
+            dcc.Store(id={"map-mounted": shown}),
+        ]
     return [
         crumbs(run, view),
         html.Div(
@@ -88,7 +92,7 @@ def page(library: Library, view: Selection) -> list[Any]:
         *(
             _curves(run, view, trace, prompt)
             if trace.cross
-            else [html.Div(id="curves", className="curves")]
+            else [html.Div(id={"curves": shown}, className="curves")]
         ),
     ]
 
