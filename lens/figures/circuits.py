@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 
 _HEAD = re.compile(r"a(?P<layer>\d+)\.(h|kv)(?P<head>\d+)")
+_BESIDE = re.compile(r"a\d+\.s(\d+)")
+"""A head of a mixer beside softmax heads of its layer."""
 _LINES = 300  # edges that a layered graph draws
 _WIDTHS = (0.6, 1.2, 2.2, 3.6, 6.0)  # pixels, by size of the score
 _POSITIVE, _NEGATIVE = DIVERGING[-2], DIVERGING[1]
@@ -70,6 +72,7 @@ def edge_graph(
     kv_heads: int,
     mlps: bool,
     of: int,
+    mixers: int = 0,
     groups: Mapping[str, Collection[str]] | None = None,
     meta: Mapping[str, Any] | None = None,
     **look: Unpack[Look],
@@ -80,6 +83,7 @@ def edge_graph(
         edges: (writer, reader, score), e.g. ("a0.h1", "a1.h0<k>", 0.3).
         layers, heads, kv_heads, mlps: of the model.
         of: number of edges that the model has.
+        mixers: heads of a mixer that a layer has beside its softmax heads.
         groups: name -> nodes that are drawn as one, in their middle; edges within a group are left out.
 
     Raises:
@@ -95,7 +99,7 @@ def edge_graph(
     between = [edge for edge in merged if edge[0] != edge[1].partition("<")[0]]
     lines = _lines(between)
     drawn = sorted(lines.items(), key=lambda line: abs(line[1][0]))[-_LINES:]
-    places = _places(layers, heads, kv_heads)
+    places = _places(layers, heads, kv_heads, mixers)
     for name, nodes in groups.items():
         if name in places or set(name) & set("<>"):
             raise LensError(
@@ -166,9 +170,11 @@ def edge_graph(
         showlegend=False,
     )
     figure.update_xaxes(
-        title="head; MLPs at the right" if mlps else "head",
-        tickvals=list(range(heads)),
-        range=[-0.8, heads + (1.3 if mlps else -0.2)],
+        title=("head; those of mixers s0, s1, ..." if mixers else "head")
+        + ("; MLPs at the right" if mlps else ""),
+        tickvals=list(range(heads + mixers)),
+        ticktext=[*map(str, range(heads)), *(f"s{one}" for one in range(mixers))],
+        range=[-0.8, heads + mixers + (1.3 if mlps else -0.2)],
         showgrid=False,
         zeroline=False,
     )
@@ -229,13 +235,15 @@ def _heads(graph: Graph) -> np.ndarray:
 
 
 def sizes_of_parts(writers: Sequence[str]) -> dict[str, Any]:
-    """`layers`, `heads`, `kv_heads` (as many) and `mlps` of a graph with these writers, of a hybrid the largest layer's."""
+    """`layers`, `heads`, `kv_heads` (as many), `mixers` and `mlps` of a graph with these writers, of a hybrid the largest layer's."""
     matches = filter(None, map(_HEAD.fullmatch, writers))
     heads = 1 + max((int(match["head"]) for match in matches), default=0)
     return {
         "layers": 1 + max(int(node[1:].partition(".")[0]) for node in writers if node != "input"),
         "heads": heads,
         "kv_heads": heads,
+        "mixers": 1
+        + max((int(one[1]) for one in map(_BESIDE.fullmatch, writers) if one), default=-1),
         "mlps": any(node.startswith("m") for node in writers),
     }
 
@@ -279,24 +287,28 @@ def _symbol(node: str) -> str:
     return "square" if node.startswith("m") else "circle"
 
 
-def _places(layers: int, heads: int, kv_heads: int) -> dict[str, tuple[float, float]]:
+def _places(layers: int, heads: int, kv_heads: int, mixers: int) -> dict[str, tuple[float, float]]:
     """x = head (a group of keys between its heads), y = layer; MLPs stand half a layer higher."""
-    middle = (heads - 1) / 2
+    middle = (heads + mixers - 1) / 2
     found = {"input": (middle, -1.0), "logits": (middle, float(layers))}
     group = heads // kv_heads
     for layer in range(layers):
         found[f"a{layer}"] = (middle, layer - 0.3)  # of a hybrid, whose heads read as one
         for head in range(heads):
             found[f"a{layer}.h{head}"] = (float(head), float(layer))
+        for head in range(mixers):
+            found[f"a{layer}.s{head}"] = (float(heads + head), float(layer))
         for other in range(kv_heads):
             place = group * other + (group - 1) / 2
             found[f"a{layer}.kv{other}"] = (place, layer - 0.25)
-        found[f"m{layer}"] = (heads + 0.2, layer + 0.4)
+        found[f"m{layer}"] = (heads + mixers + 0.2, layer + 0.4)
     return found
 
 
 def _short(node: str) -> str:
-    """`L3H5` of `a3.h5`, others as they are."""
+    """`L3H5` of `a3.h5`, `L3S5` of `a3.s5`, others as they are."""
+    if _BESIDE.fullmatch(node):
+        return f"L{node[1:].replace('.s', 'S')}"
     return f"L{node[1:].replace('.h', 'H')}" if _HEAD.fullmatch(node) else node
 
 

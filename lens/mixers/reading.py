@@ -22,6 +22,8 @@ from lens.common.errors import LensError
 from lens.mixers import kinds, recurrences
 from lens.mixers.differential import record_differential
 from lens.mixers.phi import Phi
+from lens.models.loaded import LoadedModel
+from lens.passes.sessions import transformer
 
 _LAYER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
 
@@ -92,6 +94,13 @@ def mixers_of(root: nn.Module) -> list[tuple[int, nn.Module]]:
             "RG-LRU, RWKV-4, Lightning, short convolution, mLSTM, differential attention); its softmax attention is for lens.capture"
         )
     return found
+
+
+def has_mixer_heads(model: LoadedModel) -> bool:
+    """Whether layers have a mixer in the place of softmax attention, or beside it; a difference of softmaxes is none."""
+    return bool(model.info.without_attention) or any(
+        _recipe(one) not in (None, record_differential) for one in transformer(model).modules()
+    )
 
 
 Keep = Callable[[str, Phi, Tensor], None]

@@ -60,9 +60,10 @@ def joined(subject: Subject) -> Section:
     chosen, scores = circuit_of(subject.run)
     attending, whole = subject.model.info.attending, heads_of(chosen)
     of_softmax = [head for head in whole if head.layer in attending]
+    beside = sum(".s" in name for name in chosen.nodes)  # heads of a mixer beside softmax heads
     if not of_softmax:
         raise LensError(
-            f"the {len(whole)} heads of this circuit are of mixers, which look at no keys; `lens mixers` measures them"
+            f"the {len(whole) + beside} heads of this circuit are of mixers, which look at no keys; `lens mixers` measures them"
         )
     heads = _largest_heads(largest(chosen, scores), attending)
     check = circuits.checks.sink_check(
@@ -71,7 +72,7 @@ def joined(subject: Subject) -> Section:
     tables, figures = {"sink": check.table()}, {"sink": check.plot()}
     summary: list[str] = []
     limits = ["The sink is the first key; sinks elsewhere are left as they are."]
-    if mixers := len(whole) - len(of_softmax):
+    if mixers := len(whole) + beside - len(of_softmax):
         limits.append(
             f"{mixers} more heads of the circuit are of mixers and left out: they have no attention weights."
         )

@@ -2,12 +2,15 @@
 
 What a head writes is its part of what the output projection reads, times its rows of that projection: of a mixer behind
 gate and norm, which belong to the node. Heads of a layer read as one, since projections, convolution and the keys of a
-group are theirs together. That each sub-layer reads the sum of what was written before, through its norm, is proved on
-the model's own pass before anything is scored.
+group are theirs together; where softmax attention and a mixer read one norm side by side (Falcon-H1) they are one reader
+too, and the heads of the mixer are `a0.s1`. That each sub-layer reads the sum of what was written before, through its
+norm, is proved on the model's own pass before anything is scored; numbers that outputs are multiplied by before they are
+added are measured there.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -21,7 +24,7 @@ from lens.circuits.graph.graph import StreamGraph
 from lens.circuits.graph.nodes import find_nodes
 from lens.common.errors import LensError
 from lens.mixers.ablating import heads_of
-from lens.mixers.reading import mixers_of
+from lens.mixers.reading import has_mixer_heads, mixers_of
 from lens.models.layout import blocks
 from lens.models.loaded import LoadedModel
 from lens.models.weights import matrix
@@ -35,22 +38,30 @@ Change = Callable[[int, Tensor], Tensor]
 """(number of a reader, what it reads) -> what it reads instead."""
 
 
-@dataclass(frozen=True, eq=False)
-class _SubLayer:
-    """One norm and what reads through it.
+@dataclass(eq=False)
+class _Part:
+    """Heads that write through one projection, or an MLP.
 
     Attributes:
-        name: `a0` or `m0`.
-        norm, module: of it.
-        output: of a layer of heads the projection that they write through, else None.
-        heads: how many; 1 of an MLP.
+        names: of its writers.
+        modules: of an MLP those whose outputs are added (experts, and those that all share).
+        output: of heads the projection that they write through, else None.
+        scale: what is written is multiplied by it.
     """
+
+    names: list[str]
+    modules: list[nn.Module]
+    output: nn.Module | None
+    scale: float = 1.0
+
+
+@dataclass(frozen=True, eq=False)
+class _SubLayer:
+    """One norm and what reads through it, as `a0` or `m0`."""
 
     name: str
     norm: nn.Module
-    module: nn.Module
-    output: nn.Module | None
-    heads: int
+    parts: list[_Part]
 
 
 @dataclass(eq=False)
@@ -59,8 +70,8 @@ class Written(Activations):
 
     Attributes:
         input: [rows, tokens, d_model].
-        heads: of each sub-layer [rows, heads, tokens, width], what its output projection read, or what an MLP, which is
-            one head, wrote.
+        heads: of each part of a sub-layer [rows, heads, tokens, width], what its output projection read, or what an
+            MLP, which is one head, wrote.
         logits: [rows, tokens, vocab].
         read: of each reader what entered its norm.
     """
@@ -81,12 +92,11 @@ class Mixed:
         self._first, self._last = _ends(model)
         self._layers = _sublayers(model)
         writers, readers, before, feeds = ["input"], [], [], []
+        self._parts = [part for one in self._layers for part in one.parts]
         for one in self._layers:
             readers.append(one.name)
             before.append(len(writers))
-            own = (
-                [one.name] if one.output is None else [f"{one.name}.h{h}" for h in range(one.heads)]
-            )
+            own = [name for part in one.parts for name in part.names]
             feeds.append(tuple(range(len(writers), len(writers) + len(own))))
             writers += own
         readers, before, feeds = [*readers, "logits"], [*before, len(writers)], [*feeds, ()]
@@ -136,12 +146,12 @@ class Mixed:
         return logits.unflatten(0, (copies, rows))
 
     def written(self, number: int, heads: Tensor) -> Tensor:
-        """[rows, heads, tokens, d_model] that a sub-layer adds to the stream, without a bias, of its `heads`."""
-        one = self._layers[number]
+        """[rows, heads, tokens, d_model] that a part adds to the stream, without a bias, of its `heads`."""
+        one = self._parts[number]
         if one.output is None:
-            return heads
-        weight = matrix(one.output, self.model)[0].to(heads)
-        return torch.einsum("rhtw,hwd->rhtd", heads, weight.unflatten(0, (one.heads, -1)))
+            return heads * one.scale
+        weight = matrix(one.output, self.model)[0].to(heads) * one.scale
+        return torch.einsum("rhtw,hwd->rhtd", heads, weight.unflatten(0, (len(one.names), -1)))
 
     @contextmanager
     def _listening(
@@ -164,41 +174,56 @@ class Mixed:
             hooks.before(self._first, "enter", enter)
             for number, one in enumerate(self._layers):
                 hooks.before(one.norm, "read", reads(number))
-                if one.output is None:
-                    hooks.after(
-                        one.module,
-                        "write",
-                        lambda _, __, output: found.heads.append(first_of(output)[:, None]),
-                    )
-                else:
-                    hooks.before(one.output, "write", _keeping(found, one.heads))
+                for part in one.parts:
+                    if part.output is not None:
+                        hooks.before(part.output, "write", _keeping(found, len(part.names)))
+                    for is_more, module in enumerate(part.modules if part.output is None else ()):
+                        hooks.after(module, "write", _adding_up(found, bool(is_more)))
             hooks.before(self._last, "read", reads(len(self._layers)))
             yield
 
+    @torch.no_grad()
     def _prove(self) -> None:
         """Raises LensError: what is read is not the sum of what was written before."""
         ids = torch.arange(3, 9, device=self.model.device)[None] % (self.model.info.vocab or 9)
-        with torch.no_grad():
-            found = self.run(ids)
-            stream = found.input
-            for number, read in enumerate(found.read):
-                off = float((read - stream).abs().max() / stream.abs().max())
-                if not off <= _TOLERANCE:
-                    raise LensError(
-                        f"{self.graph.readers[number]} of {self.model.info.class_name} does not read the sum of what was "
-                        f"written before (off by {off:.0e}), so its edges cannot be replaced; ablation of heads can: "
-                        "lens.mixers.Ablate, lens.edits.Ablate"
-                    )
-                if number < len(self._layers):
-                    one = self._layers[number]
-                    bias = None if one.output is None else matrix(one.output, self.model)[1]
-                    stream = stream + self.written(number, found.heads[number]).sum(1)
-                    stream = stream if bias is None else stream + bias
+        found, at = self.run(ids), 0
+        stream = found.input
+        for number, (one, read) in enumerate(zip([None, *self._layers], found.read, strict=True)):
+            if one is not None:
+                own = [self._whole(at + n, found.heads[at + n]) for n in range(len(one.parts))]
+                if not _off(read, stream + sum(own)) <= _TOLERANCE:
+                    for part, scale in zip(one.parts, _scales(own, read - stream), strict=True):
+                        part.scale = scale
+                    own = [part * step.scale for part, step in zip(own, one.parts, strict=True)]
+                stream, at = stream + sum(own), at + len(own)
+            if not (off := _off(read, stream)) <= _TOLERANCE:
+                raise LensError(
+                    f"{self.graph.readers[number]} of {self.model.info.class_name} does not read the sum of what was "
+                    f"written before (off by {off:.0e}), so its edges cannot be replaced; ablation of heads can: "
+                    "lens.mixers.Ablate, lens.edits.Ablate"
+                )
+
+    def _whole(self, number: int, heads: Tensor) -> Tensor:
+        """[rows, tokens, d_model] that a part gives, with its bias."""
+        output = self._parts[number].output
+        bias = None if output is None else matrix(output, self.model)[1]
+        return self.written(number, heads).sum(1) + (0 if bias is None else bias)
+
+
+def _off(read: Tensor, stream: Tensor) -> float:
+    return float((read - stream).abs().max() / stream.abs().max())
+
+
+def _scales(parts: list[Tensor], added: Tensor) -> list[float]:
+    """The numbers whose products with the parts add up to what was added best (least squares)."""
+    columns = torch.stack([one.flatten().double() for one in parts], 1).cpu()
+    found = torch.linalg.lstsq(columns, added.flatten().double().cpu()[:, None]).solution[:, 0]
+    return found.where(columns.abs().sum(0) > 0, 1.0).tolist()
 
 
 def mixed_of(model: LoadedModel) -> Mixed | None:
-    """The graph of a hybrid, proved; None of a model whose layers all have softmax attention."""
-    return Mixed(model) if model.info.without_attention and not model.parts else None
+    """The graph of a hybrid, proved; None of a model of softmax attention alone."""
+    return Mixed(model) if has_mixer_heads(model) and not model.parts else None
 
 
 def check_edges(model: LoadedModel, edges: int) -> None:
@@ -211,6 +236,17 @@ def check_edges(model: LoadedModel, edges: int) -> None:
 def _keeping(found: Written, heads: int) -> Callable[[Tensor], None]:
     def keep(z: Tensor) -> None:
         found.heads.append(z.unflatten(-1, (heads, -1)).transpose(1, 2))
+
+    return keep
+
+
+def _adding_up(found: Written, is_more: bool) -> Callable[[nn.Module, Any, Any], None]:
+    def keep(_: nn.Module, __: Any, output: Any) -> None:
+        own = first_of(output)[:, None]
+        if is_more:
+            found.heads[-1] = found.heads[-1] + own
+        else:
+            found.heads.append(own)
 
     return keep
 
@@ -235,27 +271,34 @@ def _is_norm(module: nn.Module) -> bool:
 
 def _sublayers(model: LoadedModel) -> list[_SubLayer]:
     """Norms of the layers with what runs behind each, in the order of a pass."""
-    mixers = {id(module): number for number, module in mixers_of(transformer(model))}
-    counts: dict[int, int] = {}
-    for head in heads_of(model):
-        counts[head.layer] = counts.get(head.layer, 0) + 1
+    mixers = {id(module) for _, module in mixers_of(transformer(model))}
+    counts = Counter(head.layer for head in heads_of(model))
     layers = blocks(model)
     found: list[_SubLayer] = []
     for number, (layer, ran) in enumerate(zip(layers, _ran(model, layers), strict=True)):
-        norm, is_first, children = None, True, set(layer.children())
+        children, behind = (
+            set(layer.children()),
+            [],
+        )  # norms of this layer, each with what reads through it
         for child in (one for one in ran if one in children):
             if _is_norm(child):
-                norm = child
-                continue
-            if norm is None or not any(True for _ in child.parameters()):
-                continue
-            own = next((mixers[id(one)] for one in child.modules() if id(one) in mixers), None)
-            is_softmax = own is None and is_first and number in model.info.attending
-            heads = counts[number] if own is not None else model.info.heads if is_softmax else 1
-            output = _output(child, heads, ran) if own is not None or is_softmax else None
-            name = f"{'m' if output is None else 'a'}{number}"
-            found.append(_SubLayer(name, norm, child, output, heads))
-            norm, is_first = None, False
+                behind.append((child, []))
+            elif behind and any(True for _ in child.parameters()):
+                behind[-1][1].append(child)
+        for norm, modules in (one for one in behind if one[1]):
+            mixing = [one for one in modules if any(id(part) in mixers for part in one.modules())]
+            attends = number in model.info.attending and not any(
+                one.name == f"a{number}" for one in found
+            )
+            softmax = [one for one in modules if one not in mixing][:attends]
+            name = f"{'a' if mixing or softmax else 'm'}{number}"
+            parts = []
+            for module in [one for one in modules if one in mixing or one in softmax]:
+                heads = counts[number] if module in mixing else model.info.heads
+                letter = "s" if module in mixing and softmax else "h"
+                names = [f"{name}.{letter}{head}" for head in range(heads)]
+                parts.append(_Part(names, [module], _output(module, heads, ran)))
+            found.append(_SubLayer(name, norm, parts or [_Part([name], modules, None)]))
     return found
 
 
