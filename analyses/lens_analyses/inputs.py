@@ -126,10 +126,12 @@ def load_model(config: RunConfig) -> "LoadedModel":
     asked = config.model
     try:
         model = lens.load(asked.name, revision=asked.revision, dtype=asked.dtype, device=name)
-    except NoHeadsError:
+    except NoHeadsError as error:
+        if config.what == "mixers":
+            return error.model
         raise UsageError(
-            f"{asked.name} has no attention heads in its configuration, and every command profiles these first; a model of "
-            "mixers alone (Mamba, RWKV) is measured in Python: lens.mixers.capture(model, ids)"
+            f"{asked.name} has no attention heads in its configuration, and this command profiles these first; a model of "
+            "mixers alone (Mamba, RWKV) is for `lens mixers`, in Python lens.mixers.capture(model, ids)"
         ) from None
     of_pictures = reads_pictures(config)
     if not model.parts and not {*map(_READ.get, accepted(model))} - {"text", None}:

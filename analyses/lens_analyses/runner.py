@@ -21,6 +21,7 @@ from lens.runs.schema import PROMPT_KINDS
 from lens.runs.writer import find_by_config
 from lens.traces.findings import findings
 from lens.traces.store import remove_trace, trace_files
+from lens_analyses import recurrent
 from lens_analyses.analysing import analyse
 from lens_analyses.config import RunConfig
 from lens_analyses.config.analyses import GenerateSettings
@@ -126,11 +127,16 @@ def execute(
     mapping = config.as_mapping()
     run = readable(find_by_config(runs, mapping))
     if run and not again and run.status == "success" and (run.path / "report.html").exists():
-        return Finished(run, [one.text for one in findings(run.heads)], computed=False)
+        said = [one.text for one in findings(run.heads)]
+        said = said or [text for section in run.readable()[0].values() for text in section.summary]
+        return Finished(run, said, computed=False)
     check_writable(runs)
     if model is None:
         log.info("loading %s", config.model.name)
         model = load_model(config)
+    if not model.info.attending:
+        alone = recurrent.execute(config, model, sources, runs, again)
+        return Finished(alone.run, alone.headline)
     if model.parts and config.model.part is None:
         return _every_part(config, model, runs, output, again)
     config = config.fitted(model.info.parameters)

@@ -124,7 +124,7 @@ def make_api(library: Library) -> Blueprint:
         """Every score of every head, as the page of heads has them."""
         run = library.run(run_id)
         groups = list(dict.fromkeys(run.heads["prompt_id"]))
-        group = request.args.get("group", groups[0])
+        group = request.args.get("group") or next(iter(groups), "")
         if group not in groups:
             raise LensError(f"run {run_id} has no prompts {group!r}; it has: {', '.join(groups)}")
         table = head_columns(run, group, "raw").table

@@ -25,11 +25,13 @@ from lens.models.loaded import LoadedModel, ModelInfo, is_bridge
 from lens.models.processors import check_given, read_processor
 from lens.models.quantised import class_of, names_tokens, readable_weights
 from lens.models.sizes import (
+    NoHeadsError,
     describe,
     describe_bridge,
     in_stages,
     reads_picture_first,
     reads_pictured_text,
+    without_heads,
 )
 from lens.models.stacks import stacks
 from lens.models.stages import stages
@@ -303,7 +305,11 @@ def _described(
         return LoadedModel(
             model, tokenizer, name, revision, info, parts=dict.fromkeys(staged, info)
         )
-    return LoadedModel(model, tokenizer, name, revision, describe(model))
+    try:
+        return LoadedModel(model, tokenizer, name, revision, describe(model))
+    except NoHeadsError as error:
+        error.model = LoadedModel(model, tokenizer, name, revision, without_heads(model))
+        raise
 
 
 def _refuse_absent_weights(model: PreTrainedModel) -> None:

@@ -12,7 +12,13 @@ _SIZES = ("num_hidden_layers", "num_attention_heads", "hidden_size")
 
 
 class NoHeadsError(LensError):
-    """A model whose configuration has no attention heads: of recurrent mixers alone, or of other things."""
+    """A model whose configuration has no attention heads: of recurrent mixers alone, or of other things.
+
+    Attributes:
+        model: a `LoadedModel` none of whose layers attend, for `lens mixers`; None until it is known.
+    """
+
+    model: Any = None
 
 
 def describe(model: Any, licence: str = "unknown") -> ModelInfo:
@@ -41,6 +47,24 @@ def describe(model: Any, licence: str = "unknown") -> ModelInfo:
         licence=licence,
         class_name=type(model).__name__,
         attending=tuple(range(layers)),
+    )
+
+
+def without_heads(model: Any) -> ModelInfo:
+    """Of a model without any softmax attention: none of its layers attends, and it counts as one head of its whole width."""
+    config = model.config.get_text_config()
+    layers = _setting(config, "num_hidden_layers") or _setting(config, "num_blocks") or 1
+    return ModelInfo(
+        layers=layers,
+        heads=1,
+        kv_heads=1,
+        head_dim=_setting(config, "hidden_size") or 1,
+        vocab=_setting(config, "vocab_size") if reads_tokens(model) else None,
+        context=_context(model, config),
+        parameters=_parameters(model),
+        licence="unknown",
+        class_name=type(model).__name__,
+        attending=(),
     )
 
 

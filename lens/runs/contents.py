@@ -65,6 +65,8 @@ def head_problems(
     yield from _unknown(table, "metric", METRICS)
     yield from _unknown(table, "variant", VARIANTS)
     yield from _unknown(table, "prompt_id", (*PROMPT_KINDS, *prompts["prompt_id"]))
+    if table.empty and model.get("attending") == []:
+        return  # of mixers alone
     if table.empty:
         yield "it has no rows"
     yield from outside_of(table, model)

@@ -140,13 +140,13 @@ def _written(traces: list[AttentionTrace], results: list[Result], runs: Path) ->
     for number, trace in enumerate(traces):
         place = trace.save(writer.path / "trace" / f"p{number:03d}")
         writer.record(*(one.relative_to(writer.path).as_posix() for one in sorted(place.iterdir())))
-    writer.table("prompts", _prompts(traces) if traces else _empty(PROMPTS))
+    writer.table("prompts", _prompts(traces) if traces else empty_table(PROMPTS))
     tables = [
         prompt_table(trace, f"p{number:03d}", metrics=None if not trace.labels else _metrics())
         for number, trace in enumerate(traces)
     ]
     together = [pooled_table(tables, "text")] if tables else []
-    every = [*together, *tables] or [_empty(HEADS)]
+    every = [*together, *tables] or [empty_table(HEADS)]
     writer.table("heads", pd.concat(every, ignore_index=True))
     for result in results:
         writer.record(*_section(result).save(writer.path))
@@ -165,7 +165,7 @@ def _sizes(traces: list[AttentionTrace], results: list[Result]) -> tuple[int, in
     return max(layers, default=0) + 1, max(heads, default=0) + 1
 
 
-def _empty(kinds: Mapping[str, Kind]) -> pd.DataFrame:
+def empty_table(kinds: Mapping[str, Kind]) -> pd.DataFrame:
     """A table without rows, of the types that its columns have."""
     import pyarrow as pa
 

@@ -126,7 +126,7 @@ def test_a_model_of_softmax_heads_alone_has_none(lens_command, tmp_path):
     assert "Mixers" not in str(render(Library(tmp_path), f"/run/{run.id}", ""))
 
 
-def test_a_model_of_mixers_alone_is_refused_in_one_line(folder, lens_command, tmp_path):
+def test_a_model_of_mixers_alone_has_a_run_without_traces(folder, lens_command, tmp_path):
     model = tmp_path / "mamba2"
     sizes = {
         "vocab_size": 512,
@@ -141,10 +141,34 @@ def test_a_model_of_mixers_alone_is_refused_in_one_line(folder, lens_command, tm
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(folder / name, model)
     answer = lens_command(*COMMAND.split(), "--model", model, "--out", tmp_path / "runs")
-    assert answer.code == 2
-    (line,) = answer.err.splitlines()[-1:]
-    assert (
-        "has no attention heads in its configuration, and every command profiles these first"
-        in line
+    assert answer.code == 0, answer.err
+    run = open_run(answer.json["path"])
+    assert (run.sections, run.traces, len(run.heads), validate(run)) == (["mixers"], [], 0, [])
+    section = run.section("mixers")
+    text = lens.tasks.text("moby-dick")
+    own = transformers.AutoModelForCausalLM.from_pretrained(model).eval()
+    ids = transformers.AutoTokenizer.from_pretrained(model)(text).input_ids[:32]
+    expected = lens.mixers.capture(own, ids, block=8).phi(0).tile((0, 32), (0, 32))[2].numpy()
+    cells = section.tables["maps"].query("name == 'L0H2' and query_block == 3 and key_block == 1")
+    assert cells["signed"].item() == pytest.approx(expected[24:, 8:16].sum(1).mean(), abs=1e-6)
+    assert "mamba2: 4 heads in 1 layer. Phi v" in section.summary[0]
+    assert not any("softmax" in one for one in section.summary)
+    report = (run.path / "report.html").read_text()
+    assert "1 layer of mixers, none with softmax attention" in report
+    assert 'id="heads"' not in report
+    assert "None" not in report.partition('id="section-mixers"')[0]
+    again = lens_command(*COMMAND.split(), "--model", model, "--out", tmp_path / "runs")
+    assert (again.json["computed"], again.json["findings"]) == (False, list(section.summary))
+    library = Library(tmp_path / "runs")
+    for page, said in (
+        ("", "no scores of heads"),
+        ("/heads", "no scores of heads"),
+        ("/mixers", "L0H2"),
+    ):
+        assert said in str(render(library, f"/run/{run.id}{page}", ""))
+    refused = lens_command(
+        "heads", "--text-name", "lily", "--model", model, "--out", tmp_path / "no"
     )
-    assert not (tmp_path / "runs").exists()
+    assert refused.code == 2
+    assert "a model of mixers alone (Mamba, RWKV) is for `lens mixers`" in refused.err
+    assert not (tmp_path / "no").exists()

@@ -80,15 +80,16 @@ def paper_figures(run: Run) -> dict[str, go.Figure]:
     """Name -> figure: grids of the scores that reports show, sinks by layer, and those of the sections."""
     kinds = [kind for kind in PROMPT_KINDS if (run.heads["prompt_id"] == kind).any()]
     made = {}
-    for metric, variant, best in COLUMNS:
+    for metric, variant, best in COLUMNS if kinds else ():
         kind = best if best in kinds else kinds[0]
         rows = run.heads[run.heads["prompt_id"] == kind]
         if ((rows["metric"] == metric) & (rows["variant"] == variant)).any():
             made[f"heads-{metric}-{variant}-{kind}".replace("_", "-")] = head_grid(
                 rows, metric, variant
             )
-    rows = run.heads[run.heads["prompt_id"] == kinds[0]]
-    made["sinks-by-layer"] = metric_by_layer(rows, "sink_mass")
+    if kinds:
+        rows = run.heads[run.heads["prompt_id"] == kinds[0]]
+        made["sinks-by-layer"] = metric_by_layer(rows, "sink_mass")
     for name, section in run.readable()[0].items():
         for part, figure in section.figures.items():
             made[f"{name}-{part}".replace("_", "-")] = figure

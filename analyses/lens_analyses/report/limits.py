@@ -16,6 +16,11 @@ _UNTOUCHED = "Nothing was changed inside the model, so nothing here is about cau
 
 def limits(run: Run, config: Mapping[str, Any], has_sections: bool) -> list[str]:
     """One or two sentences each, most important first."""
+    if run.meta["model"].get("attending") == []:
+        return [
+            "What a head makes of its values is not what the model would do without it; lens.mixers.Ablate takes one out.",
+            "Brackets are 95 % bootstrap intervals over windows. They do not cover the choice of the text.",
+        ]
     return [
         ("Scores of attention are not about cause: they say" if has_sections else _UNTOUCHED)
         + " where a head looks, not what the model would do without it. Heads with high scores can be "

@@ -72,7 +72,7 @@ def page(
     made = environment()
     return made.get_template("report.html.j2").render(
         report=data,
-        title=f"{TITLES.get(data['what'], 'The attention heads of')} {data['setup']['model']['name']}",
+        title=f"{_called(data)} {data['setup']['model']['name']}",
         kinds=kinds,
         kind_names=KIND_WORDS,
         grids=_choices(figures, data),
@@ -95,6 +95,13 @@ def page(
             )
         ),
     )
+
+
+def _called(data: dict[str, Any]) -> str:
+    """What the page is called, without the name of the model."""
+    if data["setup"]["model"].get("attending") == []:
+        return "The mixers of"
+    return TITLES.get(data["what"], "The attention heads of")
 
 
 @cache

@@ -1,6 +1,6 @@
 """What linear and recurrent mixers do, head by head, beside the softmax heads of the same model on the same windows."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ from lens.common.head_ids import head_columns
 from lens.common.results import Sentence, ends
 from lens.figures.mixers import mixer_heads
 from lens.mixers.capturing import MixerCapture
+from lens.models.loaded import LoadedModel
 from lens.runs.headlines import Headline
 from lens.runs.sections import Section
 from lens.stats.intervals import columns
@@ -25,16 +26,30 @@ _HEAD = ["layer", "head", "name", "mixer"]
 
 def mixers(subject: Subject) -> Section:
     """Every mixer head and every softmax head in one table, maps of their blocks, and how weights fall with distance."""
-    length = subject.length
-    size = subject.settings.block or max(8, min(64, 2 ** ((length // 16).bit_length() - 1)))
-    found, traces = [], []
-    for ids in subject.text_windows:
-        found.append(lens.mixers.capture(subject.model, ids, block=size, progress=False))
-        traces.append(lens.capture(subject.model, ids, block_size=size, progress=False))
-    pairs = list(zip(found, traces, strict=True))
-    heads = _over_windows(
-        [one.table(trace, seed=subject.seed) for one, trace in pairs], subject.seed
+    return measured(
+        subject.model, subject.text_windows, subject.length, subject.settings.block, subject.seed
     )
+
+
+def measured(
+    model: LoadedModel, windows: Sequence[list[int]], length: int, block: int, seed: int
+) -> Section:
+    """The section of a model on these windows, whose softmax heads stand beside where it has any.
+
+    Raises:
+        LensError: as `lens.mixers.capture`.
+    """
+    size = block or max(8, min(64, 2 ** ((length // 16).bit_length() - 1)))
+    found: list[MixerCapture] = []
+    traces: list[AttentionTrace | None] = []
+    for ids in windows:
+        found.append(lens.mixers.capture(model, ids, block=size, progress=False))
+        attends = bool(model.info.attending)
+        traces.append(
+            lens.capture(model, ids, block_size=size, progress=False) if attends else None
+        )
+    pairs = list(zip(found, traces, strict=True))
+    heads = _over_windows([one.table(trace, seed=seed) for one, trace in pairs], seed)
     tables = {"heads": heads}
     limits = [
         "Phi is over what a scan reads: behind the short convolution and its activation, where there is one, so that "
@@ -50,7 +65,8 @@ def mixers(subject: Subject) -> Section:
             limits.append(f"The table of {name} is left out: {len(table):,} rows.")
     return Section(
         name="mixers",
-        title="Linear and recurrent mixers beside softmax attention",
+        title="Linear and recurrent mixers"
+        + " beside softmax attention" * bool(model.info.attending),
         summary=_said(heads, found, length),
         limits=tuple(limits),
         columns=defined(tables.values(), _COLUMNS),
@@ -59,7 +75,7 @@ def mixers(subject: Subject) -> Section:
             "length": length,
             "windows": len(found),
             "check": {f"L{one.layer}": one.check for one in found[0].measures},
-            "seed": subject.seed,
+            "seed": seed,
         },
         tables=tables,
         figures={"heads": mixer_heads(heads, (length - 1) / 4)},
@@ -78,10 +94,11 @@ def _over_windows(tables: list[pd.DataFrame], seed: int) -> pd.DataFrame:
     return pd.DataFrame(table).assign(n=len(tables))
 
 
-def _maps(found: MixerCapture, trace: AttentionTrace) -> pd.DataFrame:
+def _maps(found: MixerCapture, trace: AttentionTrace | None) -> pd.DataFrame:
     """Block maps of the first window, with sign and of absolute values."""
     parts = [_cells(one.layer, one.kind, one.block_mass, one.block_size) for one in found.measures]
-    for layer in trace.layers:
+    for layer in () if trace is None else trace.layers:
+        assert trace is not None
         masses = trace.block_mass.sel(layer=layer).values.astype(float)
         parts.append(_cells(layer, "softmax", masses, masses))
     return pd.concat(parts, ignore_index=True)
@@ -99,7 +116,7 @@ def _cells(layer: int, kind: str, mass: np.ndarray, size: np.ndarray) -> pd.Data
     )
 
 
-def _profiles(found: MixerCapture, _: AttentionTrace) -> pd.DataFrame:
+def _profiles(found: MixerCapture, _: AttentionTrace | None) -> pd.DataFrame:
     """Mean of Phi and of its absolute value at each distance, of the first window."""
     parts = []
     for one in found.measures:
@@ -132,7 +149,7 @@ def _said(heads: pd.DataFrame, found: list[MixerCapture], length: int) -> tuple[
     )
     said = [
         Sentence(
-            f"{named}; beside {len(soft)} softmax heads. Phi v is each layer's own output to "
+            f"{named}{f'; beside {len(soft)} softmax heads' if len(soft) else ''}. Phi v is each layer's own output to "
             f"{own['check'].max():.0e} of its largest value.",
             kind="check",
         )
@@ -141,19 +158,21 @@ def _said(heads: pd.DataFrame, found: list[MixerCapture], length: int) -> tuple[
         rows = own[own["mixer"] == kind]
         half = rows["half_life"].median()
         decay = "" if np.isnan(half) else f", half-life {_tokens(half)} in the median head"
+        beside = f"softmax heads {soft['distance'].mean():.1f}, " if len(soft) else ""
         said.append(
             Sentence(
-                f"{kind} looks {rows['distance'].mean():.1f} tokens back on average, softmax heads "
-                f"{soft['distance'].mean():.1f}, uniform attention {(length - 1) / 4:.1f}; {rows['negative_share'].mean():.1%} "
+                f"{kind} looks {rows['distance'].mean():.1f} tokens back on average, {beside}"
+                f"uniform attention {(length - 1) / 4:.1f}; {rows['negative_share'].mean():.1%} "
                 f"of its absolute mass is negative{decay}.",
                 kind="distance",
             )
         )
     uniform = float(np.mean(1 / np.arange(1, length + 1)))
+    beside = f" and {soft['first_share'].mean():.1%} of softmax heads" if len(soft) else ""
     said.append(
         Sentence(
-            f"The first key holds {own['first_share'].mean():.1%} of the absolute mass of mixer heads and "
-            f"{soft['first_share'].mean():.1%} of softmax heads; uniform attention gives it {uniform:.1%}.",
+            f"The first key holds {own['first_share'].mean():.1%} of the absolute mass of mixer heads"
+            f"{beside}; uniform attention gives it {uniform:.1%}.",
             kind="sink",
         )
     )

@@ -36,6 +36,10 @@ _GROUP_WORDS = {
     "sound": "all sounds",
 }
 _NAMED = 10
+NOT_ATTENDING = (
+    "No layer of this model has softmax attention, so that this run has no scores of heads and no traces; the page Mixers has "
+    "its heads."
+)
 
 
 def page(library: Library, view: Selection) -> list[Any]:
@@ -46,6 +50,12 @@ def page(library: Library, view: Selection) -> list[Any]:
         table = run.heads
     except LensError as error:
         return [*top, card(html.P(str(error)), "No head scores yet", className="empty")]
+    if table.empty:
+        return [
+            *top,
+            headlines(view, first_screen(table, sections(run))),
+            card(html.P(NOT_ATTENDING), "No head scores", className="empty"),
+        ]
     notes: list[str] = []
     groups = list(dict.fromkeys(table["prompt_id"]))
     group = choice(view, "group", groups, best_group(groups), notes)
@@ -168,7 +178,13 @@ def _analyses(library: Library, run: Run, view: Selection) -> list[Any]:
 
 
 def best_group(groups: list[str]) -> str:
-    """The group shown first: copied prompts (they show most kinds of heads), else text."""
+    """The group shown first: copied prompts (they show most kinds of heads), else text.
+
+    Raises:
+        LensError: there is none, of a model of mixers alone.
+    """
+    if not groups:
+        raise LensError(NOT_ATTENDING)
     return next((name for name in ("copied", "text") if name in groups), groups[0])
 
 
