@@ -1,5 +1,8 @@
 """The names of transformers that this project uses, each from where it is written: the library's own list reads 3,000 files."""
 
+from os import PathLike
+from typing import Any
+
 from transformers.configuration_utils import PreTrainedConfig as PreTrainedConfig
 from transformers.feature_extraction_sequence_utils import SequenceFeatureExtractor
 from transformers.generation.configuration_utils import GenerationConfig as GenerationConfig
@@ -7,16 +10,7 @@ from transformers.generation.stopping_criteria import StoppingCriteria as Stoppi
 from transformers.generation.stopping_criteria import StoppingCriteriaList as StoppingCriteriaList
 from transformers.masking_utils import AttentionMaskInterface as AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface as AttentionInterface
-from transformers.modeling_utils import PreTrainedModel as PreTrainedModel
-from transformers.models.auto.configuration_auto import AutoConfig as AutoConfig
-from transformers.models.auto.feature_extraction_auto import (
-    AutoFeatureExtractor as AutoFeatureExtractor,
-)
-from transformers.models.auto.image_processing_auto import AutoImageProcessor as AutoImageProcessor
-from transformers.models.auto.modeling_auto import AutoModelForCausalLM as AutoModelForCausalLM
-from transformers.models.auto.modeling_auto import AutoModelForSeq2SeqLM as AutoModelForSeq2SeqLM
-from transformers.models.auto.processing_auto import AutoProcessor as AutoProcessor
-from transformers.models.auto.tokenization_auto import AutoTokenizer as AutoTokenizer
+from transformers.modeling_utils import PreTrainedModel as _PreTrainedModel
 from transformers.models.bit.image_processing_pil_bit import (
     BitImageProcessorPil as BitImageProcessorPil,
 )
@@ -28,6 +22,33 @@ from transformers.tokenization_utils_tokenizers import (
 )
 
 __version__: str
+
+class _Auto:
+    """What it makes is not written there, and to find nothing out takes seconds."""
+
+    @classmethod
+    def from_pretrained(cls, name: str | PathLike[str], *inputs: Any, **options: Any) -> Any: ...
+
+class AutoFeatureExtractor(_Auto): ...
+class AutoImageProcessor(_Auto): ...
+class AutoProcessor(_Auto): ...
+class AutoTokenizer(_Auto): ...
+
+class AutoModelForCausalLM(_Auto):
+    _model_mapping: Any
+
+class AutoModelForSeq2SeqLM(_Auto):
+    _model_mapping: Any
+
+class AutoConfig:
+    @classmethod
+    def from_pretrained(cls, name: str | PathLike[str], **options: Any) -> PreTrainedConfig: ...
+    @staticmethod
+    def register(model_type: str, config: type[PreTrainedConfig], exist_ok: bool = ...) -> None: ...
+
+class PreTrainedModel(_PreTrainedModel):
+    def post_init(self) -> None:
+        """What it returns is not written there, and to find it out the list is read after all."""
 
 class WhisperFeatureExtractor(SequenceFeatureExtractor):
     """Its own file imports from the library's list."""
