@@ -53,10 +53,13 @@ def docstrings(module: str, source: str) -> list[Docstring]:
         if isinstance(node, kinds) and ">>>" in (text := ast.get_docstring(node) or ""):
             found.append(Docstring(module, owner, node.body[0].lineno, text))
         for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.expr):
+                continue  # nothing is defined in one
             name = getattr(child, "name", "") if isinstance(child, kinds) else ""
             visit(child, ".".join(filter(None, [owner, name])))
 
-    visit(ast.parse(source), "")
+    if ">>>" in source:
+        visit(ast.parse(source), "")
     return found
 
 
