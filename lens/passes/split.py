@@ -161,6 +161,10 @@ class Split:
         return self.layout.join(self.links.gather(part, shapes), dim, block)
 
 
+class _Told(Processes):
+    lost = LensError
+
+
 def processes(group: Any) -> Processes:
     """The links of a process group.
 
@@ -168,7 +172,7 @@ def processes(group: Any) -> Processes:
         LensError: torch.distributed was not started, or the group is not of this process.
     """
     try:
-        return Processes(group)
+        return _Told(group)
     except (ValueError, RuntimeError, TypeError, KeyError, AttributeError) as error:
         raise LensError(f"group=: {error}") from error
 

@@ -1,13 +1,18 @@
 """`lens.capture(group=)` in processes as torchrun starts them: every process has the trace of the whole; what cannot be split is refused."""
 
 import json
+import os
+import time
+from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 import lens
 from lens.common.errors import LensError
 from lens.traces.trace import AttentionTrace
 from tests import ranks
+from tests.lens.architectures import build
 from tests.lens.split_capture import CAPTURED, ids
 
 
@@ -62,3 +67,25 @@ def test_without_processes():
         LensError, match=r"group=: torch.distributed was not started: run under torchrun"
     ):
         lens.capture(lens.load(), "Call me Ishmael.", group=object())
+
+
+def main(folder: Path) -> None:
+    """The third process ends in the midst of its model's second layer."""
+    dist.init_process_group("gloo")
+    rank, model = dist.get_rank(), build("llama")
+    loaded = lens.load(model)
+    if rank == 2:
+        model.model.layers[1].mlp.register_forward_hook(lambda *_: os._exit(0))
+    with pytest.raises(LensError) as caught:
+        lens.capture(loaded, ids(), block_size=4, group=dist.group.WORLD)
+    (folder / f"{rank}.txt").write_text(str(caught.value))
+    while not rank and len(list(folder.iterdir())) < ranks.RANKS - 1:
+        time.sleep(0.01)  # the processes meet at the first
+
+
+def test_a_process_that_ends_is_named_by_all_others(tmp_path):
+    ranks.run("tests.lens.test_capture_group", tmp_path)
+    told = {path.stem: path.read_text() for path in tmp_path.iterdir()}
+    assert told.keys() == {"0", "1", "3"}
+    for words in told.values():
+        assert words.startswith("rank 2 of 4 ended, or does not answer; read what it printed last")

@@ -8,9 +8,11 @@ machine: `traffic` sends the messages over a ring or over direct links and adds 
 from __future__ import annotations
 
 import queue
+import re
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal, Protocol, TypeVar
@@ -21,6 +23,7 @@ from torch import Tensor
 
 _Found = TypeVar("_Found")
 _PATIENCE = 300.0  # seconds that a simulated rank waits for another
+_GONE = re.compile("peer|remote|timed ?out|closed|pipe", re.IGNORECASE)  # gloo's and nccl's words
 
 
 @dataclass(frozen=True)
@@ -64,9 +67,14 @@ class Links(Protocol):
 class Processes:
     """The links of a process group of torch.distributed (gloo, nccl).
 
+    Attributes:
+        lost: what is raised where another process ended or does not answer; it says which.
+
     Raises:
         ValueError: torch.distributed was not started, or this process is not in the group.
     """
+
+    lost: type[Exception] = ConnectionError
 
     def __init__(self, group: Any = None) -> None:
         if not (dist.is_available() and dist.is_initialized()):
@@ -84,25 +92,62 @@ class Processes:
     def _peer(self, rank: int) -> int:
         return rank if self._group is None else dist.get_global_rank(self._group, rank)
 
+    @contextmanager
+    def _meeting(self, peers: Sequence[int]) -> Iterator[None]:
+        """Says whom it is that a message to or from these failed for."""
+        try:
+            yield
+        except RuntimeError as error:
+            if not _GONE.search(str(error)):
+                raise
+            peers = self._lost(sorted({*peers} - {dist.get_rank()}))
+            who = "rank" if len(peers) == 1 else "one of the ranks"
+            raise self.lost(
+                f"{who} {', '.join(map(str, peers))} of {dist.get_world_size()} ended, or does not answer; read what it printed last "
+                "(nothing if it was killed for want of memory: use more processes), then start all anew"
+            ) from error
+
+    def _lost(self, peers: Sequence[int]) -> Sequence[int]:
+        """Those of the peers that failed first: who fails for another leaves word of whom, then ends too."""
+        try:
+            store = dist.distributed_c10d._get_default_store()
+            word = {rank: f"lens_kernels/lost_by_{rank}" for rank in (*peers, dist.get_rank())}
+            told = [store.get(word[rank]).decode() for rank in peers if store.check([word[rank]])]
+            lost = [int(rank) for rank in told[0].split()] if told else peers
+            store.set(word[dist.get_rank()], " ".join(map(str, lost)))
+        except RuntimeError:  # the store went with its process: rank 0, or torchrun
+            return [rank for rank in range(dist.get_world_size()) if rank != dist.get_rank()]
+        return lost
+
     def exchange(
         self, sends: Sequence[tuple[int, Tensor]], receives: Sequence[tuple[int, Tensor]]
     ) -> Callable[[], None]:
         """See `Links`."""
         self.messages += _noted(self._step, self.rank, sends)
         self._step += 1
-        held = [tensor.contiguous() for _, tensor in sends]
-        operations = [
-            dist.P2POp(dist.isend, tensor, self._peer(target), self._group)
-            for (target, _), tensor in zip(sends, held, strict=True)
-        ] + [
-            dist.P2POp(dist.irecv, tensor, self._peer(source), self._group)
-            for source, tensor in receives
-        ]
-        running = dist.batch_isend_irecv(operations) if operations else []
+        return self._travel(sends, receives)
+
+    def _travel(
+        self, sends: Sequence[tuple[int, Tensor]], receives: Sequence[tuple[int, Tensor]]
+    ) -> Callable[[], None]:
+        held = [(target, tensor.contiguous()) for target, tensor in sends]
+        ways = [(dist.isend, *one) for one in held] + [(dist.irecv, *one) for one in receives]
+        messages = [(way, tensor, self._peer(rank)) for way, rank, tensor in ways]
+        running: list[tuple[list[int], Any]] = []
+        if any(tensor.is_cuda for _, tensor, _ in messages):  # nccl has one handle for all
+            peers = [peer for *_, peer in messages]
+            together = [dist.P2POp(*message, self._group) for message in messages]
+            with self._meeting(peers):
+                running += [(peers, one) for one in dist.batch_isend_irecv(together)]
+        else:
+            for way, tensor, peer in messages:
+                with self._meeting([peer]):
+                    running.append(([peer], way(tensor, peer, self._group)))
 
         def wait() -> None:
-            for one in running:
-                one.wait()
+            for peers, one in running:
+                with self._meeting(peers):
+                    one.wait()
             held.clear()
 
         return wait
@@ -110,15 +155,17 @@ class Processes:
     def add(self, tensor: Tensor) -> Tensor:
         """See `Links`."""
         total = tensor.clone()
-        dist.all_reduce(total, group=self._group)
+        with self._meeting(list(map(self._peer, range(self.size)))):
+            dist.all_reduce(total, group=self._group)
         return total
 
     def gather(self, tensor: Tensor, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
         """See `Links`."""
+        own = tensor.contiguous()
         parts = [tensor.new_empty(tuple(shape)) for shape in shapes]
-        parts[self.rank] = tensor.contiguous()
-        for rank, part in enumerate(parts):
-            dist.broadcast(part, self._peer(rank), group=self._group)
+        others = [rank for rank in range(self.size) if rank != self.rank]
+        self._travel([(rank, own) for rank in others], [(rank, parts[rank]) for rank in others])()
+        parts[self.rank] = own
         return parts
 
 
