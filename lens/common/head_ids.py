@@ -64,9 +64,9 @@ def layers_in_words(layers: Sequence[int]) -> str:
     return f"layers {', '.join(numbers[:-1])} and {numbers[-1]}"
 
 
-def all_heads(layers: int, heads: int) -> list[HeadId]:
-    """Every head of a model, layer by layer."""
-    return [HeadId(layer, head) for layer in range(layers) for head in range(heads)]
+def all_heads(layers: Iterable[int], heads: int) -> list[HeadId]:
+    """Every head of these layers, layer by layer."""
+    return [HeadId(layer, head) for layer in layers for head in range(heads)]
 
 
 def head_columns(heads: Iterable[Sequence[int]]) -> dict[str, Any]:

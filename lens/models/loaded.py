@@ -12,7 +12,7 @@ import torch
 from lens.common.choices import check_choice
 from lens.common.errors import LensError, told
 from lens.common.given import not_loaded
-from lens.common.head_ids import AnyHead, HeadId, Part, head_id, layers_in_words
+from lens.common.head_ids import AnyHead, HeadId, Part, all_heads, head_id, layers_in_words
 from lens.models.ids import check_ids, check_text, is_ids, numbers_of
 from lens.models.tokens import readable
 
@@ -56,7 +56,7 @@ class ModelInfo:
     @property
     def every_head(self) -> list[HeadId]:
         """Every head of every layer that has softmax attention."""
-        return [HeadId(layer, head) for layer in self.attending for head in range(self.heads)]
+        return all_heads(self.attending, self.heads)
 
     def head(self, head: AnyHead) -> HeadId:
         """The head that is meant: `"L3H5"`, `"3.5"` or `(3, 5)`.

@@ -59,6 +59,17 @@ def check_keys(name: str, keys: Keys) -> None:
         )
 
 
+def check_fixed_keys(name: str, keys: Keys, what: str) -> None:
+    """As `check_keys`, for what has the same keys in every layer.
+
+    Raises:
+        LensError: a function of the call, too.
+    """
+    check_keys(name, keys)
+    if callable(keys) and not isinstance(keys, torch.Tensor):
+        raise LensError(f"{name} of {what} are the same in every layer; give positions")
+
+
 def members(name: str, keys: Keys, at: KeysAt) -> Bool[torch.Tensor, "batch keys"]:
     """bool [batch, keys]: which keys of this call are meant.
 

@@ -100,6 +100,11 @@ def pairs(view: BlockView) -> float:
     return float(view.visible[0, 0].sum()) * view.query_block * view.key_block
 
 
+def pooling_cost(view: BlockView) -> float:
+    """One product for each visible pair of blocks, as a share of the dense ones."""
+    return float(view.visible[0, 0].sum()) / pairs(view)
+
+
 def by_distance(view: BlockView, kept: Tensor) -> Tensor:
     """bool [..., query_blocks, key_blocks] with one pair at a kept distance.
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lens.common.errors import LensError
 from lens.passes.blocks import BlockView
-from lens.policies.base import Kept, Policy, check_counts, check_shares, largest, pairs
+from lens.policies.base import Kept, Policy, check_counts, check_shares, largest, pooling_cost
 from lens.policies.budgets import expected
 
 
@@ -18,11 +18,6 @@ def pooled_map(view: BlockView) -> Tensor:
     query, key = view.pooled
     scores = query @ key.transpose(-1, -2) * view.call.scale
     return scores.masked_fill(~view.visible, -torch.inf).softmax(-1).nan_to_num(nan=0)
-
-
-def pooling_cost(view: BlockView) -> float:
-    """Products of a pooled map, as a share of the dense ones."""
-    return float(view.visible[0, 0].sum()) / pairs(view)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lens.common.choices import check_choice
 from lens.passes.blocks import BlockView, in_blocks, means
-from lens.policies.base import Kept, Policy, check_counts, ends, largest, pairs
+from lens.policies.base import Kept, Policy, check_counts, ends, largest, pairs, pooling_cost
 
 Representative = Literal["first", "middle", "last", "mean"]
 
@@ -52,7 +52,7 @@ class Landmark(Policy):
 
     def cost(self, view: BlockView) -> float:
         """See `Policy`."""
-        return float(view.visible[0, 0].sum()) / pairs(view)
+        return pooling_cost(view)
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ class LongHeads(Policy):
     def cost(self, view: BlockView) -> float:
         """See `Policy`: attention inside each chunk, then one product a chunk."""
         inside = view.keys * view.key_block
-        return (inside + float(view.visible[0, 0].sum())) / pairs(view)
+        return inside / pairs(view) + pooling_cost(view)
 
 
 @dataclass(frozen=True)

@@ -119,8 +119,9 @@ def read(
         >>> str(lens.policies.read("heads.json").of((0, 1)))
         'AShape(first=4, last=16)'
     """
-    if full is not None and format != "duo":
-        raise LensError(f"full= is of the format 'duo', got format={format!r}")
+    for name, value in (("heads", heads), ("full", full)):
+        if value is not None and format != "duo":
+            raise LensError(f"{name}= is of the format 'duo', got format={format!r}")
     if as_searched and format != "minference":
         raise LensError(f"as_searched= is of the format 'minference', got format={format!r}")
     try:

@@ -16,8 +16,9 @@ from lens.policies.base import (
     covering,
     largest,
     pairs,
+    pooling_cost,
 )
-from lens.policies.block_sparse import pooled_map, pooling_cost
+from lens.policies.block_sparse import pooled_map
 from lens.policies.vertical_slash import Probe
 
 

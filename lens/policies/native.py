@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lens.passes.blocks import BlockView
-from lens.policies.base import Kept, Policy, check_counts, ends, largest, pairs
+from lens.policies.base import Kept, Policy, check_counts, ends, largest, pooling_cost
 from lens.policies.chunks import representatives
 
 
@@ -56,4 +56,4 @@ class NativeSparse(Policy):
 
     def cost(self, view: BlockView) -> float:
         """See `Policy`."""
-        return float(view.visible[0, 0].sum()) / pairs(view)
+        return pooling_cost(view)

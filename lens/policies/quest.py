@@ -70,19 +70,13 @@ class Quest(Policy):
                 f"a page of {view.key_block} tokens cannot be cut into {self.sub_pages} sub-pages"
             )
         size = view.key_block // self.sub_pages
-        key = view.call.key.float()
-        short = -key.shape[2] % view.key_block
-        shape = (-1, size)
-        high = (
-            torch.nn.functional.pad(key, (0, 0, 0, short), value=-torch.inf)
-            .unflatten(2, shape)
-            .amax(3)
+        high, low = (
+            in_blocks(view.call.key.float(), view.key_block, -2, empty=empty)
+            .flatten(2, 3)
+            .unflatten(2, (-1, size))
+            for empty in (-torch.inf, torch.inf)
         )
-        low = (
-            torch.nn.functional.pad(key, (0, 0, 0, short), value=torch.inf)
-            .unflatten(2, shape)
-            .amin(3)
-        )
+        high, low = high.amax(3), low.amin(3)
         empty = torch.isinf(high).any(-1)  # a sub-page after the last key
         high, low = (one.masked_fill(empty[..., None], 0) for one in (high, low))
         query = view.query.float()

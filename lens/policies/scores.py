@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lens.common.head_ids import HeadId, head_columns
+from lens.common.head_ids import HeadId, all_heads, head_columns
 from lens.common.results import Result, Sentence, ends, few
 from lens.stats.intervals import columns
 
@@ -71,9 +71,7 @@ class PolicyScores(Result):
     @property
     def heads(self) -> list[HeadId]:
         """Every head, in the order of the table."""
-        return [
-            HeadId(layer, head) for layer in self.layers for head in range(self.values.shape[3])
-        ]
+        return all_heads(self.layers, self.values.shape[3])
 
     def of(self, column: str) -> np.ndarray:
         """[policies, layers, heads, prompts] of a column."""

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from lens.passes.blocks import BlockView, means
-from lens.policies.base import Kept, Policy, check_shares, covering, largest
-from lens.policies.block_sparse import pooling_cost
+from lens.policies.base import Kept, Policy, check_shares, covering, largest, pooling_cost
 
 
 @dataclass(frozen=True)

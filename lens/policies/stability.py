@@ -12,7 +12,7 @@ import torch
 
 from lens.common.choices import check_counts, is_number
 from lens.common.errors import LensError
-from lens.common.head_ids import HeadId, head_columns
+from lens.common.head_ids import all_heads, head_columns
 from lens.common.progress import advancing
 from lens.common.results import Result, Sentence, ends
 from lens.models.loaded import LoadedModel
@@ -77,9 +77,7 @@ class PolicyStability(Result):
         for condition, values in self.values.items():
             if condition == "layer":
                 continue
-            heads = [
-                HeadId(layer, head) for layer in self.layers for head in range(values.shape[3])
-            ]
+            heads = all_heads(self.layers, values.shape[3])
             rows = head_columns(heads) | {"n": values.shape[1]}
             for name, one in zip(MEASURES, values, strict=True):
                 rows |= columns(name, np.moveaxis(one, 0, -1), self.seed)

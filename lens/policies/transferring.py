@@ -11,7 +11,7 @@ import pandas as pd
 from lens.common.choices import Seed, is_number
 from lens.common.errors import LensError
 from lens.common.given import given_traces
-from lens.common.head_ids import head_columns
+from lens.common.head_ids import all_heads, head_columns
 from lens.common.results import Result, Sentence, few
 from lens.stats import over_units, quantile
 from lens.stats.intervals import columns, known_mean
@@ -54,8 +54,7 @@ class PolicyTransfer(Result):
     def table(self) -> pd.DataFrame:
         """One row per head: `layer`, `head`, `name`, `n` (targets), every measure as its mean over targets, each
         the mean over sources, with the 95 % interval over targets (`_low`, `_high`)."""
-        heads = range(self.values.shape[-1])
-        table = head_columns([(layer, head) for layer in self.layers for head in heads])
+        table = head_columns(all_heads(self.layers, self.values.shape[-1]))
         table["n"] = self.values.shape[2]
         for name, values in zip(MEASURES, self.values, strict=True):
             table |= columns(name, np.moveaxis(known_mean(values, 0), 0, -1), self.seed)

@@ -8,7 +8,7 @@ import torch
 
 from lens.common.errors import LensError
 from lens.passes.blocks import BlockView, in_blocks
-from lens.policies.base import Kept, Policy, check_counts, check_shares, covering
+from lens.policies.base import Kept, Policy, check_counts, check_shares, covering, ends
 
 
 @dataclass(frozen=True)
@@ -65,13 +65,7 @@ class XAttention(Policy):
         found = scores.masked_fill(~seen, -torch.inf).softmax(-1)
         tiles = (view.query_block // stride, view.key_block // stride)
         sums = _block_sums(found, *tiles) * view.visible
-        forced = view.visible.clone()
-        _, _, rows, blocks = view.shape
-        place = torch.arange(rows, device=key.device)[:, None] * view.query_block + view.offset
-        own = (place + view.query_block - 1) // view.key_block
-        first = place // view.key_block
-        at = torch.arange(blocks, device=key.device)
-        forced &= (at == 0) | ((at >= first) & (at <= own))
+        forced = ends(view)
         rest = self.threshold * sums.sum(-1, keepdim=True) - (sums * forced).sum(-1, keepdim=True)
         kept = forced | covering(sums * ~forced, rest)
         share = (sums * kept).sum(-1) / sums.sum(-1).clamp(min=1e-30)

@@ -55,7 +55,7 @@ class RetrievalKinds(Result):
     def table(self) -> pd.DataFrame:
         """One row per head: `name`, `layer`, `head`; `literal`, `query`, `output`, each with `_low` and `_high` (95 % bootstrap over
         trials); `n` trials that count of `trials`."""
-        found = head_columns(all_heads(*self.values.shape[1:3]))
+        found = head_columns(all_heads(range(self.values.shape[1]), self.values.shape[2]))
         for kind, values in zip(KINDS, self.values, strict=True):
             found |= columns(kind, values, self.seed)
         return pd.DataFrame(found).assign(n=len(self.clean), trials=self.trials)

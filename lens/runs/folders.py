@@ -17,7 +17,7 @@ import pandas as pd
 from lens.common.errors import LensError
 from lens.common.files import as_path, printable, read_json
 from lens.common.schema import validated
-from lens.runs.commands import again
+from lens.runs.commands import CONFIG, again
 from lens.runs.contents import head_problems, prompt_problems, section_problems, trace_problems
 from lens.runs.door import Door
 from lens.runs.processes import is_writing
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     from lens.traces.trace import AttentionTrace
 
 INDEX = "run.json"
-CONFIG = "config.toml"
 CIRCUITS = "circuits"
 IMPORTANCES = f"{CIRCUITS}/mib/importances.json"
 _MOST_META = 2**22

@@ -20,6 +20,7 @@ from lens.runs.folders import Run
 from lens.runs.schema import HEADS, PROMPTS, Kind
 from lens.runs.sections import Section
 from lens.runs.writer import RunWriter
+from lens.traces.metrics import METRICS
 from lens.traces.profiles import pooled_table, prompt_table
 from lens.traces.trace import AttentionTrace
 
@@ -142,7 +143,7 @@ def _written(traces: list[AttentionTrace], results: list[Result], runs: Path) ->
         writer.record(*(one.relative_to(writer.path).as_posix() for one in sorted(place.iterdir())))
     writer.table("prompts", _prompts(traces) if traces else empty_table(PROMPTS))
     tables = [
-        prompt_table(trace, f"p{number:03d}", metrics=None if not trace.labels else _metrics())
+        prompt_table(trace, f"p{number:03d}", metrics=list(METRICS) if trace.labels else None)
         for number, trace in enumerate(traces)
     ]
     together = [pooled_table(tables, "text")] if tables else []
@@ -179,12 +180,6 @@ def empty_table(kinds: Mapping[str, Kind]) -> pd.DataFrame:
     return pd.DataFrame(
         {name: pd.Series([], dtype=pd.ArrowDtype(types[kind])) for name, kind in kinds.items()}
     )
-
-
-def _metrics() -> list[str]:
-    from lens.traces.metrics import METRICS
-
-    return list(METRICS)
 
 
 def _prompts(traces: list[AttentionTrace]) -> pd.DataFrame:

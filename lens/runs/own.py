@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike
 
 from lens.common.choices import Seed, is_number
 from lens.common.errors import LensError
-from lens.common.head_ids import AnyHead, head_columns, head_id, layers_in_words
+from lens.common.head_ids import AnyHead, all_heads, head_columns, head_id, layers_in_words
 from lens.common.results import ends
 from lens.figures.columns import column_grid
 from lens.runs.folders import Run, open_run
@@ -71,7 +71,7 @@ def add(
     if isinstance(values, Mapping):
         values = _by_head(values, layers, run.meta["model"]["heads"])
     numbers = _checked(run, name, values, definition, len(layers))
-    heads = head_columns((layer, head) for layer in layers for head in range(numbers.shape[1]))
+    heads = head_columns(all_heads(layers, numbers.shape[1]))
     table = pd.DataFrame({**heads, **columns(name, numbers, seed), "n": numbers.shape[2]})
     told = _told(table, name, unit)
     section = Section(

@@ -23,7 +23,8 @@ from lens.runs.agreement import (
     prompt_number_problems,
     section_number_problems,
 )
-from lens.runs.folders import CIRCUITS, CONFIG, IMPORTANCES
+from lens.runs.commands import CONFIG
+from lens.runs.folders import CIRCUITS, IMPORTANCES
 from lens.runs.manifest import GROWING, MANIFEST, changed_files
 from lens.runs.schema import PROMPT_KINDS
 from lens.runs.writer import config_hash

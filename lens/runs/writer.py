@@ -24,6 +24,7 @@ from lens.common.files import (
     write_json,
     write_text,
 )
+from lens.runs.commands import CONFIG
 from lens.runs.folders import INDEX, Run, open_run
 from lens.runs.manifest import MANIFEST, read_manifest, remove_own, write_manifest
 from lens.runs.processes import this_process
@@ -149,8 +150,8 @@ class RunWriter:
             leftover.unlink(missing_ok=True)
         writer = cls(path, entries, resumed=bool(earlier))
         writer.update()
-        write_text(path / "config.toml", tomli_w.dumps(dict(config)))
-        writer.record("config.toml")
+        write_text(path / CONFIG, tomli_w.dumps(dict(config)))
+        writer.record(CONFIG)
         return writer
 
     def update(self, **entries: Any) -> None:

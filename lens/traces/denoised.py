@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from lens.common.errors import LensError
-from lens.common.head_ids import HeadId, head_columns
+from lens.common.head_ids import head_columns
 from lens.common.results import Result, Sentence
 from lens.traces.overlays import heads_of, token_position
 from lens.traces.trace import AttentionTrace
@@ -98,7 +98,7 @@ class Denoising(Result):
 
     def _rows(self, part: str, step: int) -> pd.DataFrame:
         trace = self.traces[part, step]
-        heads = [HeadId(layer, head) for layer in trace.layers for head in range(trace.heads)]
+        heads = trace.every_head
         columns = dict(head_columns(heads))
         columns["module"] = np.repeat(trace.attrs["modules"], trace.heads)
         nothing = np.full(len(heads), np.nan)

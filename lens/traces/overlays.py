@@ -20,7 +20,7 @@ from lens.common.choices import check_choice, is_number, is_whole
 from lens.common.colors import VIRIDIS
 from lens.common.errors import LensError
 from lens.common.given import given_as
-from lens.common.head_ids import AnyHead, HeadId
+from lens.common.head_ids import AnyHead, HeadId, all_heads
 from lens.common.results import Result, Sentence, few
 from lens.traces.metrics import VARIANTS
 from lens.traces.pictures import PatchGrid, grids_of
@@ -282,7 +282,7 @@ def heads_of(trace: Traced, asked: Any) -> list[HeadId]:
     """
     layers: Sequence[int] = trace.layers
     if isinstance(asked, str) and asked == "mean":
-        return [HeadId(layer, head) for layer in layers for head in range(trace.heads)]
+        return all_heads(layers, trace.heads)
     if isinstance(asked, str) and asked[:1] == "L" and asked[1:].isdigit():
         if int(asked[1:]) not in layers:
             raise LensError(f"there is no layer {asked[1:]} in this trace; it has {list(layers)}")

@@ -15,7 +15,7 @@ import xarray as xr
 
 from lens.common.errors import LensError
 from lens.common.files import as_path
-from lens.common.head_ids import AnyHead, HeadId, head_id, layers_in_words
+from lens.common.head_ids import AnyHead, HeadId, all_heads, head_id, layers_in_words
 from lens.common.plots import draw, viewer
 from lens.traces.arrays import LayerArrays, labelled
 from lens.traces.html import trace_html
@@ -92,7 +92,7 @@ class AttentionTrace:
     @property
     def every_head(self) -> list[HeadId]:
         """Every head, layer by layer."""
-        return [HeadId(layer, head) for layer in self.layers for head in range(self.heads)]
+        return all_heads(self.layers, self.heads)
 
     @property
     def length(self) -> int:

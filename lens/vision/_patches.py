@@ -10,7 +10,7 @@ import pandas as pd
 
 from lens.common.errors import LensError
 from lens.common.given import given_as
-from lens.common.head_ids import HeadId, head_columns
+from lens.common.head_ids import HeadId, all_heads, head_columns
 from lens.traces.overlays import grid_numbered
 from lens.traces.pictures import PatchGrid
 from lens.traces.tiles import mask_number, sees
@@ -95,7 +95,7 @@ def over_heads(trace: AttentionTrace, values: list[np.ndarray]) -> np.ndarray:
 def head_table(layers: Sequence[int], columns: Mapping[str, np.ndarray]) -> pd.DataFrame:
     """`layer`, `head`, `name` and these columns, each of an array [layers, heads, ...] of one shape: one row per entry."""
     _, heads, *rest = next(iter(columns.values())).shape
-    places = [(layer, head) for layer in layers for head in range(heads)]
+    places = all_heads(layers, heads)
     found = pd.DataFrame(head_columns(np.repeat(places, int(np.prod(rest)), 0)))
     return found[["layer", "head", "name"]].assign(
         **{name: values.ravel() for name, values in columns.items()}

@@ -22,7 +22,7 @@ import numpy as np
 import pandas as pd
 
 from lens.common.choices import Count, Seed
-from lens.common.head_ids import HeadId
+from lens.common.head_ids import all_heads
 from lens.common.results import Result, Sentence
 from lens.stats import over_rows
 from lens.vision._patches import (
@@ -210,9 +210,7 @@ class Shapes(Result):
     def findings(self) -> tuple[Sentence, ...]:
         """Of each shape how many heads put more there than uniform attention, and which most."""
         found = []
-        names = [
-            HeadId(layer, head) for layer in self.layers for head in range(self.share.shape[1])
-        ]
+        names = all_heads(self.layers, self.share.shape[1])
         for number, shape in enumerate(SHAPES):
             share, fair = self.share[..., number].ravel(), self.uniform[:, number]
             above = int((self.low[..., number] > fair[:, None] + SMALLEST).sum())

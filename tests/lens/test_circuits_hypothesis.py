@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 
 from lens.circuits import run_circuit
-from lens.circuits.checks.hypothesis import (
-    _tail,
+from lens.circuits.checks import (
     equivalence,
     independence,
     minimality_test,
     necessity,
     sufficiency,
 )
+from lens.circuits.checks.hypothesis import _tail
 from lens.circuits.graph.activations import Ablation
 from lens.circuits.graph.circuit import make_circuit
 from lens.circuits.graph.graph import Graph

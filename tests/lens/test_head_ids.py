@@ -48,7 +48,7 @@ def test_a_head_that_the_model_lacks_is_refused():
 
 
 def test_columns_of_heads_are_in_the_order_of_the_model():
-    heads = all_heads(2, 3)
+    heads = all_heads(range(2), 3)
     assert [tuple(head) for head in heads] == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]
     assert head_columns([(1, 2), (0, 1)]) == {
         "name": ["L1H2", "L0H1"], "layer": [1, 0], "head": [2, 1],

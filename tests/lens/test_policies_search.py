@@ -254,6 +254,8 @@ def test_a_share_of_duo_attention_s_gates_stays_full_as_it_is_run(tmp_path):
         full(1.5)
     with pytest.raises(lens.LensError, match="full= is of the format 'duo'"):
         policies.read(tmp_path / "config.json", format="minference", full=0.5)
+    with pytest.raises(lens.LensError, match="heads= is of the format 'duo'"):
+        policies.read(tmp_path / "config.json", heads=4)
 
 
 def test_duo_attention_counts_a_kv_head_streaming_where_all_its_queries_are(model, tmp_path):

@@ -287,7 +287,8 @@ def published_heads(path: str, model: "LoadedModel") -> "PerHead":
     from lens.policies.files import format_of, read
 
     format = format_of(path)
-    found = read(path, format=format, heads=model.info.heads, as_searched=format == "minference")
+    heads = model.info.heads if format == "duo" else None
+    found = read(path, format=format, heads=heads, as_searched=format == "minference")
     found.check(model)
     return found
 

@@ -1,4 +1,3 @@
-from . import hypothesis as hypothesis
 from ._completeness import completeness as completeness
 from ._consensus import consensus as consensus
 from ._control import control as control
@@ -8,4 +7,9 @@ from ._sink_check import sink_check as sink_check
 from ._stability import jaccard as jaccard
 from ._stability import noise_floor as noise_floor
 from ._stability import stability as stability
+from .hypothesis import equivalence as equivalence
+from .hypothesis import independence as independence
+from .hypothesis import minimality_test as minimality_test
+from .hypothesis import necessity as necessity
+from .hypothesis import sufficiency as sufficiency
 from .recovery import recovery as recovery

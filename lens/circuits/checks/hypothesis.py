@@ -16,7 +16,7 @@ from lens import stats
 from lens.circuits.checks.evaluation import run_circuits
 from lens.circuits.graph.circuit import Circuit
 from lens.circuits.graph.selection import random_edges, random_path
-from lens.common.choices import check_counts, is_number
+from lens.common.choices import Count, Seed, is_number
 from lens.common.errors import LensError
 from lens.common.given import given_as
 from lens.common.results import Result
@@ -100,6 +100,11 @@ def equivalence(
 
     Raises:
         LensError: other shapes, no prompt, or an epsilon outside of 0 to 1/2.
+
+    Example:
+        >>> found = lens.circuits.checks.equivalence(np.ones(4), np.array([0.0, 0.0, 2.0, 2.0]))
+        >>> found.statistic, found.p
+        (0.5, 1.0)
     """
     from scipy.stats import binom
 
@@ -126,8 +131,8 @@ def independence(
     complement: np.ndarray,
     task: np.ndarray,
     *,
-    permutations: int = PERMUTATIONS,
-    seed: int = 0,
+    permutations: Count = PERMUTATIONS,
+    seed: Seed = 0,
 ) -> HypothesisTest:
     """Does what is left without the circuit know anything of the task?
 
@@ -139,8 +144,11 @@ def independence(
         LensError: other shapes, fewer than 4 prompts, or numbers that are all equal.
 
     Reference: Gretton et al., A Kernel Statistical Test of Independence, NeurIPS 2007.
+
+    Example:
+        >>> lens.circuits.checks.independence(np.arange(9.0), np.arange(9.0) ** 2, permutations=99).p < 0.05
+        True
     """
-    check_counts(0, seed=seed)
     if complement.shape != task.shape or complement.ndim != 1 or len(task) < 4:
         raise LensError(
             "independence takes one number of at least 4 prompts of both, got the shapes "
@@ -162,8 +170,8 @@ def sufficiency(
     task: Task,
     circuit: Circuit,
     *,
-    draws: int = DRAWS,
-    seed: int = 0,
+    draws: Count = DRAWS,
+    seed: Seed = 0,
     progress: bool = True,
 ) -> HypothesisTest:
     """Is the circuit nearer to the model than random circuits of as many edges are?
@@ -173,6 +181,11 @@ def sufficiency(
 
     Raises:
         LensError: no draw, or another graph.
+
+    Example:
+        >>> circuit = lens.circuits.score_edges(small, copying, progress=False).top(40)
+        >>> lens.circuits.checks.sufficiency(small, copying, circuit, draws=3, progress=False).n
+        3
     """
     given_as("Task", task=task)
     circuit = given_as("Circuit", circuit=circuit)
@@ -186,14 +199,22 @@ def necessity(
     task: Task,
     circuit: Circuit,
     *,
-    draws: int = DRAWS,
-    seed: int = 0,
+    draws: Count = DRAWS,
+    seed: Seed = 0,
     progress: bool = True,
 ) -> HypothesisTest:
     """Does the model miss the circuit's edges more than random ones (partial necessity)?
 
     As `sufficiency`, of the complements: the statistic is the share of random circuits without which
     the model stays nearer to itself.
+
+    Raises:
+        LensError: as `sufficiency`.
+
+    Example:
+        >>> circuit = lens.circuits.score_edges(small, copying, progress=False).top(40)
+        >>> lens.circuits.checks.necessity(small, copying, circuit, draws=3, progress=False).name
+        'necessity'
     """
     given_as("Task", task=task)
     circuit = given_as("Circuit", circuit=circuit)
@@ -208,8 +229,8 @@ def minimality_test(
     circuit: Circuit,
     *,
     edges: tuple[str, ...] | None = None,
-    draws: int = DRAWS,
-    seed: int = 0,
+    draws: Count = DRAWS,
+    seed: Seed = 0,
     progress: bool = True,
 ) -> EdgeTests:
     """Does each edge of the circuit matter more than an edge that was added at random?
@@ -227,11 +248,14 @@ def minimality_test(
 
     Raises:
         LensError: no draw, an edge that is not in the circuit, or one that has all edges already.
+
+    Example:
+        >>> circuit = lens.circuits.score_edges(small, copying, progress=False).top(40)
+        >>> lens.circuits.checks.minimality_test(small, copying, circuit, edges=circuit.edges[:2], draws=3).needed()
+        ()
     """
-    check_counts(0, seed=seed)
     given_as("Task", task=task)
     circuit = given_as("Circuit", circuit=circuit)
-    check_counts(draws=draws)
     graph, draw = circuit.graph, np.random.default_rng(seed)
     if circuit.kept.all():
         raise LensError("the circuit has every edge, so nothing can be added to compare with")
@@ -271,8 +295,6 @@ def _distances(
     progress: bool,
 ) -> np.ndarray:
     """[1 + draws] |F(M) - F(C)|, mean over prompts, of the circuit and of random ones, or of their complements."""
-    check_counts(0, seed=seed)
-    check_counts(draws=draws)
     draw = np.random.default_rng(seed)
     kept = [circuit.kept] + [random_edges(circuit.graph, circuit.n, draw) for _ in range(draws)]
     masks = np.stack(kept) ^ complement

@@ -63,7 +63,7 @@ class RetrievalScores(Result):
     def table(self, *, seed: int = 0) -> pd.DataFrame:
         """One row per head: `name`, `layer`, `head`, `retrieval`, `retrieval_low`, `retrieval_high`
         (95 % bootstrap over trials), `n` trials that count of `trials`."""
-        found = head_columns(all_heads(*self.values.shape))
+        found = head_columns(all_heads(range(len(self.values)), self.values.shape[1]))
         found |= columns("retrieval", self.per_trial, seed)
         return pd.DataFrame(found | {"n": self.n, "trials": len(self.recall)})
 

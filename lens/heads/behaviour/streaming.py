@@ -71,7 +71,7 @@ class StreamingScores(Result):
         """One row per head: `name`, `layer`, `head`, `n`, and `kept`, `row_error`, `rms_error` with their
         95 % bootstrap intervals over prompts (`_low`, `_high`; NaN for one prompt); `delta_loss` is that
         of all heads together, the same in every row."""
-        found = head_columns(all_heads(*self.kept.shape[:2])) | {"n": self.n}
+        found = head_columns(all_heads(range(len(self.kept)), self.kept.shape[1])) | {"n": self.n}
         for name in ("kept", "row_error", "rms_error"):
             found |= columns(name, getattr(self, name), seed)
         return pd.DataFrame(found | dict(self._loss(seed)))

@@ -62,7 +62,7 @@ class StreamingGate(Result):
 
     def table(self) -> pd.DataFrame:
         """One row per head: `name`, `layer`, `head`, `alpha`, `n`."""
-        found = head_columns(all_heads(*self.values.shape))
+        found = head_columns(all_heads(range(len(self.values)), self.values.shape[1]))
         return pd.DataFrame(found | {"alpha": self.values.ravel(), "n": self.n})
 
     def __repr__(self) -> str:

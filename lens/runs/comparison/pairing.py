@@ -16,9 +16,10 @@ from lens.common.head_ids import HeadId
 from lens.runs.folders import Run
 from lens.runs.schema import PROMPT_KINDS
 from lens.stats import over_units
+from lens.stats.intervals import known_mean
 from lens.traces.metrics import METRICS
+from lens.traces.profiles import POSITIONS
 
-POSITIONS = ("top_key", "positional_distance")  # which key it is, not how much: no difference
 SEEN = 0.005  # a share of attention that two decimals show
 SHARES = tuple(
     name for name, one in METRICS.items() if one.unit == "probability" and name != "sink_rate"
@@ -152,7 +153,7 @@ def _over_heads(
     if aligned:  # the same heads on both sides
         both = np.isfinite(x) & np.isfinite(y)
         x, y = np.where(both, x, np.nan), np.where(both, y, np.nan)
-    means = [_mean(values, axis=1)[:, None] for values in (x, y)]
+    means = [known_mean(values, axis=1)[:, None] for values in (x, y)]
     return tuple(float(values[0]) for values in _paired(means[0], means[1], n, seed))
 
 
@@ -161,15 +162,9 @@ def _paired(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Means over the prompts scored in both of [prompt, ...], difference, and its 95 % interval."""
     both = np.isfinite(x) & np.isfinite(y)
-    a, b = (_mean(np.where(both, values, np.nan), axis=0) for values in (x, y))
+    a, b = (known_mean(np.where(both, values, np.nan), axis=0) for values in (x, y))
     if n < 2:
         unknown = np.full(a.shape, np.nan)
         return a, b, b - a, unknown, unknown
     low, high = over_units(np.where(both, y - x, 0.0), both, seed)
     return a, b, b - a, low, high
-
-
-def _mean(values: np.ndarray, axis: int) -> np.ndarray:
-    """Mean of what is not NaN; NaN where nothing is."""
-    count = np.isfinite(values).sum(axis)
-    return np.nansum(values, axis) / np.where(count, count, np.nan)

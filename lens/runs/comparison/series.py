@@ -19,11 +19,12 @@ from lens.common.head_ids import head_columns
 from lens.common.results import Result, Sentence, few
 from lens.runs.comparison.comparing import compare_runs
 from lens.runs.comparison.first_token import emerged, first_token
-from lens.runs.comparison.pairing import POSITIONS, SEEN, SHARES
+from lens.runs.comparison.pairing import SEEN, SHARES
 from lens.runs.folders import Run
 from lens.runs.schema import KIND_WORDS
 from lens.traces.findings import findings
 from lens.traces.metrics import METRICS
+from lens.traces.profiles import POSITIONS
 
 _NAMED = 3
 

@@ -22,6 +22,7 @@ from lens.common.choices import Count, is_number
 from lens.common.errors import LensError
 from lens.common.files import as_path, write_json
 from lens.common.given import given_traces
+from lens.common.head_ids import HeadId
 from lens.common.version import __version__
 from lens.traces.metrics import METRICS
 from lens.traces.trace import AttentionTrace
@@ -77,12 +78,9 @@ def to_headvis(
     if folder.exists():
         raise LensError(f"{folder} exists already; choose a new folder or delete it")
     if not (is_number(least) and 0 <= least < 1):
-        raise LensError(
-            "keys and intervals must be at least 1 and least in [0, 1), got "
-            f"keys={keys}, intervals={intervals}, least={least}"
-        )
+        raise LensError(f"least must be from 0 to below 1, got {least}")
     first = several[0]
-    heads = [(layer, head) for layer in first.layers for head in range(first.heads)]
+    heads = first.every_head
     for trace in several:
         for layer, head in heads:
             if why := trace.tile_refusal(layer, head):
@@ -107,7 +105,7 @@ def to_headvis(
 
 def _config(
     traces: Sequence[AttentionTrace],
-    heads: list[tuple[int, int]],
+    heads: Sequence[HeadId],
     metrics: list[str],
     dataset: str,
     intervals: int,

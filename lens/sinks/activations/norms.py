@@ -198,7 +198,7 @@ def high_norm(
         raise LensError(
             f"high_norm needs at least two tokens behind the first {skip}, got {len(known)}"
         )
-    threshold = otsu(np.log(known))[0] if cutoff is None else np.log(cutoff)
+    threshold = otsu(np.log(known)) if cutoff is None else np.log(cutoff)
     above, below = (
         np.log(known[known > np.exp(threshold)]),
         np.log(known[known <= np.exp(threshold)]),
@@ -220,15 +220,13 @@ def high_norm(
     return HighNormTokens(norms, layer, limit, separation, ratio, cutoff is not None, rows)
 
 
-def otsu(values: np.ndarray) -> tuple[float, float]:
-    """The cut with the largest variance between its sides, midway between two values, and its share.
+def otsu(values: np.ndarray) -> float:
+    """The cut with the largest variance between its sides, midway between two values.
 
-    Exact, over all cuts between different values. All values equal: their value and a share of 0.
+    Exact, over all cuts between different values. All values equal: their value.
     """
     ordered = np.sort(np.asarray(values, float))
-    ordered_mean, total = ordered.mean(), ordered.var()
-    if total == 0:
-        return float(ordered[0]), 0.0
+    ordered_mean = ordered.mean()
     count = np.arange(1, len(ordered))
     low = np.cumsum(ordered)[:-1] / count
     high = (ordered.sum() - np.cumsum(ordered)[:-1]) / (len(ordered) - count)
@@ -236,4 +234,4 @@ def otsu(values: np.ndarray) -> tuple[float, float]:
     between = weight * (low - ordered_mean) ** 2 + (1 - weight) * (high - ordered_mean) ** 2
     between = np.where(np.diff(ordered) > 0, between, -1)
     best = int(between.argmax())
-    return float((ordered[best] + ordered[best + 1]) / 2), float(between[best] / total)
+    return float((ordered[best] + ordered[best + 1]) / 2)

@@ -22,7 +22,7 @@ from lens.edits.losses import bos_policy, two_tokens
 from lens.models.loaded import LoadedModel
 from lens.passes.calls import LayerCall
 from lens.passes.inputs import read_prompts
-from lens.passes.keys import Keys, KeysAt, check_keys, members
+from lens.passes.keys import Keys, KeysAt, check_fixed_keys, members
 from lens.passes.sessions import OnLayer, base, listening
 from lens.stats import over_units
 
@@ -112,9 +112,7 @@ def gates(
     Example:
         >>> lens.sinks.gates(model, texts).table().sort_values("gate").head()
     """
-    check_keys("sources", sources)
-    if callable(sources) and not isinstance(sources, torch.Tensor):
-        raise LensError("sources of gates are the same in every layer; give positions")
+    check_fixed_keys("sources", sources, "gates")
     asked = read_prompts(model, prompts)[0]
     read = [two_tokens(prompt.ids) for prompt in asked]
     found: dict[str, list[torch.Tensor]] = {}

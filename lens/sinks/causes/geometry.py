@@ -15,11 +15,12 @@ from lens.common.errors import LensError
 from lens.common.head_ids import head_columns
 from lens.common.progress import advancing
 from lens.common.results import Result, Sentence
+from lens.edits.losses import bos_policy
 from lens.heads.weights import head_weights
 from lens.models.loaded import LoadedModel
 from lens.passes.calls import LayerCall, attend
 from lens.passes.inputs import Prompt, read_prompts
-from lens.passes.keys import Keys, KeysAt, check_keys, members
+from lens.passes.keys import Keys, KeysAt, check_fixed_keys, members
 from lens.passes.sessions import base, listening
 from lens.sinks.detection.alphas import alpha_of
 from lens.traces.scores import SINK_EPSILON
@@ -104,9 +105,7 @@ def mechanism(
     Example:
         >>> lens.sinks.mechanism(model, texts).table().sort_values("alpha").tail()
     """
-    check_keys("sources", sources)
-    if callable(sources) and not isinstance(sources, torch.Tensor):
-        raise LensError("sources of mechanism are the same in every layer; give positions")
+    check_fixed_keys("sources", sources, "mechanism")
     try:
         output = head_weights(model).output
     except LensError:  # an architecture whose weights are not known: its columns say so by NaN
@@ -114,16 +113,14 @@ def mechanism(
     asked = read_prompts(model, prompts)[0]
     if any(prompt.ids is None for prompt in asked):
         raise LensError("mechanism needs prompts of tokens")
-    found, policies = [], set()
+    found = []
     with advancing("mechanism", len(asked), progress) as advance:
         for prompt in asked:
-            columns, bos = _columns(model, prompt, sources, output)
-            found.append(columns)
-            policies.add(bos)
+            found.append(_columns(model, prompt, sources, output))
             advance(1)
     mean = torch.stack(found).mean(0)
     columns = {name: mean[place].flatten().numpy() for place, name in enumerate(_COLUMNS)}
-    bos = policies.pop() if len(policies) == 1 else "mixed"
+    bos = bos_policy(model, [prompt.ids or [] for prompt in asked])
     return SinkMechanism(
         pd.DataFrame(head_columns(model.info.every_head) | columns), bos, len(found)
     )
@@ -131,8 +128,8 @@ def mechanism(
 
 def _columns(
     model: LoadedModel, prompt: Prompt, sources: Keys, output: torch.Tensor | None
-) -> tuple[torch.Tensor, str]:
-    """[columns, layers, heads] of one prompt, and its BOS policy."""
+) -> torch.Tensor:
+    """[columns, layers, heads] of one prompt."""
     from lens.traces.captures import capture
 
     assert prompt.ids is not None
@@ -149,7 +146,7 @@ def _columns(
     geometry = _Geometry(source, output)
     with torch.no_grad(), listening(model, geometry.on_layer):
         base(model)(**prompt.inputs)
-    return torch.cat([alpha[None], torch.stack(geometry.layers, 1)]), trace.attrs["bos"]
+    return torch.cat([alpha[None], torch.stack(geometry.layers, 1)])
 
 
 class _Geometry:

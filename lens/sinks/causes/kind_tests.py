@@ -67,7 +67,7 @@ def tests_of(
     with advancing("tests of sinks", len(present), progress) as advance:
         for kind in present:
             own = rows[rows["kind"] == kind]
-            heads = [HeadId(int(a), int(b)) for a, b in own[["layer", "head"]].to_numpy()]
+            heads = _heads(own)
             said = {"kind": kind, "heads": len(heads)}
             for test, edit in (("zero", Value), ("mask", Mask)):
                 done = effect(
@@ -96,7 +96,7 @@ def tests_of(
     for kind, test in OF_MODEL.items():
         own = rows[rows["kind"] == kind]
         if len(own):
-            heads = [HeadId(int(a), int(b)) for a, b in own[["layer", "head"]].to_numpy()]
+            heads = _heads(own)
             changed = np.array([_of_model(model, prompt, heads, kind, clean) for prompt in prompts])
             taken = own["learned"] if kind == "learned" else 1 - own["gate"]
             control, mass = _random_keys(
@@ -111,6 +111,10 @@ def tests_of(
     names = ["kind", "heads", "test", "mass", "delta_loss", "delta_loss_low", "delta_loss_high"]
     names += ["control", "excess", "excess_low", "excess_high", "control_mass"]
     return pd.DataFrame(found, columns=names)
+
+
+def _heads(rows: pd.DataFrame) -> list[HeadId]:
+    return [HeadId(int(a), int(b)) for a, b in rows[["layer", "head"]].to_numpy()]
 
 
 def _instead(
@@ -179,7 +183,7 @@ def _random_keys(
     """[prompts] change of the loss when random keys that hold what is `taken` are hidden, or left out; and what they held."""
     random = np.random.default_rng(seed)
     source = {tuple(ids.tolist()): place for ids, place in zip(read, places, strict=True)}
-    heads = [HeadId(int(a), int(b)) for a, b in rows[["layer", "head"]].to_numpy()]
+    heads = _heads(rows)
 
     def edit(prompt: Prompt) -> Mask | Drop:
         before, place = clean.of(prompt), source[tuple(prompt.ids or ())].cpu()

@@ -39,7 +39,7 @@ from lens.models.loaded import LoadedModel
 from lens.models.weights import matrix
 from lens.passes.calls import LayerCall, attend
 from lens.passes.inputs import read_prompts
-from lens.passes.keys import Keys, KeysAt, check_keys, members
+from lens.passes.keys import Keys, KeysAt, check_fixed_keys, members
 from lens.passes.logits import check_predicts_tokens
 from lens.passes.sessions import base, listening
 from lens.sinks.causes.gates import Outputs
@@ -86,9 +86,7 @@ def kinds(
         >>> found = lens.sinks.kinds(model, texts)
         >>> found.counts, found.tests[["kind", "test", "delta_loss"]], found.moves
     """
-    check_keys("sources", sources)
-    if callable(sources) and not isinstance(sources, Tensor):
-        raise LensError("sources of kinds are the same in every layer; give positions")
+    check_fixed_keys("sources", sources, "kinds")
     check_predicts_tokens(model)
     asked = read_prompts(model, prompts)[0]
     ids = [two_tokens(prompt.ids) for prompt in asked]

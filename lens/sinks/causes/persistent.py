@@ -21,7 +21,7 @@ import torch
 
 from lens.common.choices import Seed, check_lists
 from lens.common.errors import LensError
-from lens.common.head_ids import head_columns
+from lens.common.head_ids import all_heads, head_columns
 from lens.common.progress import advancing
 from lens.common.results import Result, Sentence, ends
 from lens.edits.losses import bos_policy, two_tokens
@@ -125,7 +125,7 @@ def persistent_memory(
     values = torch.stack(found).double().numpy()  # [prompts, layers, heads, measures]
     low, high = over_units(values[..., 0], (values[..., 0] == values[..., 0]).astype(float), seed)
     having = [layer for layer, pair in enumerate(pairs) if pair is not None]
-    places = [(layer, head) for layer in having for head in range(values.shape[2])]
+    places = all_heads(having, values.shape[2])
     columns = dict(zip(_MEASURES, np.moveaxis(values.mean(0), -1, 0), strict=True))
     columns |= {"low": low, "high": high}
     rows = pd.DataFrame(

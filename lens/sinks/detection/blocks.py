@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from lens.common.errors import LensError
-from lens.common.head_ids import head_columns
+from lens.common.head_ids import all_heads, head_columns
 from lens.common.results import Result, Sentence
 from lens.sinks.detection.alphas import Samples, check_epsilon, samples_of
 from lens.traces.scores import SINK_EPSILON
@@ -41,7 +41,7 @@ class BlockAlphas(Result):
     def table(self) -> pd.DataFrame:
         """One row per layer, head and block; `sink` is "yes", "no" or "undecided" by the bounds."""
         _, heads, blocks = self.lower.shape
-        places = [(layer, head) for layer in self.layers for head in range(heads)]
+        places = all_heads(self.layers, heads)
         count = len(places)
         lower, upper = self.lower.ravel(), self.upper.ravel()
         sink = np.where(lower > self.epsilon, "yes", "undecided")

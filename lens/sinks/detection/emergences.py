@@ -41,15 +41,15 @@ class SinkEmergence(Result):
         """The rows."""
         return self.rows
 
-    def first_layer(self, condition: str, threshold: float = 0.0) -> int | None:
-        """The first layer whose rate exceeds `threshold`, or None.
+    def first_layer(self, condition: str) -> int | None:
+        """The first layer in which some head has the sink, or None.
 
         Raises:
             LensError: another condition.
         """
         check_choice("condition", condition, tuple(self.rates))
         rows = self.rows[(self.rows["condition"] == condition) & self.rows["layer"].notna()]
-        found = rows.loc[rows["rate"] > threshold, "layer"]
+        found = rows.loc[rows["rate"] > 0, "layer"]
         return None if found.empty else int(found.min())
 
     def findings(self) -> tuple[Sentence, ...]:

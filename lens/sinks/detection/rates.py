@@ -12,7 +12,7 @@ import pandas as pd
 from lens.common.choices import Seed
 from lens.common.errors import LensError
 from lens.common.given import given_traces
-from lens.common.head_ids import head_columns
+from lens.common.head_ids import all_heads, head_columns
 from lens.common.results import Result, Sentence, ends
 from lens.sinks.detection.alphas import (
     DIVIDED,
@@ -112,7 +112,7 @@ class SinkRate(Result):
 
     def table(self) -> pd.DataFrame:
         """One row per head, with everything that the number depends on."""
-        places = [(layer, head) for layer in self.layers for head in range(self.by_head.shape[1])]
+        places = all_heads(self.layers, self.by_head.shape[1])
         columns = {"rate": self.by_head.ravel(), "alpha": self.alpha.ravel()}
         settings = {"epsilon": self.epsilon, **self.settings()}
         return pd.DataFrame(head_columns(places) | columns).assign(**settings)
