@@ -54,29 +54,34 @@ def _raw(call: Any, args: tuple[Any, ...], named: dict[str, Any]) -> list[str]:
     signature = inspect.signature(call)
     given = signature.bind(*args, **named).arguments
     found = []
-    for name, one in signature.parameters.items():
-        if one.kind in (one.VAR_POSITIONAL, one.VAR_KEYWORD):
-            continue
-        for odd in ODD:
-            changed = inspect.BoundArguments(
-                signature,
-                {  # type: ignore[arg-type]
-                    each: odd if each == name else given[each]
-                    for each in signature.parameters
-                    if each == name or each in given
-                },
-            )
-            if problem := _problem(call, changed):
-                found.append(f"{call.__name__}({name}={odd!r:.20}): {problem}")
+    with (
+        contextlib.redirect_stdout(io.StringIO()),
+        mock.patch.object(torch.nn.Module, "__call__", _run),
+    ):
+        for name, one in signature.parameters.items():
+            if one.kind in (one.VAR_POSITIONAL, one.VAR_KEYWORD):
+                continue
+            for odd in ODD:
+                changed = inspect.BoundArguments(
+                    signature,
+                    {  # type: ignore[arg-type]
+                        each: odd if each == name else given[each]
+                        for each in signature.parameters
+                        if each == name or each in given
+                    },
+                )
+                if problem := _problem(call, changed):
+                    found.append(f"{call.__name__}({name}={odd!r:.20}): {problem}")
     return found
+
+
+def _run(*_: Any, **__: Any) -> None:
+    raise Working
 
 
 def _problem(call: Any, given: inspect.BoundArguments) -> str:
     try:
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
-            stack.enter_context(mock.patch.object(torch.nn.Module, "__call__", side_effect=Working))
-            call(*given.args, **given.kwargs)
+        call(*given.args, **given.kwargs)
     except (LensError, Working):
         return ""
     except Exception as error:
