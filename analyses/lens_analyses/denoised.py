@@ -287,9 +287,7 @@ def _write(
     own = replace(found, traces={key: one for key, one in found.traces.items() if key[0] == part})
     denoised = section(own, words, given["seed"])
     writer.record(*denoised.save(writer.path))
-    report = render(open_run(writer.path), status="success")
-    for name, content in report.files().items():
-        writer.text(name, content)
+    render(open_run(writer.path), status="success").write(writer)
     made.headline = list(denoised.summary)
 
 

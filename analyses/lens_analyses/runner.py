@@ -215,8 +215,7 @@ class _Execution:
         self._made.error = analyse(subject, self._writer)
         status = "success" if self._made.error is None else "partial"
         report = render(open_run(self._writer.path), status=status)
-        for name, content in report.files().items():
-            self._writer.text(name, content)
+        report.write(self._writer)
         self._made.headline = report.headline
 
     def _reuse(self) -> None:

@@ -2,13 +2,12 @@
 
 from pathlib import Path
 
-from lens.common.errors import LensError
 from lens.common.files import write_text
 from lens.runs import Run, compare_runs
 from lens.runs.comparison.headlines import of_comparison
 from lens_analyses.comparing.numbers import numbers
 from lens_analyses.comparing.page import figures, page
-from lens_analyses.comparing.written import Written
+from lens_analyses.comparing.written import Written, check_done
 from lens_analyses.console import to_json
 from lens_analyses.report.charts import pictures
 
@@ -21,9 +20,7 @@ def write_comparison(a: Run, b: Run, out: Path, *, command: str, seed: int = 0) 
     Raises:
         LensError: as `compare_runs`, or a run is being computed right now.
     """
-    for run in (a, b):
-        if run.status == "started":
-            raise LensError(f"{run.path} is being computed right now; compare it when it is done")
+    check_done((a, b))
     comparison = compare_runs(a, b, seed=seed)
     shown = of_comparison(comparison)
     data = numbers(comparison, shown, command)

@@ -7,7 +7,6 @@ from typing import Any
 import pandas as pd
 
 import lens
-from lens.common.errors import LensError
 from lens.common.files import write_text
 from lens.common.results import of_kind
 from lens.runs import Run
@@ -19,7 +18,7 @@ from lens.runs.comparison.words import MATCHED
 from lens.runs.first_screen import Shown
 from lens.traces.metrics import METRICS
 from lens_analyses.comparing.page import choices, rendered
-from lens_analyses.comparing.written import Written
+from lens_analyses.comparing.written import Written, check_done
 from lens_analyses.console import finite, to_json
 from lens_analyses.report.charts import pictures, slim
 from lens_analyses.report.numbers import CITATION, headline, plain
@@ -34,9 +33,7 @@ def write_series(runs: Sequence[Run], out: Path, *, command: str, seed: int = 0)
     Raises:
         LensError: as `compare_series`, or a run is being computed right now.
     """
-    for run in runs:
-        if run.status == "started":
-            raise LensError(f"{run.path} is being computed right now; compare it when it is done")
+    check_done(runs)
     series = compare_series(runs, seed=seed)
     shown = of_series(series)
     data = _numbers(series, shown, command)

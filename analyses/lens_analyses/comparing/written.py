@@ -1,8 +1,19 @@
 """Where a comparison lies, and what it found."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from lens.common.errors import LensError
+from lens.runs import Run
+
+
+def check_done(runs: Iterable[Run]) -> None:
+    """Raises LensError: a run is being computed right now."""
+    for run in runs:
+        if run.status == "started":
+            raise LensError(f"{run.path} is being computed right now; compare it when it is done")
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,11 @@ class Report:
         """Name -> content."""
         return {"report.json": to_json(self.numbers), "report.html": self.html}
 
+    def write(self, writer: RunWriter) -> None:
+        """The files into a run folder, entered in its `run.json`."""
+        for name, content in self.files().items():
+            writer.text(name, content)
+
 
 @dataclass(frozen=True)
 class Written:
@@ -90,13 +95,11 @@ def write_report(run: Run, out: Path | None = None) -> Written:
         raise LensError(
             f"{run.path} is being computed right now; it gets its report when it is done"
         )
-    files = render(run).files()
+    report = render(run)
     if out is None:
-        writer = RunWriter(run.path, run.meta, resumed=True)
-        for name, content in files.items():
-            writer.text(name, content)
+        report.write(RunWriter(run.path, run.meta, resumed=True))
     else:
-        for name, content in files.items():
+        for name, content in report.files().items():
             write_text(out / name, content)
     folder = run.path if out is None else out
     return Written(folder / "report.html", folder / "report.json", run.status)
