@@ -183,7 +183,7 @@ def test_help_is_light():
 
 
 def test_what_the_dashboard_reads_needs_no_torch():
-    code = "import lens.traces.trace, lens.runs.folders, lens.traces.metrics, lens.traces.findings, lens.figures.heads, lens.runs.comparison.comparing"
+    code = "import lens.traces.trace, lens.runs.folders, lens.traces.metrics, lens.traces.findings, lens.figures.heads, lens.runs.comparison.two_runs"
     assert loaded_modules(code) & HEAVY == set()
 
 

@@ -18,8 +18,8 @@ from lens.figures.style import Look, escaped, grid_axes, grid_height, style
 if TYPE_CHECKING:
     import pandas as pd
 
-    from lens.policies.found import PolicySearch
     from lens.policies.maps import PolicyMaps
+    from lens.policies.policy_search import PolicySearch
     from lens.policies.scores import PolicyScores
     from lens.policies.stability import PolicyStability
 

@@ -12,7 +12,7 @@ from lens.common.plots import draws
 from lens.figures.style import Look, style
 
 if TYPE_CHECKING:
-    from lens.heads.likeness.compared import HeadSimilarity
+    from lens.heads.likeness.head_similarity import HeadSimilarity
     from lens.heads.likeness.redundancy import HeadClusters
 
 MOST_HEADS, MOST_WITH_INTERVALS = 512, 256

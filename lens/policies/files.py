@@ -20,9 +20,9 @@ from lens.policies.block_sparse import BlockSparse
 from lens.policies.chunks import Hierarchical, Landmark, LongHeads
 from lens.policies.duo import by_gates, most_open
 from lens.policies.flex_prefill import FlexPrefill
-from lens.policies.found import PolicySearch
 from lens.policies.native import NativeSparse
 from lens.policies.per_head import PerHead
+from lens.policies.policy_search import PolicySearch
 from lens.policies.quest import Quest
 from lens.policies.sparge import Sparge
 from lens.policies.strided import Strided

@@ -17,9 +17,9 @@ from lens.policies.a_shape import AShape
 from lens.policies.base import Full, Policy, several
 from lens.policies.block_sparse import BlockSparse
 from lens.policies.evaluating import evaluate, losses_under
-from lens.policies.found import PolicySearch
 from lens.policies.oracle import Oracle, RandomBlocks
 from lens.policies.per_head import PerHead
+from lens.policies.policy_search import PolicySearch
 from lens.policies.scores import PolicyScores
 from lens.policies.vertical_slash import VerticalSlash
 

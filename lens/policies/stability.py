@@ -26,8 +26,8 @@ from lens.policies.transferring import (
     USABLE,
     best_blocks,
     best_of,
-    compared,
     searched_efficiency,
+    transfer_measures,
 )
 from lens.stats.intervals import columns
 
@@ -299,7 +299,7 @@ def _maps(model: LoadedModel, ids: Sequence[int], size: tuple[int, int]) -> _Map
 def _pair(a: _Maps, b: _Maps, share: float) -> list[np.ndarray]:
     seen = a.visible & b.visible
     chosen, own = (best_blocks(one.blocks, seen, share) for one in (a, b))
-    found = compared(chosen, own, b.blocks, seen, a.lse, b.lse)
+    found = transfer_measures(chosen, own, b.blocks, seen, a.lse, b.lse)
     return [*found, _cached(a, b, share)]
 
 
@@ -329,7 +329,7 @@ def _next_layers(one: _Maps, share: float) -> list[np.ndarray]:
     seen = one.visible[:, :1]
     chosen = best_blocks(mean, seen, share)
     nothing = np.zeros((len(mean) - 1, 1, 1))
-    found = compared(chosen[:-1], chosen[1:], mean[1:], seen[1:], nothing, nothing)
+    found = transfer_measures(chosen[:-1], chosen[1:], mean[1:], seen[1:], nothing, nothing)
     nothing = np.full_like(found[0], np.nan)  # an LSE belongs to a head
     found = [*found[:-1], nothing, nothing]
     return [np.concatenate([values, np.full((1, 1), np.nan)]) for values in found]
@@ -344,5 +344,5 @@ def _later(one: _Maps, step: int, share: float) -> list[np.ndarray]:
     kept = chosen[:, :, :-step] | (seen & ~one.seen[:, :, :-step])
     later = one.rows[:, :, step:]
     own = best_of(later, seen, kept.sum(-1, keepdims=True))
-    found = compared(kept, own, later, seen, before, after)
+    found = transfer_measures(kept, own, later, seen, before, after)
     return [*found, np.full_like(found[0], np.nan)]

@@ -170,12 +170,12 @@ def transfer(
     for a, blocks in enumerate(chosen):
         for b, mass in enumerate(masses):
             if a != b:
-                found = compared(blocks, chosen[b], mass, seen, lse[a], lse[b])
+                found = transfer_measures(blocks, chosen[b], mass, seen, lse[a], lse[b])
                 values[:, a, b] = [*found, cached[a, b]]
     return PolicyTransfer(values, float(share), traces[0].layers, seed, traces[0].model)
 
 
-def compared(
+def transfer_measures(
     source: np.ndarray,
     own: np.ndarray,
     mass: np.ndarray,

@@ -1,6 +1,6 @@
-from .comparison.comparing import Comparison as Comparison
-from .comparison.comparing import compare_runs as compare_runs
 from .comparison.series import compare_series as compare_series
+from .comparison.two_runs import Comparison as Comparison
+from .comparison.two_runs import compare_runs as compare_runs
 from .exchange.headvis import to_headvis as to_headvis
 from .exchange.tables import to_csv as to_csv
 from .exchange.tables import to_parquet as to_parquet

@@ -15,7 +15,7 @@ import numpy as np
 
 from lens.common.head_ids import HeadId
 from lens.heads import agreement
-from lens.heads.likeness.compared import HeadSimilarity
+from lens.heads.likeness.head_similarity import HeadSimilarity
 from lens.heads.measures.scores import HeadScores, Intervention
 
 

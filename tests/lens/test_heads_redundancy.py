@@ -11,7 +11,7 @@ from lens.common.errors import LensError
 from lens.common.head_ids import HeadId
 from lens.figures.similarity import similarity_map
 from lens.heads import similarity
-from lens.heads.likeness.compared import HeadSimilarity
+from lens.heads.likeness.head_similarity import HeadSimilarity
 from lens.heads.likeness.redundancy import clusters, redundancy
 
 INDUCTION = ["L1H0", "L1H2", "L1H3"]

@@ -12,7 +12,7 @@ from lens.common.errors import LensError
 from lens.common.head_ids import HeadId
 from lens.heads import similarity
 from lens.heads.likeness import pairs
-from lens.heads.likeness.compared import HeadSimilarity
+from lens.heads.likeness.head_similarity import HeadSimilarity
 from lens.heads.likeness.pairs import dependence
 from lens.heads.likeness.states import HeadStates, read_states
 from lens.passes.inputs import read_prompts

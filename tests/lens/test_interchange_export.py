@@ -164,7 +164,10 @@ def test_what_cannot_be_exported_is_refused(tmp_path, traces):
             lambda: to_headvis(traces, tmp_path / "a", keys=0),
             "keys must be a positive integer, got 0",
         ),
-        (lambda: to_headvis(traces, tmp_path / "a", least=1), "least must be from 0 to below 1, got 1"),
+        (
+            lambda: to_headvis(traces, tmp_path / "a", least=1),
+            "least must be from 0 to below 1, got 1",
+        ),
         (lambda: to_headvis(imported, tmp_path / "a"), "exact tiles need q, k and lse"),
         (lambda: to_headvis(other, tmp_path / "a"), "exact tiles need q, k and lse"),
         (lambda: to_csv(3, tmp_path / "x.csv"), "expected a DataFrame or a result"),  # type: ignore[arg-type]

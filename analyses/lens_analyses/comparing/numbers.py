@@ -7,7 +7,7 @@ import pandas as pd
 
 import lens
 from lens.runs import Comparison, Run
-from lens.runs.comparison.comparing import DEFINITIONS
+from lens.runs.comparison.two_runs import DEFINITIONS
 from lens.runs.first_screen import Shown
 from lens.traces.metrics import METRICS
 from lens_analyses.console import finite

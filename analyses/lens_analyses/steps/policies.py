@@ -9,7 +9,7 @@ import lens
 from lens.common.results import Sentence, ends, few, of_kind
 from lens.figures.policies import policy_runs, stability_bars
 from lens.policies import Policy
-from lens.policies.found import PolicySearch
+from lens.policies.policy_search import PolicySearch
 from lens.policies.running import PolicyRuns
 from lens.policies.scores import COLUMNS
 from lens.runs.headlines import Headline

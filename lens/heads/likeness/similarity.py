@@ -15,7 +15,7 @@ import numpy as np
 from scipy.special import entr
 
 from lens.common.errors import LensError
-from lens.heads.likeness.compared import HeadSimilarity, Likeness, cosine, ratio
+from lens.heads.likeness.head_similarity import HeadSimilarity, Likeness, cosine, ratio
 
 if TYPE_CHECKING:
     from lens.models.loaded import LoadedModel

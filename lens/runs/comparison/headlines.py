@@ -24,8 +24,8 @@ from lens.runs.schema import KIND_WORDS
 from lens.traces.metrics import METRICS
 
 if TYPE_CHECKING:
-    from lens.runs.comparison.comparing import Comparison
     from lens.runs.comparison.series import RunSeries
+    from lens.runs.comparison.two_runs import Comparison
     from lens.runs.folders import Run
 
 _LOSS = "loss"

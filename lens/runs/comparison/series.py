@@ -17,9 +17,9 @@ from lens.common.errors import LensError
 from lens.common.given import given_as
 from lens.common.head_ids import head_columns
 from lens.common.results import Result, Sentence, few
-from lens.runs.comparison.comparing import compare_runs
 from lens.runs.comparison.first_token import emerged, first_token
 from lens.runs.comparison.pairing import SEEN, SHARES
+from lens.runs.comparison.two_runs import compare_runs
 from lens.runs.folders import Run
 from lens.runs.schema import KIND_WORDS
 from lens.traces.findings import findings
