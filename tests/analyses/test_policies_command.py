@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from lens_analyses.steps import policies as steps
 from lens_dashboards.library import Library
 from lens_dashboards.pages.policies import advice
 from lens_dashboards.views import render
@@ -24,7 +25,11 @@ COMMAND = (
 
 @pytest.fixture(scope="module")
 def run(lens_command, tmp_path_factory):
-    answer = lens_command(*COMMAND.split(), "--out", tmp_path_factory.mktemp("policies"), "--json")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(steps, "_NEEDLES", 2)
+        answer = lens_command(
+            *COMMAND.split(), "--out", tmp_path_factory.mktemp("policies"), "--json"
+        )
     assert answer.code == 0, answer.err
     return open_run(answer.json["path"])
 

