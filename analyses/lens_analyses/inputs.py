@@ -27,13 +27,13 @@ from lens_analyses.pictured import (
     reads_pictures,
     unchanged,
 )
-from lens_analyses.planned import PlannedPrompt, Source, copied_prompts, cut, say_of
+from lens_analyses.planned import PlannedPrompt, Source, asked_of, copied_prompts, cut, say_of
 
 if TYPE_CHECKING:
     from lens.models.loaded import LoadedModel
 
 
-OF_PARTS = ("profile", "heads", "sinks")
+OF_PARTS = ("profile", "heads", "sinks", "generate")
 """What a command does that takes encoder-decoders, one attention at a time."""
 _READ = {
     "input_ids": "text",
@@ -232,7 +232,7 @@ def _pairs(model: "LoadedModel", config: RunConfig, sources: list[Source]) -> li
     for source in sources:
         for piece in cut(model, config, source):
             given = piece.ids if source.target is None else (piece.ids, source.target)
-            prompt = read_sources(model, given)[0][0]
+            prompt = read_sources(model, given, asked_of(config))[0][0]
             ids, target = prompt.ids or [], prompt.target or []
             keys = target if model.chosen == "decoder" else ids
             title = f"{piece.title}, target of {len(target)} tokens"
@@ -247,7 +247,7 @@ def _heard_or_seen(model: "LoadedModel", config: RunConfig, source: Source) -> P
 
     path = Path(source.text)
     given = path if source.target is None else (path, source.target)
-    target = read_sources(model, given)[0][0].target or []
+    target = read_sources(model, given, asked_of(config))[0][0].target or []
     said = say_of(model)(target)
     title = f"{source.title}, target of {len(target)} tokens"
     if model.chosen == "decoder":

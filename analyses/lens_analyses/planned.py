@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from lens.common.errors import LensError
 from lens.models import vocabulary
 from lens_analyses.config import RunConfig
+from lens_analyses.console import UsageError
 
 if TYPE_CHECKING:
     from lens.models.loaded import LoadedModel
@@ -133,3 +134,19 @@ def say_of(model: "LoadedModel") -> Callable[[list[int]], str]:
         return model.tokenizer.decode(body)
 
     return say
+
+
+def asked_of(config: RunConfig) -> Any:
+    """What an encoder-decoder shall write for each source (`Asked`); None where `lens generate` was not called.
+
+    Raises:
+        UsageError: targets are given to it.
+    """
+    from lens.passes.sources import Asked
+
+    settings: Any = config.analysis
+    if config.what != "generate":
+        return None
+    if getattr(config.prompts, "target", None) is not None:
+        raise UsageError("`lens generate` has the model write the targets; leave --target out")
+    return Asked(settings.new, float(settings.temperature), config.seed)

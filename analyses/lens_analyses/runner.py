@@ -278,7 +278,8 @@ class _Execution:
     def _capture(self, row: dict[str, Any], prompt: PlannedPrompt, folder: Path) -> None:
         start = time.monotonic()
         how = {}
-        if isinstance(asked := self._config.analysis, GenerateSettings) and prompt.kind == "text":
+        asked, written = self._config.analysis, self._model.is_encoder_decoder  # as it was planned
+        if isinstance(asked, GenerateSettings) and prompt.kind == "text" and not written:
             how = {"new": asked.new, "temperature": float(asked.temperature)}
         trace = lens.capture(
             self._model,

@@ -12,26 +12,30 @@ from lens.figures.rows import classes
 from lens.figures.style import Look, escaped, style
 
 
-def written_steps(table: pd.DataFrame, **look: Unpack[Look]) -> go.Figure:
-    """Share of attention on the prompt for each token that was written, and that of uniform attention, dashed.
+def written_targets(
+    table: pd.DataFrame, column: str, words: str, said: str, **look: Unpack[Look]
+) -> go.Figure:
+    """A number of each token that an encoder-decoder wrote, and that of uniform attention, dashed.
 
     Args:
-        table: with the columns prompt_id, step, token, prompt and prompt_uniform.
+        table: with the columns prompt_id, step, token, `column` and `{column}_uniform`.
+        column: which number.
+        words, said: of the axis and of the figure.
     """
     figure = go.Figure()
     for color, name, rows in classes(table, "prompt_id"):
         figure.add_scatter(
             x=rows["step"],
-            y=rows["prompt"],
+            y=rows[column],
             text=[escaped(repr(token)) for token in rows["token"]],
             mode="lines+markers",
             line={"color": color},
             name=name,
-            hovertemplate="token %{x} %{text}: %{y:.3f} on the prompt<extra></extra>",
+            hovertemplate="token %{x} %{text}: %{y:.3f}<extra></extra>",
         )
         figure.add_scatter(
             x=rows["step"],
-            y=rows["prompt_uniform"],
+            y=rows[f"{column}_uniform"],
             mode="lines",
             line={"color": BASELINE, "dash": "dash"},
             name=f"{name}, uniform attention",
@@ -39,5 +43,21 @@ def written_steps(table: pd.DataFrame, **look: Unpack[Look]) -> go.Figure:
             showlegend=False,
         )
     figure.update_xaxes(title="token that was written", dtick=max(1, len(table) // 16))
-    figure.update_yaxes(title="attention on the prompt, mean over heads", range=[0, 1.02])
-    return style(figure, "How much heads look back at the prompt, token by token", look, height=340)
+    figure.update_yaxes(title=words, rangemode="tozero")
+    return style(figure, said, look, height=340)
+
+
+def written_steps(table: pd.DataFrame, **look: Unpack[Look]) -> go.Figure:
+    """Share of attention on the prompt for each token that was written, and that of uniform attention, dashed.
+
+    Args:
+        table: with the columns prompt_id, step, token, prompt and prompt_uniform.
+    """
+    figure = written_targets(
+        table,
+        "prompt",
+        "attention on the prompt, mean over heads",
+        "How much heads look back at the prompt, token by token",
+        **look,
+    )
+    return figure.update_yaxes(range=[0, 1.02])

@@ -20,7 +20,7 @@ NEED_TEXT = ("sinks", "redistribute", "policies", "mixers", "examples", "generat
 """Analyses that copied prompts alone do not do for."""
 _SOURCES = ("prompt", "text", "text_name", "batch", "audio", "image")
 _OF_LABELS = ("heads", "circuit")
-_OF_PARTS = ("heads", "sinks")  # of an encoder-decoder, one attention at a time
+_OF_PARTS = ("heads", "sinks", "generate")  # of an encoder-decoder, one attention at a time
 _OF_TASKS = ("heads", "redistribute", "explain", "patch", "circuit")
 _IN_PAIRS = ("patch", "circuit")
 
@@ -96,7 +96,9 @@ def _check(config: Mapping[str, Any], what: str) -> None:
             f"`lens {what}` takes no labelled prompts; `lens heads` and `lens circuit` do"
         )
     if what not in _OF_PARTS and config.get("model", {}).get("part"):
-        raise LensError(f"`lens {what}` takes no encoder-decoder; `lens heads` and `lens sinks` do")
+        raise LensError(
+            f"`lens {what}` takes no encoder-decoder; `lens heads`, `lens sinks` and `lens generate` do"
+        )
     if what in NEED_TEXT and not any(prompts.get(name) for name in _SOURCES):
         raise LensError(
             f"`lens {what}` needs text, and this run has copied prompts alone; make a run with --prompt WORDS, --text FILE or "

@@ -174,7 +174,7 @@ def test_a_part_alone_whose_targets_the_model_writes(folder, lens_command, tmp_p
     ("words", "said"),
     [
         (("run", "--copied", "2"), "an encoder-decoder reads sources"),
-        (("policies", "--text-name", "lily"), "`lens run`, `lens heads` and `lens sinks` take"),
+        (("policies", "--text-name", "lily"), "`lens run`, `lens heads`, `lens sinks` and `lens generate` take"),
         (("run", "--audio", "ONE"), "reads input_ids, and --audio is a sound; give --text FILE"),
         (("run", "--image", "nowhere.png"), "no picture "),
         (("run", "--audio", "ONE", "--tokens", "3"), "--tokens cuts texts"),
@@ -363,3 +363,33 @@ def test_a_picture_is_read_by_the_commands_and_sinks_are_looked_for(lens_command
         render(Library(tmp_path / "runs"), f"/run/{run.id}/head/1/2", "?prompt=p000&query=1")
     )
     assert "Attention of L1H2 on the picture" in page
+
+
+def test_generate_has_the_model_write_each_target(folder, tmp_path, lens_command):
+    asked = ["generate", "--model", folder / "t5", "--prompts", folder / "sources.txt", "--new", 7]
+    answer = lens_command(*asked, "--out", tmp_path, "--json")
+    assert answer.code == 0, answer.err
+    made = [open_run(path) for path in (answer.json["path"], *answer.json["beside"])]
+    runs = {run.meta["model"]["part"]: run for run in made}
+    assert [problem for run in made for problem in validate(run)] == []
+    model = transformers.T5ForConditionalGeneration.from_pretrained(
+        folder / "t5", attn_implementation="eager"
+    ).eval()
+    trace = runs["cross"].trace("p001")
+    source = torch.tensor([trace.dataset["token_id"].values.tolist()])
+    ids = model.generate(source, max_new_tokens=7, do_sample=False)[:, :-1]
+    assert trace.dataset["query_token_id"].values.tolist() == ids[0].tolist()
+    with torch.no_grad():
+        own = model(source, decoder_input_ids=ids, output_attentions=True)
+    cross, decoder = torch.cat(own.cross_attentions), torch.cat(own.decoder_attentions)
+    entropy = -torch.special.xlogy(cross, cross).sum(-1).mean((0, 1))[1:]
+    for part, column, expected in (
+        ("cross", "entropy", entropy),
+        ("decoder", "start", decoder[..., 0].mean((0, 1))[1:]),
+    ):
+        steps = runs[part].section("generation").tables["steps"].query("prompt_id == 'p001'")
+        assert steps[column].tolist() == pytest.approx(expected.tolist(), abs=1e-5)
+    assert steps["start_uniform"].tolist() == pytest.approx([1 / n for n in range(2, 8)])
+    assert "before anything is written" in runs["encoder"].unsupported["generation"]
+    refused = lens_command(*asked, "--target", folder / "targets.txt", "--out", tmp_path)
+    assert (refused.code, "leave --target out" in refused.err) == (2, True)

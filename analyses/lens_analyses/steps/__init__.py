@@ -136,6 +136,7 @@ _OF_PARTS: dict[str, dict[str, Step | str]] = {
         "pruning": f"orders of heads to prune: {_ONE_ROW}",
         "layers": "sub-layers are of one residual stream, and an encoder-decoder has two",
     },
+    "generate": {"generation": Step("generation", "written")},
     "sinks": {
         "detection": Step("detection", "parts"),
         "mechanism": f"keys, values and massive activations: {_ONE_ROW}",
@@ -149,6 +150,9 @@ _OF_PARTS: dict[str, dict[str, Step | str]] = {
     },
 }
 """Of one attention of an encoder-decoder: what stands in the place of a step, or why there is no such section."""
+_OF_ENCODER: dict[str, Step | str] = {
+    "generation": "the encoder has read the source before anything is written"
+}
 _CAUSAL_ALONE = "sparse patterns are those of causal heads; the decoder has such"
 
 
@@ -156,7 +160,8 @@ def steps_of(what: str, part: str) -> tuple[Step, ...]:
     """The steps of a run, in order; `part` is that of an encoder-decoder, "" of other models."""
     if not part:
         return STEPS[what]
-    instead = _OF_PARTS.get(what, {}) | ({} if part == "decoder" else {"patterns": _CAUSAL_ALONE})
+    instead = _OF_PARTS.get(what, {}) | (_OF_ENCODER if part == "encoder" else {})
+    instead = instead | ({} if part == "decoder" else {"patterns": _CAUSAL_ALONE})
     found = []
     for step in STEPS[what]:
         other = instead.get(step.name, step)
