@@ -29,12 +29,12 @@ def cross_map(
     if small and not trace.tile_refusal(layer, head):
         values = trace.tile(layer, head, (0, trace.queries), (0, trace.length))
         rows, columns = np.arange(trace.queries), np.arange(trace.length)
-        what = "probability"
+        what = ""  # the bar of colours says probability
     else:
         data, size = trace.select((layer, head)), trace.attrs["block_size"]
         values = data["block_mass"].values
         rows, columns = (np.arange(n) * size + (size - 1) / 2 for n in values.shape)
-        what = f"block mass, {size} tokens a cell"
+        what = f", block mass, {size} tokens a cell"
     step = 1 if seconds is None else seconds
     figure = go.Figure(
         go.Heatmap(
@@ -65,7 +65,7 @@ def cross_map(
         figure.update_xaxes(title=across, tickangle=-60, **_named(trace.tokens))
     else:
         figure.update_xaxes(title="source (seconds)")
-    title = f"L{layer}H{head}: cross-attention, {what}"
+    title = f"L{layer}H{head}: cross-attention{what}"
     return style(figure, title, look, meta=meta)
 
 

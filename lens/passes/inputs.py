@@ -19,7 +19,7 @@ from lens.models.loaded import LoadedModel, check_loaded
 from lens.models.sizes import reads_pictured_text
 from lens.passes.padding import without_padding_before
 from lens.passes.pictures import Picture, check_noise, is_picture, prepared, reads_pictures_alone
-from lens.passes.sessions import PACKED, base
+from lens.passes.sessions import PACKED, base, main_input
 from lens.passes.sounds import is_sound, prepared_sound, reads_sounds
 
 
@@ -318,7 +318,7 @@ def _unpacked(model: LoadedModel, tensors: Mapping[str, torch.Tensor], main: str
 
 def model_input(model: LoadedModel) -> str:
     """The name of what the model reads: as transformers notes it, which of some vision towers and of BLIP-2 is another."""
-    noted, takes = str(getattr(base(model), "main_input_name", "input_ids")), accepted(model)
+    noted, takes = main_input(base(model)) or "input_ids", accepted(model)
     if noted in takes:
         return "input_ids" if reads_pictured_text(base(model)) else noted
     if "pixel_values" in takes:

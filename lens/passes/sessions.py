@@ -350,11 +350,17 @@ def base(model: LoadedModel) -> nn.Module:
     inner = getattr(root, "base_model", root)
     if not (_has_head(root) or model.is_bridge):  # what wraps it may change what it reads (DPR)
         return root
-    reads = getattr(
-        root, "main_input_name", None
-    )  # its inner part may read something else (DINOv3)
+    reads = main_input(root)  # its inner part may read something else (DINOv3)
     takes = inspect.signature(inner.forward).parameters
     return inner if reads is None or reads in takes else root
+
+
+def main_input(root: nn.Module) -> str | None:
+    """The name of what a model reads, as transformers notes it; of several (OneFormer) the first."""
+    noted: Any = getattr(root, "main_input_name", None)
+    if isinstance(noted, list | tuple):
+        noted = next(iter(noted), None)
+    return noted
 
 
 def _has_head(root: Any) -> bool:

@@ -4,13 +4,16 @@ import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import transformers
 from lens_analyses import runner
+from lens_analyses.steps import parts
 from lens_dashboards.library import Library
 from lens_dashboards.views import render
 from PIL import Image
@@ -174,7 +177,10 @@ def test_a_part_alone_whose_targets_the_model_writes(folder, lens_command, tmp_p
     ("words", "said"),
     [
         (("run", "--copied", "2"), "an encoder-decoder reads sources"),
-        (("policies", "--text-name", "lily"), "`lens run`, `lens heads`, `lens sinks` and `lens generate` take"),
+        (
+            ("policies", "--text-name", "lily"),
+            "`lens run`, `lens heads`, `lens sinks` and `lens generate` take",
+        ),
         (("run", "--audio", "ONE"), "reads input_ids, and --audio is a sound; give --text FILE"),
         (("run", "--image", "nowhere.png"), "no picture "),
         (("run", "--audio", "ONE", "--tokens", "3"), "--tokens cuts texts"),
@@ -393,3 +399,11 @@ def test_generate_has_the_model_write_each_target(folder, tmp_path, lens_command
     assert "before anything is written" in runs["encoder"].unsupported["generation"]
     refused = lens_command(*asked, "--target", folder / "targets.txt", "--out", tmp_path)
     assert (refused.code, "leave --target out" in refused.err) == (2, True)
+
+
+def test_the_order_of_a_few_tokens_is_no_headline():
+    row = {"name": "L1H1", "monotonicity": 1.0}
+    row |= dict.fromkeys(("monotonicity_low", "monotonicity_high"), np.nan)
+    table = pd.DataFrame([row, row | {"monotonicity": 0.1}])
+    few, many = (parts._aligned(table, [SimpleNamespace(queries=count)]) for count in (3, 30))
+    assert (few, many[0].value) == ((), 1.0)

@@ -445,3 +445,11 @@ def test_a_seed_that_is_none_is_refused_before_any_work(seed):
 def test_what_is_of_another_kind_is_refused_by_its_name(call, said):
     with pytest.raises(LensError, match=said):
         call(lens.load("induction-2l"))
+
+
+def test_of_several_inputs_that_a_class_notes_the_first_is_meant():
+    sizes = SIZES | {"image_size": 16, "patch_size": 8}
+    sizes.pop("vocab_size")
+    model = transformers.ViTForImageClassification(transformers.ViTConfig(**sizes)).eval()
+    model.main_input_name = ["pixel_values", "task_inputs"]  # as OneFormer has
+    assert lens.load(model).check < 1e-5

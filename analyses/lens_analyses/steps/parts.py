@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
+from scipy.stats import norm
 
 import lens
 from lens import edits, sinks
@@ -14,7 +15,6 @@ from lens.figures.cross import cross_map
 from lens.figures.sink_effects import migration_maps
 from lens.runs.headlines import Headline
 from lens.runs.sections import Section
-from lens.traces.alignment import Alignment
 from lens.traces.alignment import alignment as aligned
 from lens.traces.trace import AttentionTrace
 from lens_analyses.steps.columns import defined
@@ -61,7 +61,7 @@ def alignment(subject: Subject) -> Section:
         configuration={"prompts": len(traces), "seconds": found.seconds, "seed": subject.seed},
         tables={"heads": table},
         figures={"heads": found.plot()} | _maps(table, traces[0]),
-        headlines=_aligned(found, table),
+        headlines=_aligned(table, traces),
     )
 
 
@@ -76,13 +76,20 @@ def _maps(table: pd.DataFrame, trace: AttentionTrace) -> dict[str, go.Figure]:
     }
 
 
-def _aligned(found: Alignment, table: pd.DataFrame) -> tuple[Headline, ...]:
-    """The head of the highest monotonicity; strongest keys in random order have 0."""
+def _aligned(table: pd.DataFrame, traces: list[AttentionTrace]) -> tuple[Headline, ...]:
+    """The head of the highest monotonicity; strongest keys in random order have 0.
+
+    Of one prompt, which gives no interval, none where the best of as many random orders of its few tokens would have as much.
+    """
     ordered = table.dropna(subset=["monotonicity"])
     if ordered.empty:
         return ()
     best = ordered.iloc[int(ordered["monotonicity"].to_numpy().argmax())]
     value, low, high = (float(best[f"monotonicity{end}"]) for end in ("", "_low", "_high"))
+    rows = traces[0].queries
+    scatter = (2 * (2 * rows + 5) / (9 * rows * (rows - 1))) ** 0.5  # of tau, of random orders
+    if len(traces) == 1 and value <= norm.isf(0.05 / len(table)) * scatter:
+        return ()
     return (
         Headline(
             f"{best['name']} goes on through the source as the target does: Kendall's tau of its strongest keys is "
