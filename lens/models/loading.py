@@ -23,7 +23,12 @@ from lens.models.catalogue import DEFAULT_MODEL, KNOWN, is_hub_id, unknown_model
 from lens.models.checkpoints import check_layers, trained
 from lens.models.loaded import LoadedModel, ModelInfo, is_bridge
 from lens.models.processors import check_given, read_processor
-from lens.models.quantised import class_of, names_tokens, readable_weights
+from lens.models.quantised import (
+    class_of,
+    names_tokens,
+    readable_weights,
+    refuse_torch_quantised,
+)
 from lens.models.sizes import (
     NoHeadsError,
     describe,
@@ -90,6 +95,7 @@ def _from_object(model: Any, tokenizer: Any) -> LoadedModel:
                 "call model.eval() first"
             )
         _refuse_absent_weights(model)
+        refuse_torch_quantised(model)
         name = str(model.config.name_or_path or type(model).__name__)
         return _described(model, tokenizer, Path(name).name)
     if is_bridge(model):

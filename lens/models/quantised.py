@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
+from torch import nn
 
 from lens.common.errors import LensError, told
 
@@ -69,3 +70,19 @@ def readable_weights(config: Any, name: str) -> Iterator[None]:
         )
     ):
         yield
+
+
+def refuse_torch_quantised(model: nn.Module) -> None:
+    """Refuse layers of `torch.ao.quantization`: no gradient passes them, and one scale rounds all tokens that they read.
+
+    Raises:
+        LensError: there is one.
+    """
+    kinds = (type(one) for one in model.modules())
+    kind = next((one for one in kinds if one.__module__.startswith("torch.ao.nn.quantized")), None)
+    if kind is not None:
+        raise LensError(
+            f"{type(model).__name__} has layers that torch quantised ({kind.__module__}.{kind.__name__}): no gradient passes "
+            "them, and what they compute of a token hangs on all the others; load the model in float32, bfloat16, GGUF or "
+            "4 or 8 bit of bitsandbytes"
+        )

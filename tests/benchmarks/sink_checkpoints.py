@@ -10,7 +10,7 @@ a run of each, and `series.html`, in a folder for the seed, and prints its sente
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -32,20 +32,25 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=2, help="Of the weights and batches.")
     parser.add_argument("--out", type=Path, default=Path("runs/sink-checkpoints"))
     given = parser.parse_args()
-    given.out = given.out / f"seed-{given.seed}"
-    given.out.mkdir(parents=True, exist_ok=True)
-    prompts = given.out / "prompts.txt"
-    prompts.write_text("\n".join(texts(16, seed=1)) + "\n", encoding="utf-8")
-    for step, folder in checkpoints(given.steps, given.out, given.seed):
+    words = ["run", "--copied", "0"]
+    folders = checkpoints(given.steps, given.out / f"seed-{given.seed}", given.seed)
+    compared(folders, given.out / f"seed-{given.seed}", texts(16, seed=1), words)
+
+
+def compared(
+    folders: Iterable[tuple[int, Path]], out: Path, prompts: Sequence[str], words: Sequence[str]
+) -> None:
+    """A run of each checkpoint on these prompts with this command, and the series of them."""
+    out.mkdir(parents=True, exist_ok=True)
+    given = out / "prompts.txt"
+    given.write_text("\n".join(prompts) + "\n", encoding="utf-8")
+    runs = []
+    for step, folder in folders:
         print(f"step {step}: {folder}", flush=True)
-        words = ["run", "--model", str(folder), "--prompts", str(prompts), "--copied", "0"]
-        lens([*words, "--out", str(given.out / "runs"), "--quiet"])
-    runs = [
-        str(one)
-        for step in given.steps
-        for one in sorted((given.out / "runs").glob(f"*step-{step}-*"))
-    ]
-    lens(["compare", *runs, "--out", str(given.out)])
+        asked = [words[0], "--model", str(folder), "--prompts", str(given), *words[1:]]
+        lens([*asked, "--out", str(out / "runs"), "--quiet"])
+        runs += sorted(map(str, (out / "runs").glob(f"*step-{step}-*")))
+    lens(["compare", *runs, "--out", str(out)])
 
 
 def lens(words: list[str]) -> None:
@@ -101,9 +106,9 @@ def texts(count: int, seed: int) -> list[str]:
     return [" ".join(f"s{one}" for one in row[1:].tolist()) for row in drawn(count, seed)]
 
 
-def tokenizer() -> transformers.PreTrainedTokenizerFast:
-    """Words s1 to s16, behind the first token."""
-    words = {"<s>": START} | {f"s{FIRST + number}": FIRST + number for number in range(SYMBOLS)}
+def tokenizer(symbols: int = SYMBOLS) -> transformers.PreTrainedTokenizerFast:
+    """Words s1, s2 and so on, behind the first token."""
+    words = {"<s>": START} | {f"s{FIRST + number}": FIRST + number for number in range(symbols)}
     made = Tokenizer(models.WordLevel(words, unk_token="<s>"))
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # pyright: ignore[reportAttributeAccessIssue]
     made.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", START)])  # pyright: ignore[reportAttributeAccessIssue]

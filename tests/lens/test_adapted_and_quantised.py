@@ -261,6 +261,16 @@ def test_what_is_rounded_before_it_is_multiplied_has_no_one_weight(folder):
         lens.heads.weights.composition(rounded)
 
 
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
+def test_layers_that_torch_quantised_are_refused(folder):
+    """Gradients through them were None, and the importance by gradients of every head was 0."""
+    root = AutoModelForCausalLM.from_pretrained(folder / "base").eval()
+    quantised = torch.ao.nn.quantized.dynamic.Linear(32, 32)
+    root.model.layers[1].self_attn.o_proj = quantised
+    with pytest.raises(LensError, match=r"torch quantised \(torch.ao.nn.quantized.dynamic.*8 bit"):
+        lens.load(root)
+
+
 @pytest.mark.parametrize("method", ["gptq", "awq", "aqlm"])
 def test_weights_whose_reader_is_missing_are_refused_in_one_line(folder, tmp_path, method):
     shutil.copytree(folder / "base", tmp_path / "base")
