@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from lens.runs import compare_runs, compare_series
@@ -109,6 +110,23 @@ def test_a_series_tells_its_steps_and_no_head_twice(tmp_path):
     shown = [line.name for line in found[0].picture.data if line.showlegend]
     assert shown in ([], ["L1H0"])
     assert max(line.line.width for line in found[0].picture.data if line.name == "L1H0") == 2
+
+
+def test_of_a_loss_the_largest_step_is_told_and_not_the_surest(tmp_path):
+    series = jumped(tmp_path)
+    steps = pd.DataFrame(
+        {
+            "prompts": "copied",
+            "what": "loss_repeat",
+            "place": [1, 2],
+            "a": [3.4, 3.2],
+            "b": [3.2, 0.9],
+        }
+        | {"difference": [-0.2, -2.3], "low": [-0.21, -2.8], "high": [-0.19, -1.8], "n": 4}
+    )
+    found = of_series(replace(series, losses=steps))
+    (told,) = (one.headline.text for one in found if "loss" in one.headline.text)
+    assert f"falls by 2.3 [1.8, 2.8], from 3.20 nats a token in {series.names[1]}" in told
 
 
 def test_a_kind_of_head_that_a_run_did_not_measure_is_not_counted_as_none(tmp_path):

@@ -51,8 +51,9 @@ def of_comparison(comparison: Comparison) -> list[Shown]:
 
 
 def of_series(series: RunSeries) -> list[Shown]:
-    """The first screen of a series: the same of the steps from one run to the next."""
+    """The first screen of a series: the same of the steps from one run to the next, of a loss that of the largest one."""
     found: list[_Change] = []
+    largest: dict[str, _Change] = {}  # loss on a kind of prompts
     for place in range(1, len(series.runs)):
         ends = series.names[place - 1], series.names[place]
         rows = series.heads[series.heads["place"] == place]
@@ -62,7 +63,10 @@ def of_series(series: RunSeries) -> list[Shown]:
         if _tokens(series.runs[place - 1]) != _tokens(series.runs[place]):
             rows["a"] = np.nan  # `b` is a mean over other prompts than the difference
         found += _of_heads(rows, *ends)
-        found += _of_losses(series.losses[series.losses["place"] == place], *ends)
+        for one in _of_losses(series.losses[series.losses["place"] == place], *ends):
+            before = largest.setdefault(one.prompts, one)
+            largest[one.prompts] = max(before, one, key=lambda step: step.headline.low)
+    found += largest.values()
     return _shown(
         found, lambda one: series_lines(series, one.metric, "raw", one.prompts, heads=(one.head,))
     )
