@@ -154,6 +154,18 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         norm="layer",
         parallel="use_parallel_residual",
     ),
+    "bloom": Architecture(
+        blocks="h",
+        attention="self_attention",
+        qkv=("query_key_value",),
+        joint="heads",
+        output="self_attention.dense",
+        mlp=("mlp.dense_h_to_4h", "mlp.gelu_impl", "mlp.dense_4h_to_h"),
+        final_norm="ln_f",
+        norm="layer",
+        after_embedding=("word_embeddings_layernorm",),
+    ),
+    "smollm3": _LLAMA,
     "opt": Architecture(
         blocks="decoder.layers",
         output="self_attn.out_proj",

@@ -76,6 +76,8 @@ def test_the_highest_row_stands_beside_the_median_of_the_others():
     (one,) = of_highest(table, "drop", "{name}: {value}, others {baseline}", "x")
     assert one.text == "c: 4 [3.95, 4.05], others 0.2"
     assert one.baseline == pytest.approx(0.2)
+    (one,) = of_highest(table, "drop", "{name}: {value}, others {baseline}", "x", spec=".1%")
+    assert one.text == "c: 400.0% [395.0%, 405.0%], others 20.0%"
     assert not list(of_highest(table[:1], "drop", "{name}", "x"))
 
 

@@ -46,6 +46,29 @@ def test_uniform_causal_rows(backend, device):
 
 
 @pytest.mark.parametrize(("backend", "device"), BACKENDS)
+def test_rows_on_one_key(backend, device):
+    """Row i looks at key i - 7 (or the first) alone: no entropy, one key, and the distance itself."""
+    keys = torch.eye(31, 32, device=device)
+    at = (torch.arange(31) - 7).clamp(min=0)
+    names = ("max_logit", "entropy", "concentration", "distance", "moments")
+    problem = make_problem(
+        200 * keys[at][None, None], keys[None, None], keys[None, None], mask=CAUSAL, scale=1.0, statistics=names,
+    )  # fmt: skip
+    got = run_or_skip(backend, problem).tensors
+    expected = {
+        "max_logit": torch.full((31,), 200.0),
+        "entropy": torch.zeros(31),
+        "concentration": torch.ones(31),
+        "distance": torch.arange(31) - at,
+        "moments": torch.stack((at, at**2), dim=-1),
+    }
+    for name in names:
+        assert torch.allclose(got[name][0, 0].cpu().double(), expected[name].double(), atol=1e-5), (
+            name
+        )
+
+
+@pytest.mark.parametrize(("backend", "device"), BACKENDS)
 def test_uniform_causal_columns(backend, device):
     """received_j = H_N - H_{j-1}; distance d holds H_N - H_d."""
     got = uniform(backend, device, 97, ("received", "diagonal"))

@@ -36,6 +36,8 @@ _CAUSAL: dict[str, tuple[str, dict[str, Any]]] = {
     "olmo2": ("Olmo2", _TEXT),
     "olmo3": ("Olmo3", {**_TEXT, **_SLIDING}),
     "gpt2": ("GPT2", {"vocab_size": VOCAB, "n_positions": 64, "n_embd": 24, "n_layer": 3, "n_head": 6}),
+    "bloom": ("Bloom", {"vocab_size": VOCAB, "hidden_size": 24, "n_layer": 3, "n_head": 6}),
+    "smollm3": ("SmolLM3", _TEXT),
     "gpt_neox": ("GPTNeoX", {**_MULTI, "use_parallel_residual": True}),
     "phi": ("Phi", {**_MULTI, "num_key_value_heads": 2, "qk_layernorm": True, "partial_rotary_factor": 0.5}),
     "phi3": ("Phi3", {**_MULTI, "num_key_value_heads": 2}),

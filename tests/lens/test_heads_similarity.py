@@ -13,7 +13,7 @@ from lens.common.head_ids import HeadId
 from lens.heads import similarity
 from lens.heads.likeness import pairs
 from lens.heads.likeness.head_similarity import HeadSimilarity
-from lens.heads.likeness.pairs import dependence
+from lens.heads.likeness.pairs import dependence, divergence
 from lens.heads.likeness.states import HeadStates, read_states
 from lens.passes.inputs import read_prompts
 from tests.lens.architectures import VOCAB, build
@@ -168,6 +168,23 @@ def test_divergence_is_symmetric_bounded_and_0_for_a_head_with_itself():
     assert values.max() <= np.log(2)
     assert values.diagonal() == pytest.approx(0, abs=1e-12)
     assert found.closeness.diagonal() == pytest.approx(1)
+
+
+def test_rows_apart_are_log_2_and_the_root_of_the_divergence_is_a_distance():
+    """Heads on the first key, on the own one, and half on each: no way round is shorter than the straight one."""
+    first, own = torch.zeros(9, 9, dtype=torch.float64), torch.eye(9, dtype=torch.float64)
+    first[:, 0] = 1
+    p = torch.stack([first, own, (first + own) / 2])
+    given = SimpleNamespace(output=p, length=9, first_row=1, rows=lambda rows: p[:, rows])
+    sums, counts = divergence(cast(HeadStates, given), cast(HeadStates, given))
+    values = (sums / counts).numpy()
+    half = (np.log(4 / 3) + np.log(2 / 3) / 2 + np.log(2) / 2) / 2
+    expected = [[0, np.log(2), half], [np.log(2), 0, half], [half, half, 0]]
+    np.testing.assert_allclose(values, expected, atol=1e-6)
+    model = lens.load("induction-2l")
+    for each in (values, similarity(model, induction_prompts(model, 2)).values):
+        root = np.sqrt(each.clip(0))
+        assert (root[:, :, None] <= root[:, None] + root.T[None] + 1e-9).all()
 
 
 def induction_prompts(model, n=6):

@@ -63,6 +63,10 @@ def test_the_parts_sum_to_the_logit(models, kind):
     call = calls[found.head.layer]
     group = 2 * call.key.shape[1] // call.query.shape[1]
     logit = call.scale * float(call.query[0, 2, 9].double() @ call.key[0, group, 7].double())
+    if call.position_bias is not None:
+        logit += float(
+            call.position_bias.expand(1, call.query.shape[1], LENGTH, LENGTH)[0, 2, 9, 7]
+        )
     scale = max(1, abs(logit))
     assert found.logit == pytest.approx(logit, rel=1e-6)
     assert abs(found.values.sum() - logit) < 1e-5 * scale
@@ -316,6 +320,23 @@ def test_rotary_embedding_is_told_from_content(models):
         gaps = (other[0, 1:] * ones[0, :-1]).sum(-1)
         assert torch.allclose(gaps, gaps[:1].expand(4))
         assert torch.equal(one[..., 6:], q[..., 6:])
+
+
+def test_a_bias_of_distance_is_a_part_of_its_own(models):
+    """ALiBi: a head's slope for every place between query and key, and none of it content."""
+    model = models("bloom")
+    found = explained(model, "bloom")
+    assert [names[-1] for names in found.parts] == ["position bias"] * 2
+    slope = float(
+        model.model.transformer.build_alibi_tensor(torch.ones(1, LENGTH), 6, torch.float64)[4, 0, 1]
+    )
+    own = (
+        found.table().set_index(["query_part", "key_part"]).loc[("position bias", "position bias")]
+    )
+    assert own["distance"] == pytest.approx(-2 * slope, rel=1e-6)
+    assert np.count_nonzero(found.values[-1]) == np.count_nonzero(found.values[:, -1]) == 1
+    content = (found.values - found.content)[:-1, :-1]
+    assert np.abs(content).max() < 1e-9
 
 
 def test_a_learned_sink_is_a_key(models):

@@ -257,8 +257,9 @@ def _headlines(sides: pd.DataFrame) -> Iterator[Headline]:
         yield from of_highest(
             own,
             "share",
-            "{name} looks there because of {part}: on the key side it carries {value} of the logit, the median "
-            "part {baseline}.",
+            "{name} looks there because of {part}: on the key side it carries {value} of what lifts the logit above the "
+            "mean of its row, the median part {baseline}.",
             "the median part",
+            spec=".1%",
             figure=f"parts_{str(name).lower()}",
         )

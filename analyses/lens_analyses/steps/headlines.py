@@ -162,6 +162,7 @@ def of_highest(
     unit: str = "",
     figure: str = "",
     whole: float = 0.0,
+    spec: str = ".3g",
 ) -> Iterator[Headline]:
     """The row that has most of a column, beside the median row.
 
@@ -172,6 +173,7 @@ def of_highest(
         others: what the median is of.
         unit, figure: of the headline.
         whole: size of what the column changes, where that is known: less than rounding of it is nothing.
+        spec: how its numbers are written.
     """
     try:
         best, fields = _highest_row(table, column)
@@ -179,8 +181,8 @@ def of_highest(
         return
     if not is_above_nothing(fields, whole):
         return
-    value = f"{fields['value']:.3g}{ends(fields['low'], fields['high'])}"
-    said = text.format(**(best | {"value": value, "baseline": f"{fields['baseline']:.3g}"}))
+    value = f"{fields['value']:{spec}}{ends(fields['low'], fields['high'], spec)}"
+    said = text.format(**(best | {"value": value, "baseline": f"{fields['baseline']:{spec}}"}))
     yield Headline(said, **fields, against=others, unit=unit, figure=figure)
 
 
