@@ -5,6 +5,7 @@ Of an architecture without a row `blocks` and `sublayers` still find the layers,
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -120,7 +121,8 @@ def sublayers(model: LoadedModel) -> list[SubLayers]:
     """What writes to the stream in each layer: of the table, else children with the usual names.
 
     Raises:
-        LensError: a bridge, layers that have no such children, or layers that share them (ALBERT).
+        LensError: a bridge, layers that have no such children, that share them (ALBERT), or whose children add the stream
+            themselves (MPT, RoBERTa).
     """
     row, kind, _ = _row(model)
     found, layers = [], blocks(model)
@@ -142,8 +144,24 @@ def sublayers(model: LoadedModel) -> list[SubLayers]:
                 f"layer {number} of {model.info.class_name} has no child named {', '.join(_ATTENTION)}, so "
                 "their sub-layers cannot be taken out; pass the transformers model"
             )
+        for part in filter(None, parts):
+            if _adds_the_stream(part):
+                raise LensError(
+                    f"{type(part).__name__} in layer {number} of {model.info.class_name} gives the residual stream with "
+                    "what it writes to it, so that it cannot be taken out alone; lens.edits.Ablate takes its heads"
+                )
         found.append(SubLayers(parts[0], parts[1]))
     return found
+
+
+def _adds_the_stream(part: nn.Module) -> bool:
+    """Whether a part, or one inside it, is given the stream beside what it reads, and adds it."""
+    for module in part.modules():
+        given = signature(module.forward).parameters
+        normed = any("norm" in type(child).__name__.lower() for child in module.children())
+        if "residual" in given or ("input_tensor" in given and normed):
+            return True
+    return False
 
 
 def named_sublayers(model: LoadedModel) -> dict[str, nn.Module]:

@@ -219,6 +219,43 @@ def test_what_is_not_in_the_table_is_refused_with_what_is():
         layout(lens.load(layout_model("opt", do_layer_norm_before=False)))
 
 
+@pytest.mark.parametrize(
+    ("kind", "sizes", "named"),
+    [
+        ("Mpt", {"d_model": 24, "n_layers": 2, "n_heads": 3}, "MptMLP"),
+        ("Roberta", {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 20}, "RobertaAttention"),
+    ],
+)  # fmt: skip
+def test_a_child_that_adds_the_stream_itself_is_not_taken_out(kind, sizes, named):
+    """At 0 it would take the whole stream with it."""
+    model = lens.load(
+        getattr(transformers, f"{kind}Model")(
+            getattr(transformers, f"{kind}Config")(vocab_size=61, **sizes)
+        ).eval()
+    )
+    with pytest.raises(
+        LensError, match=f"{named} in layer 0 of {kind}Model gives the residual stream"
+    ):
+        sublayers(model)
+
+
+@pytest.mark.parametrize("kind", ["bloom", "gpt2", "llama"])
+def test_a_sublayer_at_0_leaves_the_stream_as_it_was(models, kind):
+    """Attention of layer 0 alone, and both: the block gives what it was given."""
+    model = models(kind)
+    seen: dict = {}
+    block = blocks(model)[0]
+    handle = block.register_forward_hook(
+        lambda _, args, output: seen.update(
+            read=args[0], gave=output if torch.is_tensor(output) else output[0]
+        )
+    )
+    with torch.no_grad(), lens.edit(model, lens.edits.Ablate(["L0.attention", "L0.mlp"], "zero")):
+        model.model(torch.arange(3, 14)[None])
+    handle.remove()
+    torch.testing.assert_close(seen["gave"], seen["read"])
+
+
 def test_layers_and_sublayers_of_models_outside_the_table():
     model = lens.load(build("modernbert"))
     assert [type(block).__name__ for block in blocks(model)] == ["ModernBertEncoderLayer"] * 3
