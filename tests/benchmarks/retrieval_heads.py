@@ -5,7 +5,7 @@
 prints RETRIEVAL_HEADS.md, and writes it with `--write` after every length; lengths that stand there of the same command but for its
 lengths are kept, so that what stopped goes on. A needle stands at each depth of a book, which the next one follows where
 it is too short, and its first words end the prompt; every length is scored and masked by itself. Of one length a needle takes
-about 5 passes over the prompt and 3 + draws for each number of masked heads, each some 4 s of one core at 1,024 tokens and, at
+3 passes over the prompt and 3 + draws for each number of masked heads, each some 4 s of one core at 1,024 tokens and, at
 8,000, over a minute.
 """
 
