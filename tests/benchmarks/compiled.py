@@ -1,12 +1,11 @@
 """Compiles the Triton kernels that ship for sm_90 and sm_80, without a GPU, and writes the tables.
 
-    python tests/benchmarks/compiled.py [--all] [--minutes 13]
+    python tests/benchmarks/compiled.py [--all] [--minutes 60]
 
 writes compiled.csv (one row a kernel) and COMPILED.md (the worst of each kernel and of each mask) beside this file.
-Compiled is what the table lacks, and what stands there from other sources than today's; with `--all` everything: first
-what most models run, causal attention in bfloat16 with heads of 64 and 128. Both files are written once a minute, and
-after `--minutes` it stops: the rows that were reached are new, the others stay, and the next call goes on with them. Each row
-tells the version of Triton and the sources it was made from. The jobs are those of tests/kernels/triton_offline.py,
+Compiled is what the table lacks: a row holds while what is compiled, its tile and the version of Triton stay the same;
+with `--all` everything. Both files are written at the end and once a minute, with today's kernels alone, the commonest first, and after
+`--minutes` it stops: the next call goes on. The jobs are those of tests/kernels/triton_offline.py,
 and tests/kernels/test_triton_compile.py holds the table to account.
 """
 
@@ -17,10 +16,9 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
-from subprocess import Popen
-from threading import Thread
 from typing import Any
 
 import pandas as pd
@@ -32,13 +30,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 from tests.kernels import triton_offline  # noqa: E402
 
 ARCHES = (90, 80)
-_MASKS = ("causal", "apart", "decoding", "none", "window", "padding")
-"""Those that most models run, in that order."""
 TABLE = HERE / "compiled.csv"
 COLUMNS = (
     *triton_offline.CHOSEN,
     *("registers", "stack", "local", "shared", "products"),
-    *("instructions", "matrix_instructions", "waits", "serialised", "triton", "sources"),
+    *("instructions", "matrix_instructions", "waits", "serialised", "triton"),
 )
 Row = dict[str, Any]
 
@@ -70,13 +66,11 @@ def markdown(table: pd.DataFrame) -> str:
         "Made by `python tests/benchmarks/compiled.py` with "
         f"triton {', '.join(sorted(set(table['triton'])))}; nothing here ran on a GPU. Each "
         "line is the worst of several kernels",
-        "(compiled.csv has them one by one): registers of a thread (255 at most), bytes spilled, KB "
-        "of shared memory",
+        f"(compiled.csv has the {len(table)} one by one): registers of a thread (255 at most), bytes "
+        "spilled, KB of shared memory",
         "(227 on sm_90, 163 on sm_80), and what multiplies. wgmma takes tiles of 64 rows or more; "
         "`fma` is float32 without",
         "tensor cores, where three tf32 products would need more registers than there are.",
-        f"{sum(map(_today, table.to_dict('records')))} of {len(table)} rows are compiled from "
-        "today's kernels, the others from earlier ones with the same tiles.",
         "",
         "## By kernel",
         "",
@@ -93,92 +87,56 @@ def markdown(table: pd.DataFrame) -> str:
 
 def write(rows: list[Row]) -> None:
     """Both files."""
-    table = pd.DataFrame(rows, columns=list(COLUMNS)).replace("", None)
-    for name in ("instructions", "matrix_instructions", "waits"):  # rows of old have none
-        table[name] = pd.to_numeric(table[name]).astype("Int64")
+    table = pd.DataFrame(rows, columns=list(COLUMNS))
     table.to_csv(TABLE, index=False)
     (HERE / "COMPILED.md").write_text(markdown(table), encoding="utf-8")
 
 
-def shipped() -> list[Row]:
-    """What is chosen today, with nothing compiled, in the order of the jobs."""
-    started = [triton_offline.start(arch, "--list") for arch in ARCHES]
-    return [row for process in started for row in triton_offline.rows(process)]
-
-
-def _importance(job: triton_offline.Job) -> tuple[bool, bool, int]:
-    """The least comes first."""
-    place = _MASKS.index(job.mask) if job.mask in _MASKS else len(_MASKS)
-    return job.dtype != "bfloat16", job.dim not in (64, 128), place
-
-
-def compile_beside(known: list[Row], minutes: float, keep: Callable[[list[Row]], None]) -> None:
-    """Compile what is not `known`, for that time; `keep` is handed all that there is, once a minute and at the end."""
-    found: list[Row] = []
-
-    def read(process: Popen[str]) -> None:
-        assert process.stdout is not None
-        for line in process.stdout:
-            found.append(json.loads(line))
-
+def compiled(known: list[str]) -> Iterator[Row]:
+    """Each kernel whose `code` is not known, when it is made."""
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
-        json.dump([triton_offline.key(row) for row in known], file)
+        json.dump(known, file)
         file.flush()
-        jobs = [str(job) for job in sorted(triton_offline.JOBS, key=_importance)]
-        words = ("--known", file.name)
-        started = [triton_offline.start(arch, *jobs, *words, complaints=None) for arch in ARCHES]
-        readers = [Thread(target=read, args=(process,)) for process in started]
-        end = time.monotonic() + 60 * minutes
-        for reader in readers:
-            reader.start()
-        while (left := end - time.monotonic()) > 0 and any(one.is_alive() for one in readers):
-            next(one for one in readers if one.is_alive()).join(min(60.0, left))
-            keep(list(found))
-        for reader, process in zip(readers, started, strict=True):
-            late = reader.is_alive()
-            if late:
-                process.terminate()
-                reader.join()
-            if process.wait() and not late:
-                raise SystemExit("the compiler failed; what it said stands above")
-    keep(found)
+        process = triton_offline.start(*ARCHES, "--known", file.name, complaints=None)
+        assert process.stdout is not None
+        try:
+            yield from map(json.loads, process.stdout)
+        except GeneratorExit:
+            process.terminate()
+            process.wait()
+            raise
+    if process.wait():
+        raise SystemExit("the compiler failed; what it said stands above")
 
 
 def main() -> None:
     """Compile, and write both files."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--all", action="store_true", help="what is up to date too")
-    parser.add_argument("--minutes", type=float, default=13.0)
+    parser.add_argument("--minutes", type=float, default=60.0)
     given = parser.parse_args()
-    old = _by_key(pd.read_csv(TABLE, keep_default_na=False).to_dict("records"))
-    fresh = [rows for rows in old.values() if not given.all and all(map(_today, rows))]
-    chosen = _by_key(shipped())
-
-    def keep(found: list[Row]) -> None:
-        new = _by_key(found)
-        whole = {key: rows for key, rows in new.items() if len(rows) == len(chosen[key])}
-        rows = [row for key in chosen for row in (old | whole).get(key, [])]
-        write(rows)
-        missing = chosen.keys() - old.keys() - whole.keys()
-        stale = sum(not _today(row) for row in rows)
-        print(
-            f"{len(whole)} compiled; {len(missing)} are missing, {stale} from other sources",
-            flush=True,
-        )
-
-    compile_beside([row for rows in fresh for row in rows], given.minutes, keep)
+    chosen = [row["code"] for row in triton_offline.rows(triton_offline.start(*ARCHES, "--list"))]
+    version = metadata.version("triton")
+    old: Any = pd.read_csv(TABLE, keep_default_na=False).to_dict("records")
+    rows = {row["code"]: row for row in old if row["triton"] == version and not given.all}
+    start = written = time.monotonic()
+    for row in compiled(list(rows)):
+        rows[row["code"]] = row
+        now = time.monotonic()
+        late = now - start > 60 * given.minutes
+        if now - written > 60 or late:
+            keep(rows, chosen)
+            written = now
+        if late:
+            break
+    keep(rows, chosen)
 
 
-def _by_key(rows: list[Row]) -> dict[tuple, list[Row]]:
-    """Keys and values have a kernel each where one launch for both does not fit."""
-    found: dict[tuple, list[Row]] = {}
-    for row in rows:
-        found.setdefault(triton_offline.key(row), []).append(row)
-    return found
-
-
-def _today(row: Row) -> bool:
-    return row["sources"] == triton_offline.sources(row["kernel"])
+def keep(rows: dict[str, Row], chosen: list[str]) -> None:
+    """Write those of today by their `code`, in that order."""
+    found = [rows[code] for code in chosen if code in rows]
+    write(found)
+    print(f"{len(found)} of {len(chosen)} kernels compiled", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The Triton kernels compile for GPUs that are not here: few spill, the tensor cores are kept busy.
 
-A few are compiled here, by the environment's Triton and by the older one of GPU machines. All that
-ship stand in tests/benchmarks/compiled.csv, which must list exactly the kernels and tiles that
+A few are compiled here, by the environment's Triton and by the older one of GPU machines. What most
+models run stands in tests/benchmarks/compiled.csv, which must be of today's kernels and of the tiles that
 triton_configs.py chooses today; `python tests/benchmarks/compiled.py` compiles what changed.
 """
 
@@ -35,7 +35,7 @@ NUMBERS = (
 def table():
     with TABLE.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    return [row | {name: int(row[name]) for name in NUMBERS if row[name]} for row in rows]
+    return [row | {name: int(row[name]) for name in NUMBERS} for row in rows]
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +103,7 @@ def test_few_registers_of_the_plain_loops_spill(pipelines):
 
 
 def test_no_product_is_serialised(compiled):
-    rows = [row for row in compiled if row["arch"] == 90 and row["waits"] != ""]
+    rows = [row for row in compiled if row["arch"] == 90]
     assert {row["kernel"] for row in rows} >= {"forward", "query_gradients"}
     assert [row for row in rows if row["serialised"]] == []
 
@@ -116,12 +116,14 @@ def test_every_kernel_is_there(compiled):
         assert names == passes | {"levels", "key_gradients", "query_gradients"}
 
 
-def test_the_table_lists_what_ships(kept):
-    shipped = kept(*SHARED, "--list")
-    expected = {triton_offline.key(row) for row in shipped}
-    found = {triton_offline.key(row) for row in table()}
-    assert sorted(expected - found) == []
-    assert sorted(found - expected) == []
+def test_the_table_is_of_todays_kernels(kept):
+    """What would be compiled, its tile and its source stand in it, and nothing else."""
+    shipped, found = (
+        {tuple(row[name] for name in triton_offline.CHOSEN) for row in rows}
+        for rows in (kept(*SHARED, "--list"), table())
+    )
+    assert sorted(shipped - found) == []
+    assert sorted(found - shipped) == []
 
 
 def test_little_spills(compiled):
@@ -129,13 +131,6 @@ def test_little_spills(compiled):
     assert [row for row in compiled if row["stack"] > SPILLED or row["local"]] == []
     rest = [row for row in compiled if row["kernel"] != "forward"]
     assert [row for row in rest if row["stack"]] == []
-
-
-def test_every_mask_is_there():
-    for arch in SHARED:
-        shipped = {(job.mask, job.dtype, job.dim) for job in triton_offline.JOBS}
-        rows = [row for row in table() if row["arch"] == arch]
-        assert {(row["mask"], row["dtype"], row["head_dim"]) for row in rows} == shipped
 
 
 def test_tensor_cores_are_used(compiled):

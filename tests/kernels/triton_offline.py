@@ -3,13 +3,15 @@
 `python triton_offline.py [--list] [--kernels NAME,...] [--known FILE] ARCH [JOB ...] [ARCH [JOB ...] ...]`, all jobs
 of an architecture where none is named; `--list` says what would be compiled, and with which tiles, at once. A job, "bfloat16-128-window", is
 every kernel of one input type, head dim and mask (or what else changes a kernel), with the sets of
-statistics that change it too; `--known` leaves out what stands in a table already. What is compiled already comes from Triton's cache.
+statistics that change it too; `--known` leaves out what stands in a table already.
 
 A process of its own, because Triton reads TRITON_INTERPRET when a kernel is decorated.
 """
 
 import argparse
+import ast
 import hashlib
+import inspect
 import json
 import os
 import re
@@ -26,35 +28,30 @@ from typing import Any
 
 import torch
 
-DIMS = (16, 32, 64, 80, 96, 128, 192, 256)
-WIDTHS = (64, 128, 256)
 MASKS = {
-    "causal": {"bfloat16": DIMS, "float16": (64, 128), "float32": DIMS},
-    "sinks": {"bfloat16": WIDTHS, "float32": WIDTHS},
-    **{
-        mask: {"bfloat16": WIDTHS, "float32": WIDTHS}
-        for mask in ("odd", "window", "ragged", "sparse", "everything")
-    },
-    **{
-        mask: {"bfloat16": WIDTHS, "float32": (128,)}
-        for mask in (
-            *("none", "prefix", "padding", "allowed", "bias", "alibi", "groups", "softcap"),
-        )
-    },
-    "decoding": {"bfloat16": WIDTHS, "float32": (128,)},
+    "causal": {"bfloat16": (64, 128, 256), "float32": (64, 128)},
     "apart": {"bfloat16": (64, 128)},
+    "decoding": {"bfloat16": (128,)},
+    "odd": {"bfloat16": (128,)},
+    "none": {"bfloat16": (64,)},
+    "window": {"bfloat16": (128,)},
+    "ragged": {"bfloat16": (128,)},
+    "sinks": {"bfloat16": (64,)},
+    "softcap": {"bfloat16": (256,)},
     "narrow": {"bfloat16": (192,)},
+    "sparse": {"bfloat16": (128,)},
 }
-"""What changes a kernel, and the head dims tried with it: the others share the tiles of these.
+"""What most models run, the commonest first, and the head dims of those that run it; any other can be asked for by name.
 
-"odd" is causal with a length that 16 does not divide, like every mask after it; "causal" and
-"sinks" have one that it does, as the compiler knows. "ragged" stands for whatever loads the range of
-each row: lengths, packed sequences, left padding. "sinks" bear on the forward pass alone.
-float16 has the tiles of bfloat16, and of 762 kernels of both none differed in spilled bytes, shared memory or instructions: it
-stands beside it where attention is plain.
-"apart" is causal with the first key a group of its own, in the forward pass. "decoding" has one query, its keys in pieces, "narrow" values of 128 for keys of 192.
+"causal" and "sinks" have a length that 16 divides, as the compiler knows, "odd" and every mask after it one that it
+does not. "apart" is causal with the first key a group of its own, in the forward pass. "decoding" has one query, its
+keys in pieces. "ragged" stands for whatever loads the range of each row: lengths, packed sequences,
+left padding. "sinks" bear on the forward pass alone. "narrow" has values of 128 for keys of 192. float16 has the tiles of bfloat16, and of 762 kernels of both none differed in
+spilled bytes, shared memory or instructions.
 """
 
+LEARNT = ("causal", "odd", "none", "window", "everything")
+"""Masks whose gradients are compiled too; "everything", which no model runs, is all that can bear on the logits, at once."""
 ROWS = ("lse", "max_logit", "entropy", "concentration", "distance", "prefix_mass")
 GROUP_ROWS = ("lse", "max_logit", "entropy", "concentration", "distance")
 EXPORTS = (
@@ -67,9 +64,9 @@ EXPORTS = (
 
 CHOSEN = (
     *("arch", "dtype", "head_dim", "mask", "statistics", "kernel"),
-    *("tile", "warps", "stages"),
+    *("tile", "warps", "stages", "code"),
 )
-"""Columns that say what is compiled, and with which tile."""
+"""Columns that say what is compiled, and with which tile: `code` is ten digits that change with any of it."""
 
 
 @dataclass(frozen=True)
@@ -89,12 +86,16 @@ class Job:
         return f"{self.dtype}-{self.dim}-{self.mask}"
 
 
-JOBS = [
-    Job(dtype, dim, mask)
-    for mask, types in MASKS.items()
-    for dtype, dims in types.items()
-    for dim in dims
-]
+JOBS = {
+    90: [
+        Job(dtype, dim, mask)
+        for mask, types in MASKS.items()
+        for dtype, dims in types.items()
+        for dim in dims
+    ],
+    80: [Job("bfloat16", dim, "causal") for dim in MASKS["causal"]["bfloat16"]],
+}
+"""By architecture, the commonest first; of the older one plain attention alone."""
 
 
 def options(mask: str, length: int) -> dict[str, Any]:
@@ -238,86 +239,98 @@ def complaints(ptx: str, arch: int) -> str:
     return "; ".join(f"{code} {text}" for code, text in lines)
 
 
-def key(row: dict[str, Any]) -> tuple[Any, ...]:
-    """What is compiled, and with which tile."""
-    return tuple(row[name] for name in CHOSEN)
-
-
 @cache
-def sources(kernel: str) -> str:
-    """Ten digits that change with any line of the kernel's file, or of those of kernels that it imports."""
-    folder = Path(__file__).parents[2] / "kernels/lens_kernels"
-    texts = {path.stem: path.read_text() for path in sorted(folder.glob("triton_*.py"))}
-    found = {name for name, text in texts.items() if f"\ndef {kernel}(" in text}
-    waiting = list(found)
+def written(kernel: Any) -> tuple[tuple[str, str], ...]:
+    """What a kernel reaches, itself included: functions without comments and docstrings, constants, fields of tuples."""
+    from triton.runtime.jit import JITFunction
+
+    found: dict[str, str] = {}
+    waiting = {kernel.__name__: kernel}
     while waiting:
-        imported = re.findall(r"from lens_kernels\.(triton_\w+) import", texts[waiting.pop()])
-        waiting += set(imported) - found
-        found |= set(imported)
-    text = "\0".join(texts[name] for name in sorted(found))
-    return hashlib.sha256(text.encode()).hexdigest()[:10]
-
-
-def repeated(row: dict[str, Any]) -> bool:
-    """Whether the kernel is one that another row has: masks do not reach `levels`, nor exports those without maps."""
-    if row["kernel"] == "levels" and row["mask"] != "causal":
-        return True
-    return row["statistics"] == "all" and row["kernel"] in ("levels", "key_gradients")
+        name, value = waiting.popitem()
+        if not isinstance(value, JITFunction):
+            found[name] = repr(getattr(value, "_fields", value))
+            continue
+        tree = ast.parse(inspect.getsource(value.fn)).body[0]
+        assert isinstance(tree, ast.FunctionDef)
+        if ast.get_docstring(tree) is not None:
+            del tree.body[0]
+        found[name] = ast.unparse(tree)
+        names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+        known = {name: part for name, part in value.fn.__globals__.items() if name in names}
+        waiting |= {
+            name: part
+            for name, part in known.items()
+            if name not in found and not inspect.ismodule(part)
+        }
+    return tuple(sorted(found.items()))
 
 
 def main(
-    arch: int, names: list[str], listing: bool, kernels: list[str], known: set[tuple[Any, ...]]
+    arch: int, names: list[str], listing: bool, kernels: list[str], known: frozenset[str]
 ) -> None:
-    """Compile, or list, the kernels of the jobs for one architecture.
+    """Compile, or list, the kernels of the jobs for one architecture, each once.
 
     Args:
         names: of jobs; all where none is named.
         kernels: names of kernels; likewise.
-        known: `key`s of what is left out.
+        known: `code` of what is left out.
     """
     assert "TRITON_INTERPRET" not in os.environ
     from lens_kernels import triton_configs, triton_launch
+    from triton import knobs
     from triton.runtime import driver
 
     driver.set_active(Stub(arch))
     triton_launch.capability = triton_configs.capability = lambda device: divmod(arch, 10)
-    label: dict[str, Any] = {}
+    row: dict[str, Any] = {}
+    seen = set(known)
+
+    def passed_over(*, fn: Any, compile: Any, **_: Any) -> bool:
+        """Called by Triton with what it would compile; puts the `code` of it into `row` where it is wanted."""
+        parts = [compile[name] for name in ("signature", "constants", "configs")]
+        parts += [arch, row["config"], written(fn.jit_function)]
+        code = hashlib.sha256(repr(parts).encode()).hexdigest()[:10]
+        if code in seen or (kernels and row["kernel"] not in kernels):
+            return True
+        seen.add(code)
+        row["code"] = code
+        return listing
 
     def compile_only(kernel, programs, config, *arguments, **constants):
-        row = {
-            **label,
-            "kernel": kernel.__name__,
-            "tile": f"{config.rows}x{config.columns}",
-            "warps": config.warps,
-            "stages": config.stages,
-        }
-        if (kernels and kernel.__name__ not in kernels) or key(row) in known or repeated(row):
+        row.pop("code", None)
+        tile = f"{config.rows}x{config.columns}"
+        row.update(kernel=kernel.__name__, tile=tile, warps=config.warps, stages=config.stages)
+        row["config"] = config
+        made = kernel.warmup(
+            *arguments,
+            **constants,
+            grid=(programs,),
+            num_warps=config.warps,
+            num_stages=config.stages,
+            enable_fp_fusion=True,
+            maxnreg=config.registers,
+        )
+        if "code" not in row:
             return
+        found = {name: row[name] for name in CHOSEN}
         if not listing:
-            made = kernel.warmup(
-                *arguments,
-                **constants,
-                grid=(programs,),
-                num_warps=config.warps,
-                num_stages=config.stages,
-                enable_fp_fusion=True,
-                maxnreg=config.registers,
-            )
             ptx = made.asm["ptx"]
-            row |= usage(made.asm["cubin"])
-            row["shared"] = made.metadata.shared
-            found = [name for name in ("wgmma", "mma.sync") if name in ptx]
-            row["products"] = found[0] if found else "fma"
-            row["serialised"] = complaints(ptx, arch)
-            row |= {"triton": metadata.version("triton"), "sources": sources(kernel.__name__)}
-        sys.stdout.write(json.dumps(row) + "\n")
+            found |= usage(made.asm["cubin"])
+            found["shared"] = made.metadata.shared
+            products = [name for name in ("wgmma", "mma.sync") if name in ptx]
+            found["products"] = products[0] if products else "fma"
+            found["serialised"] = complaints(ptx, arch)
+            found["triton"] = metadata.version("triton")
+        sys.stdout.write(json.dumps(found) + "\n")
         sys.stdout.flush()
 
     triton_launch.launch = compile_only
-    for job in map(Job.named, names) if names else JOBS:
-        label |= {"arch": arch, "dtype": job.dtype, "head_dim": job.dim, "mask": job.mask}
+    knobs.runtime.jit_cache_hook = passed_over
+    for job in map(Job.named, names) if names else JOBS[arch]:
+        row |= {"arch": arch, "dtype": job.dtype, "head_dim": job.dim, "mask": job.mask}
         for statistics, launch in launches(job):
-            label["statistics"] = statistics
+            row["statistics"] = statistics
             launch()
 
 
@@ -382,6 +395,8 @@ def launches(job: Job) -> Iterator[tuple[str, Any]]:
         return
     yield "all", lambda: triton_run.run_columns(every, lse)
     yield "all", lambda: triton_run.run_diagonals(every, lse)
+    if job.mask not in LEARNT:
+        return
     yield "none", lambda: backward(("lse",))
     yield "all", lambda: backward(EXPORTS)  # which bear on one kernel of the three
 
@@ -390,7 +405,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--kernels", type=lambda text: text.split(","), default=[])
-    parser.add_argument("--known", type=Path, help="JSON list of keys that are left out")
+    parser.add_argument("--known", type=Path, help="JSON list of `code` that is left out")
     parser.add_argument("words", nargs="+", help="ARCH [JOB ...] [ARCH [JOB ...] ...]")
     given = parser.parse_intermixed_args()
     left_out = json.loads(given.known.read_text()) if given.known else []
@@ -401,4 +416,4 @@ if __name__ == "__main__":
         else:
             jobs_of[[*jobs_of][-1]].append(word)
     for arch, names in jobs_of.items():
-        main(arch, names, given.list, given.kernels, set(map(tuple, left_out)))
+        main(arch, names, given.list, given.kernels, frozenset(left_out))
