@@ -28,6 +28,7 @@ from lens.reading._answers import Answer, check_tokens
 from lens.reading.attributing import Method, check_methods, scored
 from lens.reading.attributing_blocks import scored_blocks
 from lens.reading.judged import RANDOM, Faithfulness
+from lens.stats.controls import drawing
 from lens.stats.orders import spearman
 
 _LEAST = 1e-6  # of the answer's probability that depends on the tokens
@@ -71,7 +72,6 @@ def faithfulness(
     check_between(0, 1, shares=shares)
     read, _ = read_prompts(model, prompts)
     check_tokens(read)
-    random = np.random.default_rng(seed)
     left_out: dict[str, str] = {}
     every: list[dict[str, list[np.ndarray]]] = []
     with advancing(f"{model.name}: faithfulness", len(read), progress) as advance:
@@ -88,7 +88,8 @@ def faithfulness(
                     if methods is not None:
                         raise
                     left_out[method] = str(error)
-            every.append(_judged(answer, scores, tuple(shares), draws, random))
+            drawn = drawing(seed, prompt.sha256)
+            every.append(_judged(answer, scores, tuple(shares), draws, drawn))
             advance(1)
     kept = [method for method in asked if method not in left_out]
     names = [*kept, RANDOM]

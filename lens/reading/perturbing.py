@@ -27,6 +27,7 @@ from lens.reading._answers import Answer, check_tokens
 from lens.reading._relevance import Gradients
 from lens.reading._rows import dense, with_values
 from lens.reading.robustness import Adversaries, Robustness
+from lens.stats.controls import drawing
 
 
 def adversary(
@@ -50,7 +51,7 @@ def adversary(
         prompts: one or several, of tokens.
         heads: such as "L1H3"; None: all.
         draws: random directions.
-        seed: of them.
+        seed: of them; those of a head on a prompt are the same whatever else is asked for.
         progress: show a bar, on stderr, if that is a terminal.
 
     Reference: Jain and Wallace, Attention is not Explanation, 2019, arXiv 1902.10186; here in closed form.
@@ -69,7 +70,6 @@ def adversary(
     rows: list[list[np.ndarray]] = [[] for _ in chosen]
     others: list[list[np.ndarray]] = [[] for _ in chosen]
     numbers = np.zeros((6, len(chosen), len(read)))
-    random = np.random.default_rng(seed)
     with advancing(f"{model.name}: other attention", len(chosen) * len(read), progress) as advance:
         for number, prompt in enumerate(read):
             answer = Answer(model, torch.tensor(prompt.ids))
@@ -79,7 +79,8 @@ def adversary(
                 row = found.attention[head.layer][0][head.head, answer.row].cpu().numpy()
                 values = found.values[head.layer][head.head].cpu().numpy()
                 seen = row > 0
-                free, other = _furthest(row, values, draws, random)
+                drawn = drawing(seed, head.layer, head.head, prompt.sha256)
+                free, other = _furthest(row, values, draws, drawn)
                 even = seen * row.sum() / seen.sum()
                 written = row @ values
                 error = np.abs((other - row) @ values).max() / max(np.abs(written).max(), 1e-30)
@@ -150,7 +151,7 @@ def perturb(
             pairs): the pair that the gradient says costs most, beside random pairs.
         sizes: of the change, L2 over the logits of the head that are seen, nats.
         draws: random directions.
-        seed: of them.
+        seed: of them; those of a head on a prompt are the same whatever else is asked for.
         progress: show a bar, on stderr, if that is a terminal.
 
     Reference: Kitada and Iyatomi, Attention Meets Perturbations, 2021, arXiv 2009.12064 (AT and iAT; their
@@ -168,7 +169,6 @@ def perturb(
         raise LensError(f"sizes has one twice: {', '.join(f'{one:g}' for one in sizes)}")
     chosen, (read, _) = _heads(model, heads), read_prompts(model, prompts)
     check_tokens(read)
-    generator = torch.Generator().manual_seed(seed)
     worst = np.zeros((len(chosen), len(sizes), len(read)))
     random = np.zeros_like(worst)
     with advancing(f"{model.name}: perturbed", len(read), progress) as advance:
@@ -179,13 +179,14 @@ def perturb(
             for place, head in enumerate(chosen):
                 slope = slopes[head.layer][head.head]
                 seen = slope != 0
+                drawn = drawing(seed, head.layer, head.head, prompt.sha256)
                 if along == "pairs":
-                    directions = _pairs(slope, draws, generator)
+                    directions = _pairs(slope, draws, drawn)
                 else:
                     directions = [-slope]  # the loss grows where the logit falls
                     for _ in range(draws):
-                        drawn = torch.randn(slope.shape, generator=generator, dtype=slope.dtype)
-                        directions.append(drawn.to(slope.device) * seen)
+                        way = torch.from_numpy(drawn.normal(size=slope.shape))
+                        directions.append(way.to(slope) * seen)
                 for step, size in enumerate(sizes):
                     lost = [
                         _loss(answer, head, change=size * _unit(one)) - clean for one in directions
@@ -196,7 +197,7 @@ def perturb(
     return Robustness(tuple(chosen), tuple(sizes), worst, random, seed, model.name, along)
 
 
-def _pairs(slope: Tensor, draws: int, generator: torch.Generator) -> list[Tensor]:
+def _pairs(slope: Tensor, draws: int, random: np.random.Generator) -> list[Tensor]:
     """Changes [queries, keys] that raise one key and lower another in all rows that see both: first the worst."""
     seen = slope != 0
     keys = seen.any(0).nonzero()[:, 0]
@@ -205,7 +206,7 @@ def _pairs(slope: Tensor, draws: int, generator: torch.Generator) -> list[Tensor
         (int(columns.argmin()), int(columns.argmax()))
     ]  # the loss grows where the logit falls
     for _ in range(draws):
-        one, other = torch.randperm(max(2, len(keys)), generator=generator)[:2].tolist()
+        one, other = random.permutation(max(2, len(keys)))[:2].tolist()
         chosen.append((one, other) if len(keys) > 1 else (0, 0))
     found = []
     for one, other in chosen:

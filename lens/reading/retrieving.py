@@ -31,6 +31,7 @@ from lens.passes.replay import proved
 from lens.passes.sessions import base, listening
 from lens.reading._rows import row_at
 from lens.reading.retrieved import KINDS, RetrievalKinds
+from lens.stats.controls import drawing
 from lens.tasks.needles import Trial, answered
 
 _STEEP = 2.0  # standard deviations below the mean, under which a token of the needle does not count (QRHead)
@@ -89,19 +90,19 @@ def retrieval(
     counted, recall = succeeded(model, trials, needed, progress)
     unembedding = layout.unembed_weight().T  # [vocab, d_model]
     outputs = [block.output.float() for block in layout.blocks]
-    random = np.random.default_rng(seed)
     scores = []
     with advancing(f"{model.name}: retrieval heads", len(counted), progress) as advance:
         for trial, answer in counted:
             keys, asked, brought = _answering(model, trial, answer, question, unembedding, outputs)
-            other = [*trial.prompt[:-question], *_absent(model, trial.prompt, question, random)]
+            drawn = drawing(seed, *trial.prompt)
+            other = [*trial.prompt[:-question], *_absent(model, trial.prompt, question, drawn)]
             by_query = _calibrated(asked, _asking(model, trial, other, question))
             scores.append([fetched(keys, trial, answer), by_query, brought])
             advance(1)
     values = np.moveaxis(np.array(scores), 0, -1)
     order = [np.argsort(-kind.mean(-1).ravel(), kind="stable") for kind in values]
     kept = [trial for trial, _ in counted]
-    recalls = _masked(model, kept, heads, order, tuple(masked), draws, random, progress)
+    recalls = _masked(model, kept, heads, order, tuple(masked), draws, seed, progress)
     return RetrievalKinds(
         values=values,
         masked=tuple(masked),
@@ -207,7 +208,7 @@ def _masked(
     orders: Sequence[np.ndarray],
     counts: tuple[int, ...],
     draws: int,
-    random: np.random.Generator,
+    seed: int,
     shown: bool,
 ) -> np.ndarray:
     """[kinds + 1, counts, trials]: recall without the first heads of each order, and without random ones (mean)."""
@@ -217,7 +218,7 @@ def _masked(
         for place, count in enumerate(counts):
             best = {int(head) for order in orders for head in order[:count]}
             rest = [head for head in range(len(heads)) if head not in best]
-            sets = [order[:count] for order in orders]
+            sets, random = [order[:count] for order in orders], drawing(seed, count)
             sets += [
                 random.choice(rest, min(count, len(rest)), replace=False) for _ in range(draws)
             ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,6 +12,17 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float
 
 _ROUNDING = 1e-12
+
+
+def drawing(seed: int, *names: int | str) -> np.random.Generator:
+    """Draws for one thing alone, such as a head on a prompt: the same, whatever else is asked for beside it.
+
+    Args:
+        seed: of all draws.
+        names: of the thing: numbers of at least 0, or words, such as a prompt's digest.
+    """
+    words = [name if isinstance(name, int) else zlib.crc32(name.encode()) for name in names]
+    return np.random.default_rng([seed, *words])
 
 
 def p_value(found: float, drawn: ArrayLike) -> float:

@@ -13,6 +13,7 @@ import lens
 from lens.circuits import patch
 from lens.circuits.known import induction_transformer, logic_gate
 from lens.common.errors import LensError
+from lens.stats.controls import drawing
 from tests.lens.circuit_models import ROWS, TOKENS, error, small_model, small_task
 
 HEADS, SIZE, WIDTH = 3, 5, 15
@@ -334,7 +335,8 @@ def test_single_heads_are_patched_from_noise(gpt2, task, direction):
     options = {"noise": 2.0, "noise_at": "here", "seed": 4, "progress": False}
     found = patch(gpt2, alone, nodes, direction=direction, **options)
     entering = states(gpt2, clean, "residual", 0)
-    drawn = torch.randn(entering.shape, generator=torch.Generator().manual_seed(4)).to(entering)
+    rows = [drawing(4, *ids).normal(size=entering.shape[1:]) for ids in clean.tolist()]
+    drawn = torch.from_numpy(np.stack(rows)).to(entering)
     here = (torch.arange(TOKENS) == MARK[:, None])[..., None]
     noise = drawn * entering.std() * 2 * here
     first = gpt2.model.transformer.h[0]

@@ -21,6 +21,7 @@ from lens.common.choices import check_choice, check_counts, is_number
 from lens.common.errors import LensError
 from lens.common.progress import advancing
 from lens.models.loaded import LoadedModel
+from lens.stats.controls import drawing
 from lens.tasks.task import Task
 
 Sublayers = Literal["residual", "attention", "mlp"]
@@ -170,13 +171,21 @@ def pairs(
     """Rows, the run of the clean prompts, and that of the corrupt ones or with noise."""
     task.refuse_lengths("patching")
     corrupt = task.clean if noise is not None else task.corrupt_or_refuse()
-    random = torch.Generator().manual_seed(seed)
     (_, where), *_ = places_of(task, noise_at)
-    for rows in task.chunks(min(_ROWS, task.rows_at_once(nodes.model))):
-        clean = Run(task.clean[rows])
-        if noise is None:
-            yield rows, clean, Run(corrupt[rows])
-            continue
-        entering = nodes.layout.embed({"input_ids": task.clean[rows].to(nodes.model.device)})
-        drawn = torch.randn(entering.shape, generator=random).to(entering) * entering.std() * noise
-        yield rows, clean, Run(task.clean[rows], drawn * where[rows][..., None].to(entering))
+    chunks = [*task.chunks(min(_ROWS, task.rows_at_once(nodes.model)))]
+    if noise is None:
+        yield from ((rows, Run(task.clean[rows]), Run(corrupt[rows])) for rows in chunks)
+        return
+    device = nodes.model.device
+    every = [nodes.layout.embed({"input_ids": task.clean[rows].to(device)}) for rows in chunks]
+    size = noise * torch.cat(every).std()
+    for rows, entering in zip(chunks, every, strict=True):
+        drawn = [
+            drawing(seed, *ids).normal(size=entering.shape[1:]) for ids in task.clean[rows].tolist()
+        ]
+        added = torch.from_numpy(np.stack(drawn)).to(entering) * size
+        yield (
+            rows,
+            Run(task.clean[rows]),
+            Run(task.clean[rows], added * where[rows][..., None].to(entering)),
+        )

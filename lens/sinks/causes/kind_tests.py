@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from lens.passes.calls import LayerCall, attend
 from lens.passes.inputs import Prompt
 from lens.passes.keys import Keys
 from lens.sinks.causes.gates import Outputs
+from lens.stats.controls import drawing
 from lens.stats.intervals import columns
 
 ON_KEYS = ("nop", "fixed broadcast", "input broadcast", "broadcast", "mixed")
@@ -181,22 +183,23 @@ def _random_keys(
     seed: int,
 ) -> tuple[np.ndarray, float]:
     """[prompts] change of the loss when random keys that hold what is `taken` are hidden, or left out; and what they held."""
-    random = np.random.default_rng(seed)
     source = {tuple(ids.tolist()): place for ids, place in zip(read, places, strict=True)}
     heads = _heads(rows)
 
-    def edit(prompt: Prompt) -> Mask | Drop:
+    def edit(number: int, prompt: Prompt) -> Mask | Drop:
         before, place = clean.of(prompt), source[tuple(prompt.ids or ())].cpu()
         keys = torch.zeros(model.info.layers, len(place), dtype=torch.bool)
         for layer, own in rows.groupby("layer"):
             here = before.received[int(layer)][own["head"].tolist()].mean(0).double()  # pyright: ignore[reportArgumentType]
+            random = drawing(seed, number, int(layer), prompt.sha256)  # pyright: ignore[reportArgumentType]
             drawn = random.permutation(np.flatnonzero(~place.numpy()))
             held = (here / before.queries).cpu().numpy()
             keys[int(layer), keys_of_mass(drawn, held, own["taken"].mean())] = True  # pyright: ignore[reportArgumentType]
         return (Mask if kind == "learned" else Drop)(by_layer(keys), heads=heads)
 
     done = [
-        effect(model, read, edit, controls=(), clean=clean, progress=False) for _ in range(draws)
+        effect(model, read, partial(edit, number), controls=(), clean=clean, progress=False)
+        for number in range(draws)
     ]
     changed = np.mean([one.values["edit"]["delta_loss"][-1] for one in done], axis=0)
     return changed, float(np.mean([one.table()["mass"].iloc[0] for one in done]))

@@ -21,6 +21,7 @@ from lens.passes.calls import LayerCall
 from lens.passes.inputs import Prompt
 from lens.passes.stream import changed
 from lens.sinks.activations.massive import massive
+from lens.stats.controls import drawing
 from lens.stats.intervals import columns
 from lens.traces.scores import FEWEST_VIEWERS, SINK_EPSILON
 
@@ -64,7 +65,6 @@ def moves_of(
     large = massive(model, read, progress=False)
     dims = large.dimensions
     emerged = layer if large.layer is None else large.layer
-    random = np.random.default_rng(seed)
     found: dict[tuple[str, int, int], list[np.ndarray]] = {}
     with advancing("moving sinks", len(prompts), progress) as advance:
         for prompt, source in zip(prompts, sources, strict=True):
@@ -72,6 +72,7 @@ def moves_of(
             before = runs.of(prompt)
             place = int(source.nonzero()[0])
             for target in targets:
+                random = drawing(seed, target, prompt.sha256)
                 free = (~source).nonzero()[:, 0]
                 other = int(
                     random.choice(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
+import numpy as np
 
 from lens.common.choices import check_counts
 from lens.common.errors import LensError
@@ -13,6 +13,7 @@ from lens.edits.losses import two_tokens
 from lens.models.loaded import LoadedModel, check_loaded
 from lens.models.vocabulary import ordinary_ids
 from lens.passes.inputs import read_prompts
+from lens.stats.controls import drawing
 
 _SHORTEST = 16
 Prompts = dict[str, list[list[int]]]
@@ -74,12 +75,11 @@ def control_prompts(model: LoadedModel, prompts: Any, seed: int = 0) -> Prompts:
     """
     check_counts(0, seed=seed)
     check_loaded(model)
-    ordinary = torch.tensor(ordinary_ids(model))
-    generator = torch.Generator().manual_seed(seed)
+    ordinary = np.array(ordinary_ids(model))
     random, repeated = [], []
     for ids in _read(model, prompts):
         kept = ids[:1] if model.bos_id is not None and ids[0] == model.bos_id else []
-        drawn = torch.randint(len(ordinary), (len(ids) - len(kept),), generator=generator)
+        drawn = drawing(seed, *ids).integers(len(ordinary), size=len(ids) - len(kept))
         random.append(kept + ordinary[drawn].tolist())
         repeated.append([ids[len(ids) // 2]] * len(ids))
     return {"random": random, "repeated": repeated}
