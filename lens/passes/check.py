@@ -153,9 +153,9 @@ def _difference(found: list[torch.Tensor], own: list[torch.Tensor]) -> float:
 
 
 def tensors_of(output: Any) -> list[torch.Tensor]:
-    """Of numbers, in the order of what a model returns; probabilities, which nobody asked for, are left out."""
+    """Of numbers, in the order of what a model returns; its `attentions`, which nobody asked for, are left out."""
     if isinstance(output, Mapping):
-        inside = [one for name, one in output.items() if "attention" not in str(name)]
+        inside = [one for name, one in output.items() if not str(name).endswith("attentions")]
         return [one for value in inside for one in tensors_of(value)]
     if isinstance(output, list | tuple):
         return [one for value in output for one in tensors_of(value)]
@@ -189,8 +189,13 @@ def _output(
     output: Any = run(model, inputs, what)
     if isinstance(output, torch.Tensor):
         return [output.double()]
-    if isinstance(model.model, Wrapped) and (found := tensors_of([output])):
-        return found
+    if isinstance(model.model, Wrapped):
+        if found := tensors_of([output]):
+            return found
+        raise LensError(
+            f"{model.info.class_name} gives no numbers to hold a capture against; let it return a tensor, or a list or "
+            "mapping of them"
+        )
     output = getattr(
         output, "language_model_outputs", output
     )  # of InstructBLIP, which has no logits

@@ -34,6 +34,21 @@ def grid_of(config: Any, inputs: Mapping[str, Any]) -> tuple[int, int] | None:
             return (height, width) if len(sizes) == 1 and frames == 1 else None
     if isinstance(shapes := inputs.get("spatial_shapes"), torch.Tensor):
         return tuple(shapes[0].tolist()) if len(shapes) == 1 else None
+    found = _pixels_and_sides(config, inputs)
+    return None if found is None else (found[0] // found[2], found[1] // found[3])
+
+
+def in_whole_patches(config: Any, inputs: Mapping[str, Any]) -> tuple[float, float]:
+    """Shares of a picture's height and width that are whole patches; models leave the rest out, at its lower and right end."""
+    found = _pixels_and_sides(config, inputs)
+    if found is None:
+        return 1.0, 1.0
+    height, width, down, across = found
+    return height // down * down / height, width // across * across / width
+
+
+def _pixels_and_sides(config: Any, inputs: Mapping[str, Any]) -> tuple[int, int, int, int] | None:
+    """Height and width of the pictures in pixels, and of a patch; None where they are not known."""
     sides = _sides(getattr(getattr(config, "vision_config", None) or config, "patch_size", None))
     pixels = next((inputs[name] for name in _PIXELS if name in inputs), None)
     if sides is None or not isinstance(pixels, torch.Tensor) or pixels.dim() < 4:
@@ -42,7 +57,7 @@ def grid_of(config: Any, inputs: Mapping[str, Any]) -> tuple[int, int] | None:
     sizes = None if hasattr(config, "vision_config") else inputs.get("image_sizes")
     if isinstance(sizes, torch.Tensor) and len(sizes) == 1:
         height, width = sizes[0].tolist()  # without what makes pictures of a batch equally large
-    return height // sides[0], width // sides[1]
+    return height, width, *sides
 
 
 def describe_patches(

@@ -91,6 +91,12 @@ def picture_note(model: LoadedModel, prompt: Prompt) -> dict[str, Any] | None:
             return None
         pixels, stretched = _stretched(given[0]), True
         boxes = ((0.0, 0.0, float(pixels.shape[1]), float(pixels.shape[0])),)
+    if len(boxes) == 1:
+        from lens.traces.patches import in_whole_patches  # reads torch
+
+        down, across = in_whole_patches(model.model.config, prompt.inputs)
+        left, top, right, bottom = boxes[0]
+        boxes = ((left, top, left + across * (right - left), top + down * (bottom - top)),)
     height, width = pixels.shape[:2]
     small = _smaller(np.broadcast_to(pixels, (height, width, 3)))
     return {

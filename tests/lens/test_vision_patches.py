@@ -214,3 +214,12 @@ def test_what_is_no_picture_or_has_no_tiles_is_refused():
         lens.vision.patch_distance(text)
     with pytest.raises(LensError, match="keep_qk"):
         lens.vision.patch_distance(captured(tower("vit"), 24, 24, keep_qk=False))
+
+
+def test_patches_of_pictures_with_a_rest_lie_on_whole_patches():
+    """22 × 38 pixels are 5 × 9 patches of 4; the model leaves the last 2 rows and columns out."""
+    trace = captured(tower("dinov2"), 22, 38)
+    found = trace.overlay("L0H0", query=(0, 0))
+    assert found.values.shape == (1, 5, 9)
+    assert found.grid.cell(4, 8) == (32.0, 16.0, 36.0, 20.0)
+    assert captured(tower("dinov2"), 20, 36).overlay("L0H0").grid.box == (0.0, 0.0, 36.0, 20.0)

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +12,9 @@ from torch.nn import functional
 
 import lens
 from lens import edits
+from lens.common.errors import LensError
 from lens.passes import wrap
+from lens.passes.check import tensors_of
 
 HEADS, WIDTH, VOCAB = 3, 24, 53
 
@@ -383,3 +386,22 @@ def test_matrices_without_a_model(tmp_path):
             lens.capture(None, prompts, attentions=attentions, **options)
     with pytest.raises(lens.LensError, match="only beside attentions"):
         lens.capture(None, "text")
+
+
+@torch.no_grad()
+def test_outputs_named_after_attention_are_held_against_the_own_ones():
+    """Only what transformers calls `attentions` is left out: probabilities, which a capture does not make."""
+
+    class Named(Model):
+        def forward(self, idx):
+            logits = super().forward(idx)[0]
+            return {"attention_out": logits} if self.says else SimpleNamespace(out=logits)
+
+    numbers = torch.ones(2)
+    assert len(tensors_of({"self_attention": numbers, "attentions": (numbers,)})) == 1
+    model = Named("torch").eval()
+    model.says = True
+    assert wrap(model, EXAMPLE, attention="blocks.*.mix", heads=HEADS).check < 1e-5
+    model.says = False
+    with pytest.raises(LensError, match="gives no numbers to hold a capture against"):
+        wrap(model, EXAMPLE, attention="blocks.*.mix", heads=HEADS)
