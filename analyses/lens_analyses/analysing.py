@@ -30,7 +30,7 @@ def analyse(subject: Subject, writer: RunWriter) -> LensError | None:
         log.warning("%s", left_out)
         writer.warn(left_out)
     failed: dict[str, str] = {}
-    for step in steps_of(subject.config.what, subject.model.chosen):
+    for step in steps_of(subject.config.what, subject.model.chosen, subject.labelled):
         if not step.is_wanted(subject.settings, subject.config.prompts):
             continue
         if step.name in subject.run.sections:

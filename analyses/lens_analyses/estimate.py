@@ -184,7 +184,7 @@ def _analysis(config: RunConfig, model: "LoadedModel", load: Load, rate: float) 
     """Seconds of each step after the profile."""
     info, what = model.info, config.what
     found = {}
-    for step in steps_of(what, model.chosen):
+    for step in steps_of(what, model.chosen, labelled_by(config.prompts) is not None):
         if step.is_wanted(config.analysis, config.prompts) and not step.why:
             cost = ALIGNMENT if step.name == "alignment" else COSTS[what][step.name](load)
             computing = SLOWDOWN * 2 * info.parameters * cost.tokens / rate

@@ -139,8 +139,8 @@ def load_model(config: RunConfig) -> "LoadedModel":
     if model.info.vocab is None and model.tokenizer is None and not of_pictures and not model.parts:
         raise UsageError(
             f"{model.name} ({model.info.class_name}) has no vocabulary and reads no text, which this "
-            "command is about; `lens vision --image FILE` is for models of pictures (`lens heads --images FOLDER` for classifiers), and lens.capture(model, ...) "
-            "takes what else it reads"
+            "command is about; `lens vision --image FILE` is for models of pictures (--images FOLDER of heads, sinks, circuit "
+            "and redistribute for classifiers), and lens.capture(model, ...) takes what else it reads"
         )
     if model.towers:
         raise UsageError(

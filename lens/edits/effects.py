@@ -28,6 +28,7 @@ from lens.passes.inputs import Prompt
 from lens.passes.keys import Keys
 from lens.passes.logits import check_predicts_tokens, fills_masks, predicts_next
 from lens.passes.sources import read_any
+from lens.stats.controls import drawing
 from lens.tasks.task import Task
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ def effect(
             an encoder-decoder, whose prompts are sources with targets: the loss is that of the target.
         prompts: as for `lens.capture`, texts with images too (of an image no token is predicted); or a
             `lens.tasks.Task`, whose metric is measured beside the loss of its clean prompts (of a
-            classifier and of a model that fills in masked tokens beside the loss of its answers).
+            classifier, of texts or pictures, and of a model that fills in masked tokens beside the loss of its answers).
         edit: one of `lens.edits`, several that act together, or a function of the prompt (its `ids` and
             `inputs`) that returns these. `Ablate` takes its mean over these prompts if it names none.
         controls: some of "size", "mass", "position", "self", "layer", "norm", for which see
@@ -110,11 +111,13 @@ def effect(
         _check_predicts_next(model)
     else:
         task.check(model)
-        _refuse_pictures(model, task, scored)
+        _refuse_stages(model, task)
+        _refuse_scored(model, scored)
         task.refuse_lengths("lens.effect")
     whole = prompts if task is None else task.as_prompts
     read = read_any(model, whole)[0]
-    ids = [two_tokens(prompt.predicted) for prompt in read]
+    of_pictures = task is not None and task.targets is None and task.clean.is_floating_point()
+    ids = [] if of_pictures else [two_tokens(prompt.predicted) for prompt in read]
     edits_of = _edits_of(model, edit, whole)
     first = edits_of(read[0])
     kinds = kinds_of(model, first)
@@ -131,7 +134,7 @@ def effect(
     if doses is not None:
         for one in first:
             one.at(doses[-1])  # refused before anything runs
-    run = _Run(model, clean_runs(model, clean), np.random.default_rng(seed), task, scored, doses)
+    run = _Run(model, clean_runs(model, clean), seed, task, scored, doses)
     with advancing("effect", len(read), progress) as advance:
         for number, prompt in enumerate(read):
             own = kinds_of(model, edits_of(prompt)) if number else kinds
@@ -145,8 +148,8 @@ def effect(
         edit=_said(first),
         amounts=tuple(several[0]),
         scope=", ".join(dict.fromkeys(kind.scope for kind in kinds)),
-        tokens=tuple(map(len, ids)),
-        bos=bos_policy(model, ids),
+        tokens=tuple(run.lengths),
+        bos=bos_policy(model, ids) if ids else "absent",
         seed=seed,
         missing=missing,
         held=" or ".join(dict.fromkeys(kind.held for kind in kinds)),
@@ -163,16 +166,17 @@ class _Run:
         self,
         model: LoadedModel,
         runs: CleanRuns,
-        random: np.random.Generator,
+        seed: int,
         task: Task | None,
         scored: Keys | None,
         doses: list[float] | None,
     ) -> None:
-        self._model, self._runs, self._random, self._task = model, runs, random, task
+        self._model, self._runs, self._seed, self._task = model, runs, seed, task
         self._scored, self._doses = scored, doses
         self._found: dict[tuple[str, str], list[np.ndarray]] = {}
         self.moves: list[np.ndarray] = []
         self.alphas: list[np.ndarray] = []
+        self.lengths: list[int] = []
 
     def prompt(
         self,
@@ -185,10 +189,11 @@ class _Run:
     ) -> None:
         """All conditions of one prompt at all amounts."""
         before = self._runs.of(prompt)
+        self.lengths.append(len(prompt.predicted or ()) or before.received.shape[-1])
         everywhere = torch.ones(
             self._model.info.layers, before.received.shape[-1], dtype=torch.bool
         )
-        case = Case(prompt, before, self._runs, everywhere, self._random)
+        case = Case(prompt, before, self._runs, everywhere, np.random.default_rng(self._seed))
         if among is not None:
             case = replace(case, free=case.members("among", among))
         nexts = predicts_next(self._model)
@@ -211,7 +216,8 @@ class _Run:
                     f"the first prompt has a {condition} control and prompt {number} has none: {reasons[0]}; "
                     "leave it out of controls"
                 )
-            rows = []
+            rows, digest = [], replace(prompt, text=None).sha256
+            case = replace(case, random=drawing(self._seed, condition, digest))
             for _ in range(draws if condition in DRAWN else 1):
                 trials = [
                     kind.trial("edit" if kind.missing(condition) else condition, case)
@@ -301,13 +307,17 @@ def _check_predicts_next(model: LoadedModel) -> None:
         )
 
 
-def _refuse_pictures(model: LoadedModel, task: Task, scored: Keys | None) -> None:
-    """Raises LensError for pictures, which have no tokens that are edited, and for `scored` without next tokens."""
-    if task.clean.is_floating_point():
+def _refuse_stages(model: LoadedModel, task: Task) -> None:
+    """Raises LensError for pictures that are looked at on several grids, or in windows: a key is of one window then."""
+    if task.clean.is_floating_point() and model.chosen and not model.is_encoder_decoder:
         raise LensError(
-            f"lens.effect edits keys that are tokens, and {task.name!r} is of pictures; which heads matter says "
-            "lens.heads.importance(model, task)"
+            f"lens.effect edits keys of one grid of patches, {model.info.class_name} has several, and {task.name!r} is of "
+            "pictures; which heads matter says lens.heads.importance(model, task)"
         )
+
+
+def _refuse_scored(model: LoadedModel, scored: Keys | None) -> None:
+    """Raises LensError for `scored` without next tokens."""
     if scored is not None and not predicts_next(model):
         raise LensError(
             "scored chooses positions whose next token is measured, and "

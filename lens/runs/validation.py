@@ -4,6 +4,9 @@ What was changed after the run is found by the manifest. What a wrong writer wou
 identities that hold for every attention matrix, so no model is needed: rows sum to 1 (to less with a learned
 sink), a map's columns add up to the received mass, its rows lie as far as the mean distance says, and the scores
 of `heads.parquet` follow from the traces. Traces are read one layer at a time.
+
+Some lies need the model: where whole layers or heads are exchanged in the traces and in every table and the digests are
+made anew, everything in the folder agrees, q and k too. `lens run --again` makes the run from its `config.toml`.
 """
 
 from __future__ import annotations

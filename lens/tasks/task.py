@@ -253,10 +253,10 @@ class Task:
     @property
     def as_prompts(self) -> Any:
         """The clean prompts as `lens.capture` takes them; of an encoder-decoder pairs (source, target)."""
+        continuous = self.clean.is_floating_point()  # pictures or sounds
         if self.targets is None:
-            return self.clean
-        sources = self.clean.split(1) if self.clean.is_floating_point() else self.clean
-        return list(zip(sources, self.targets, strict=True))
+            return {"pixel_values": self.clean} if continuous else self.clean
+        return [*zip(self.clean.split(1) if continuous else self.clean, self.targets, strict=True)]
 
     def refuse_lengths(self, what: str) -> None:
         """What compares all positions of the prompts refuses those of several lengths.

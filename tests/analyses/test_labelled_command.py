@@ -1,8 +1,9 @@
-"""`lens heads` and `lens circuit` on labelled pictures and texts: the task comes with the prompts."""
+"""`lens heads`, `sinks`, `redistribute` and `circuit` on labelled pictures and texts: the task comes with the prompts."""
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from lens_analyses.config import make_config
 from lens_analyses.inputs import plan, read_sources
 from lens_analyses.steps.classes import _agreeing
@@ -164,6 +165,54 @@ def test_a_circuit_is_found_for_labelled_pictures(lens_command, folder, tmp_path
     whole = found.section("circuit").tables["faithfulness"]
     full = whole[(whole["share"] == 1).to_numpy()]["faithfulness"]
     assert full.to_numpy() == pytest.approx(np.ones(2), abs=1e-4)
+
+
+def test_sinks_of_labelled_pictures_are_found_and_edited_away(lens_command, folder, tmp_path):
+    flags = ("--n", "6", "--amounts", "0.5,1", "--edits", "mask,mean_value", "--out", tmp_path)
+    answer = lens_command("sinks", "--model", "vit-digits", "--images", folder, *flags, "--json")
+    assert answer.code == 0, answer.err
+    found = open_run(answer.json["path"])
+    assert validate(found) == []
+    assert found.sections == ["detection", "effects", "dose", "redistribution"]
+    assert set(found.unsupported) == {"mechanism", "kinds", "first_token", "streaming", "spectrum"}
+    model = lens.load("vit-digits")
+    task = lens.tasks.classification(model, folder, n=6)
+    # alpha of [CLS] and its removal, by torch alone
+    eager = lens.load("vit-digits").model
+    eager.set_attn_implementation("eager")
+    with torch.no_grad():
+        maps = eager(task.clean, output_attentions=True).attentions
+        hidden = lens.edit(model, lens.edits.Mask("first"))
+        clean = model.model(task.clean).logits.log_softmax(-1)
+        with hidden:
+            edited = model.model(task.clean).logits.log_softmax(-1)
+    alpha = np.stack([one[..., 0].mean((0, 2)).numpy() for one in maps]).ravel()
+    heads = found.section("detection").tables["heads"].sort_values(["layer", "head"])
+    assert heads["alpha"].to_numpy() == pytest.approx(alpha, abs=1e-5)
+    lost = (clean - edited).gather(1, task.correct).mean()
+    table = found.section("effects").tables["edits"]
+    own = table[((table["condition"] == "edit") & (table["edit"] == "mask")).to_numpy()]
+    assert own["delta_loss"].to_numpy() == pytest.approx([float(lost)], abs=1e-5)
+    assert "size" in set(table["condition"])
+    limits = "".join(found.section("effects").limits)
+    assert "The edit mean_value is not made: layer 0 has no plain causal mask" in limits
+
+
+def test_attention_is_redistributed_on_labelled_pictures(lens_command, folder, tmp_path):
+    flags = ("--n", "8", "--amounts", "1", "--out", tmp_path, "--json")
+    answer = lens_command("redistribute", "--model", "vit-digits", "--images", folder, *flags)
+    assert answer.code == 0, answer.err
+    found = open_run(answer.json["path"])
+    assert validate(found) == []
+    assert found.sections == ["dose", "search"]
+    model = lens.load("vit-digits")
+    task = lens.tasks.classification(model, folder, n=8)
+    with lens.edit(model, lens.edits.Move("first")):
+        moved = task.evaluate(model)
+    gain = float((moved - task.evaluate(model)).mean())
+    response = found.section("dose").tables["response"]
+    assert response["gain"].to_numpy() == pytest.approx([gain], abs=1e-5)
+    assert "predicts no text" in "".join(found.section("dose").limits)
 
 
 @pytest.mark.parametrize(

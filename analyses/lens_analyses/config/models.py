@@ -142,7 +142,8 @@ class RunConfig(Section):
         task = getattr(self.analysis, "task", None)
         if task == LABELS and labelled_by(self.prompts) is None:
             raise ValueError(
-                f"the task {LABELS!r} is that of labelled prompts, which `lens heads` and `lens circuit` take: "
+                f"the task {LABELS!r} is that of labelled prompts, which `lens heads`, `lens redistribute` and `lens circuit` "
+                "take: "
                 "give --images FOLDER or --labelled TABLE with it"
             )
         return self
@@ -195,16 +196,21 @@ class _Labelled(RunConfig):
     def _takes_the_task(cls, given: Any) -> Any:
         prompts, analysis = (given.get(name) or {} for name in ("prompts", "analysis"))
         is_mapping = isinstance(prompts, dict) and isinstance(analysis, dict)
-        if is_mapping and any(prompts.get(name) for name in OF_LABELS):
+        if cls._has_tasks() and is_mapping and any(prompts.get(name) for name in OF_LABELS):
             return {**given, "analysis": {"task": LABELS, **analysis}}
         return given
 
     @model_validator(mode="after")
     def _takes_no_other_task(self) -> Self:
         task = getattr(self.analysis, "task", None)
-        if labelled_by(self.prompts) is not None and task != LABELS:
+        if self._has_tasks() and labelled_by(self.prompts) is not None and task != LABELS:
             raise ValueError(f"labelled prompts are a task of their own, {LABELS!r}; got {task!r}")
         return self
+
+    @classmethod
+    def _has_tasks(cls) -> bool:
+        """Whether the command names a task; `lens sinks` looks at its prompts alone."""
+        return "task" in type(cls.model_fields["analysis"].default).model_fields
 
 
 class HeadsConfig(_Labelled):
@@ -214,14 +220,14 @@ class HeadsConfig(_Labelled):
     analysis: HeadsSettings = HeadsSettings()
 
 
-class SinksConfig(RunConfig):
+class SinksConfig(_Labelled):
     """Of `lens sinks`."""
 
     what: Literal["sinks"] = _what("sinks")
     analysis: SinksSettings = SinksSettings()
 
 
-class RedistributeConfig(RunConfig):
+class RedistributeConfig(_Labelled):
     """Of `lens redistribute`."""
 
     what: Literal["redistribute"] = _what("redistribute")

@@ -206,11 +206,13 @@ def share(folder: Path, meta: Mapping[str, Any], config: RunConfig) -> tuple[flo
         Finished prompts and sections among all that there will be, 0 to 1; words.
     """
     from lens.runs.sections import section_names
+    from lens_analyses.config.prompts import labelled_by
     from lens_analyses.steps import steps_of
 
+    labelled = labelled_by(config.prompts) is not None
     steps = [
         step.name
-        for step in steps_of(meta["what"], meta["model"].get("part", ""))
+        for step in steps_of(meta["what"], meta["model"].get("part", ""), labelled)
         if step.is_wanted(config.analysis, config.prompts) and not step.why
     ]
     done, total = meta["prompts"]["done"], meta["prompts"]["total"]

@@ -153,15 +153,33 @@ _OF_PARTS: dict[str, dict[str, Step | str]] = {
 _OF_ENCODER: dict[str, Step | str] = {
     "generation": "the encoder has read the source before anything is written"
 }
+_NO_TOKEN = "a classifier has one answer for a whole prompt, and predicts no token"
+_OF_LABELS: dict[str, dict[str, Step | str]] = {
+    "sinks": {
+        "detection": Step("detection", "labelled"),
+        "mechanism": f"keys, values and massive activations are looked at where tokens are predicted: {_NO_TOKEN}; of pictures "
+        "lens.sinks.high_norm(model, pictures) finds the patches with large states",
+        "kinds": f"kinds of sinks are told apart by the loss of tokens: {_NO_TOKEN}",
+        "effects": Step("effects", "labelled", needs="detection"),
+        "first_token": f"BOS and other texts are compared by the loss of tokens: {_NO_TOKEN}",
+        "dose": Step("dose", "labelled"),
+        "redistribution": Step("redistribution", "labelled"),
+        "streaming": "a cache of first and last keys is that of a model that writes tokens, one after the other",
+        "spectrum": f"bands are those of the unembedding of tokens: {_NO_TOKEN}",
+    },
+}
+"""Of labelled prompts: the same."""
 _CAUSAL_ALONE = "sparse patterns are those of causal heads; the decoder has such"
 
 
-def steps_of(what: str, part: str) -> tuple[Step, ...]:
-    """The steps of a run, in order; `part` is that of an encoder-decoder, "" of other models."""
-    if not part:
+def steps_of(what: str, part: str, labelled: bool = False) -> tuple[Step, ...]:
+    """The steps of a run, in order; `part` is that of an encoder-decoder, "" of other models; `labelled`: its prompts are."""
+    if not part and not labelled:
         return STEPS[what]
-    instead = _OF_PARTS.get(what, {}) | (_OF_ENCODER if part == "encoder" else {})
-    instead = instead | ({} if part == "decoder" else {"patterns": _CAUSAL_ALONE})
+    instead = _OF_LABELS.get(what, {}) if labelled else _OF_PARTS.get(what, {})
+    instead = instead | (_OF_ENCODER if part == "encoder" else {})
+    if part and part != "decoder":
+        instead = instead | {"patterns": _CAUSAL_ALONE}
     found = []
     for step in STEPS[what]:
         other = instead.get(step.name, step)

@@ -10,7 +10,7 @@ from lens.figures.sink_effects import migration_maps
 from lens.runs.sections import Section
 from lens_analyses.steps.columns import defined
 from lens_analyses.steps.headlines import of_edits, of_search
-from lens_analyses.steps.sink_effects import EDITS, by_word
+from lens_analyses.steps.sink_effects import EDITS, OF_TASKS, by_word
 from lens_analyses.steps.sinks import COLUMNS
 from lens_analyses.steps.subject import Subject
 
@@ -27,6 +27,8 @@ def dose(subject: Subject) -> Section:
     }
     figures = {"response": response.plot("gain")}
     try:
+        if subject.labelled:
+            raise LensError("a classifier has one answer for a whole prompt, and predicts no text")
         side = lens.effect(subject.model, subject.text_windows, edit, **at)
     except LensError as error:
         text = f"Side effects on text are not measured: {error}."
@@ -52,10 +54,15 @@ def dose(subject: Subject) -> Section:
 
 def redistribution(subject: Subject) -> Section:
     """Attention moved from the first token to the others, as part of `lens sinks`: dose and response."""
+    return redistribution_of(subject, subject.text_windows)
+
+
+def redistribution_of(subject: Subject, prompts: Any) -> Section:
+    """The same on prompts as `lens.effect` takes them."""
     amounts, rule = _amounts(subject), subject.settings.rule
     alike = {"seed": subject.seed, "progress": False}
     found = lens.effect(
-        subject.model, subject.text_windows, EDIT_OF[rule], amounts=amounts, controls=(), **alike
+        subject.model, prompts, EDIT_OF[rule], amounts=amounts, controls=(), **alike
     )
     tables = {"response": found.table().assign(edit=rule)}
     figures = {"response": found.plot()}
@@ -64,7 +71,7 @@ def redistribution(subject: Subject) -> Section:
         at = max(amounts)
         watched = lens.effect(
             subject.model,
-            subject.text_windows,
+            prompts,
             EDITS[rule],
             amounts=[at],
             controls=("mass",),
@@ -81,7 +88,7 @@ def redistribution(subject: Subject) -> Section:
         limits=(
             f"{_ACTS[rule]} All heads at once; the command lens redistribute tries single heads and judges them on "
             "held-out prompts.",
-            "This text is held out in so far as no head and no amount was chosen on it; it is the text that "
+            "These prompts are held out in so far as no head and no amount was chosen on them; they are those that "
             "the sinks were found on.",
         ),
         columns=defined(tables.values(), COLUMNS | _COLUMNS),
@@ -155,8 +162,7 @@ _ACTS = {
     "all others (attention calibration, arXiv 2406.15765).",
 }
 _COLUMNS = {
-    "metric": "Of the task, with the edit.",
-    "gain": "How much better the task goes than without the edit, in units of its metric.",
+    **OF_TASKS,
     "heads": "Which heads were edited.",
     "prompts": "On which prompts.",
     "head": "The head of the layer that was edited alone.",

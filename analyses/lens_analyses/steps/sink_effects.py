@@ -33,6 +33,12 @@ EDITS = {
     "transfer": edits.Move("first"),
 }
 """What the words of the configuration do with the first token."""
+OF_TASKS = {
+    "metric": "Of the task, with the edit.",
+    "gain": "How much better the task goes than without the edit, in units of its metric.",
+    "excess_gain": "gain of the edit less that of the control, prompt by prompt.",
+}
+"""Columns of the effect of an edit on a task."""
 _WORDS = {edit.words: word for word, edit in EDITS.items()}
 _OTHERS = ("pride-and-prejudice", "shakespeare")
 
@@ -106,7 +112,7 @@ def dose(subject: Subject) -> Section:
     return dose_of(subject, subject.text_windows)
 
 
-def dose_of(subject: Subject, prompts: list[Any]) -> Section:
+def dose_of(subject: Subject, prompts: Any) -> Section:
     """The same on prompts as `lens.effect` takes them."""
     amounts = subject.settings.doses
     found = lens.effect(
@@ -124,7 +130,7 @@ def dose_of(subject: Subject, prompts: list[Any]) -> Section:
         title="Sinks: dose and response",
         summary=of_kind(found.findings(), "dose", "trend", "mass"),
         limits=("The same control keys are edited at every amount.",),
-        columns=defined([table], COLUMNS),
+        columns=defined([table], COLUMNS | OF_TASKS),
         configuration={"amounts": list(amounts), "edit": "mask", "sources": "first"},
         tables={"curve": table},
         figures={"curve": found.plot()},

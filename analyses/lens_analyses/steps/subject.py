@@ -161,7 +161,8 @@ def analysed(
     if settings is not None and labelled_by(config.prompts) is not None:
         task = labelled_task(model, config)
         length = len(planned[0].ids) if reads_pictures(config) else task.length
-        return [[0] * length] * task.n, []
+        found = [[0] * length] * task.n
+        return found, found if what == "sinks" else []
     if what == "examples":
         corpus_of(config)
     texts = [prompt.ids for prompt in planned if prompt.kind == "text"]
