@@ -19,7 +19,7 @@ DIFFUSION = "diffusion"
 NEED_TEXT = ("sinks", "redistribute", "policies", "mixers", "examples", "generate")
 """Analyses that copied prompts alone do not do for."""
 _SOURCES = ("prompt", "text", "text_name", "batch", "audio", "image")
-_OF_LABELS = ("heads", "circuit")
+_OF_LABELS = ("heads", "sinks", "redistribute", "circuit")
 _OF_PARTS = ("heads", "sinks", "generate")  # of an encoder-decoder, one attention at a time
 _OF_TASKS = ("heads", "redistribute", "explain", "patch", "circuit")
 _IN_PAIRS = ("patch", "circuit")
@@ -91,15 +91,17 @@ def _check(config: Mapping[str, Any], what: str) -> None:
             f"`lens {what}` reads no pictures that are not labelled; `lens vision` is for these"
         )
     prompts = config.get("prompts", {})
-    if what not in _OF_LABELS and (prompts.get("images") or prompts.get("labelled")):
+    labelled = prompts.get("images") or prompts.get("labelled")
+    if what not in _OF_LABELS and labelled:
+        *others, last = (f"`lens {one}`" for one in _OF_LABELS)
         raise LensError(
-            f"`lens {what}` takes no labelled prompts; `lens heads` and `lens circuit` do"
+            f"`lens {what}` takes no labelled prompts; {', '.join(others)} and {last} do"
         )
     if what not in _OF_PARTS and config.get("model", {}).get("part"):
         raise LensError(
             f"`lens {what}` takes no encoder-decoder; `lens heads`, `lens sinks` and `lens generate` do"
         )
-    if what in NEED_TEXT and not any(prompts.get(name) for name in _SOURCES):
+    if what in NEED_TEXT and not labelled and not any(prompts.get(name) for name in _SOURCES):
         raise LensError(
             f"`lens {what}` needs text, and this run has copied prompts alone; make a run with --prompt WORDS, --text FILE or "
             "--text-name moby-dick"

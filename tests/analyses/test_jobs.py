@@ -222,7 +222,13 @@ def test_pictures_are_offered_where_files_may_be_read():
         assert ("vision" in fields["what"]["choices"]) == files
         assert ("prompts.image" in fields) == files
     assert fields["prompts.image"]["whats"] == list(WHATS)  # others: of encoder-decoders
-    assert fields["prompts.images"]["whats"] == ["heads", "vision", "circuit"]
+    assert fields["prompts.images"]["whats"] == [
+        "heads",
+        "sinks",
+        "redistribute",
+        "vision",
+        "circuit",
+    ]
     assert fields["prompts.boxes"]["whats"] == ["vision"]
 
 

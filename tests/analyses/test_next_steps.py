@@ -126,7 +126,7 @@ def test_the_command_and_the_job_after_any_run_are_one_and_are_taken(whose, tmp_
 
 def test_after_labelled_prompts_and_parts_only_what_takes_them_follows(tmp_path):
     labelled = {"what": "heads", "prompts": {"images": "folder"}, "analysis": {"task": "labels"}}
-    assert follows(labelled, tmp_path) == {"heads", "circuit"}
+    assert follows(labelled, tmp_path) == {"heads", "sinks", "redistribute", "circuit"}
     part = {"what": "profile", "prompts": {"audio": "a.wav"}, "model": {"part": "cross"}}
     assert follows(part, tmp_path) == {"heads", "sinks"}
 

@@ -6,8 +6,11 @@ tries every command on every shape. `lens sinks` on the same models is in test_u
 
 import json
 
+import numpy as np
 import pytest
+import torch
 import transformers
+from PIL import Image
 
 from lens.runs import open_run
 from lens.runs.validation import validate
@@ -92,8 +95,30 @@ def vit(tmp_path_factory):
         image_size=32, patch_size=8,
     )  # fmt: skip
     folder = tmp_path_factory.mktemp("vit")
+    torch.manual_seed(0)
     transformers.ViTForImageClassification(config).save_pretrained(folder)
+    size = {"height": 32, "width": 32}
+    transformers.ViTImageProcessorPil(size=size).save_pretrained(folder)
     return folder
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("command", ["heads", "sinks", "redistribute", "circuit"])
+def test_a_classifier_of_pictures_ends_with_a_report(vit, command, lens_command, tmp_path):
+    random = np.random.default_rng(0)
+    for label in (0, 1):
+        (tmp_path / "pictures" / str(label)).mkdir(parents=True)
+        for number in range(3):
+            picture = random.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+            Image.fromarray(picture).save(tmp_path / f"pictures/{label}/{number}.png")
+    flags = ["--model", vit, "--images", tmp_path / "pictures", "--out", tmp_path / "runs"]
+    answer = lens_command(command, *flags, "--n", "6", "--json")
+    assert answer.code == 0, answer.err
+    run = open_run(answer.json["path"])
+    assert run.status == "success"
+    assert validate(run) == []
+    assert (run.path / "report.html").is_file()
+    assert run.sections
 
 
 @pytest.mark.parametrize(
