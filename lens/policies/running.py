@@ -22,10 +22,12 @@ from lens.passes.blocks import check_block_size
 from lens.passes.logits import fills_masks
 from lens.policies.base import Full, Policy, several
 from lens.stats.intervals import columns
+from lens.stats.verdicts import verdict
 from lens.tasks import Task
 from lens.tasks.needles import Trial, answered
 
 NEEDLES = "needle recall"
+_CHANGE = {"above": "better", "below": "worse", "not told apart": "not told apart from dense"}
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -73,14 +75,14 @@ class PolicyRuns(Result):
         """One sentence per policy ("change"), and what was sparse ("limit")."""
         said = []
         for row in self.table().to_dict("records"):
-            worse = self.sign * row["change"] < 0
+            low, high = sorted(self.sign * row[f"change_{end}"] for end in ("low", "high"))
             divergence = "" if np.isnan(row["kl"]) else f"; KL {row['kl']:.4f} nats"
             said.append(
                 Sentence(
                     f"Under {row['policy']}, with {row['density']:.1%} of the blocks, the {self.metric} goes from "
                     f"{row['dense']:.4f} to {row['sparse']:.4f}, {row['change']:+z.4f}"
                     f"{ends(row['change_low'], row['change_high'], '+z.4f')}"
-                    f"{' (worse)' if worse else ''}{divergence}.",
+                    f" ({_CHANGE[verdict(low, high)]}){divergence}.",
                     kind="change",
                 )
             )

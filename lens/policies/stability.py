@@ -30,6 +30,7 @@ from lens.policies.transferring import (
     transfer_measures,
 )
 from lens.stats.intervals import columns
+from lens.stats.verdicts import verdict
 
 CLAIMS = (
     ("AdaSpa: the pattern varies from input to input", "prompt", "efficiency", False),
@@ -107,21 +108,23 @@ class PolicyStability(Result):
 
     def claims(self) -> pd.DataFrame:
         """One row per published claim about a condition that was measured: `claim`, `condition`, `measure`,
-        `value`, `low`, `high`, and `holds`: an efficiency of at least 0.9 serves; a pattern varies where another
-        prompt's blocks keep less than 0.9 of what its own keep; an LSE varies where it is usable in fewer than 0.9
-        of the heads."""
+        `value`, `low`, `high`, and `verdict`: it "holds", "does not hold", or is "not told apart" where the interval
+        holds 0.9 or there is none. An efficiency above 0.9 serves; a pattern varies where another prompt's blocks
+        keep less than 0.9 of what its own keep; an LSE varies where it is usable in fewer than 0.9 of the heads."""
         rows = {row["condition"]: row for row in self.summary().to_dict("records")}
         found = []
         for claim, condition, measure, high_agrees in CLAIMS:
             if condition not in rows:
                 continue
             row = rows[condition]
-            value = float(row[measure])
+            low, high = (float(row[f"{measure}_{end}"]) for end in ("low", "high"))
+            side = verdict(low, high, SERVES)
+            agrees = side == ("above" if high_agrees else "below")
             found.append(
                 {
-                    "claim": claim, "condition": condition, "measure": measure, "value": value,
-                    "low": float(row[f"{measure}_low"]), "high": float(row[f"{measure}_high"]),
-                    "holds": (value >= SERVES) == high_agrees,
+                    "claim": claim, "condition": condition, "measure": measure, "value": float(row[measure]),
+                    "low": low, "high": high,
+                    "verdict": "holds" if agrees else side if side == "not told apart" else "does not hold",
                 }
             )  # fmt: skip
         return pd.DataFrame(found)
@@ -130,10 +133,12 @@ class PolicyStability(Result):
         """What each claim comes to ("claim"), and whether a repeat is exact ("control")."""
         said = []
         for row in self.claims().to_dict("records"):
+            told = "cannot be told" if row["verdict"] == "not told apart" else row["verdict"]
             said.append(
                 Sentence(
-                    f"{row['claim']}: {'holds' if row['holds'] else 'does not hold'} here "
-                    f"({row['measure'].replace('_', ' ')} {row['value']:.3f}{ends(row['low'], row['high'], '.3f')}).",
+                    f"{row['claim']}: {told} here "
+                    f"({row['measure'].replace('_', ' ')} {row['value']:.3f}{ends(row['low'], row['high'], '.3f')}, "
+                    f"beside {SERVES:g}).",
                     kind="claim",
                 )
             )
@@ -189,7 +194,7 @@ def stability(
 
     Example:
         >>> found = lens.policies.stability(model, texts, block_size=4, steps=(1, 4), progress=False)
-        >>> found.claims()[["claim", "value", "holds"]]
+        >>> found.claims()[["claim", "value", "verdict"]]
     """
     if fills_masks(model):
         raise LensError(

@@ -144,17 +144,18 @@ def test_claims_follow_their_measures(found):
     rows = found.summary().set_index("condition")
     pattern = table.loc["AdaSpa: the pattern varies from input to input"]
     assert pattern["value"] == rows.loc["prompt", "efficiency"]
-    assert pattern["holds"] == (pattern["value"] < 0.9)
+    assert (pattern["verdict"] == "holds") == (pattern["high"] < 0.9)
     near = table.loc["IndexCache: neighbouring layers pick nearly the same keys"]
-    assert near["holds"] == (rows.loc["layer", "efficiency"] >= 0.9)
+    assert (near["verdict"] == "holds") == (rows.loc["layer", "efficiency_low"] > 0.9)
     lse = table.loc["AdaSpa: the LSE varies from input to input"]
     off = found.values["prompt"][5]
     assert lse["value"] == pytest.approx((off < 0.05).mean())
-    assert lse["holds"] == (lse["value"] < 0.9)
+    assert (lse["verdict"] == "holds") == (lse["high"] < 0.9)
     said = of_kind(found.findings(), "claim")
     assert len(said) == len(table)
     for sentence, (claim, row) in zip(said, table.iterrows(), strict=True):
-        assert sentence.startswith(f"{claim}: {'holds' if row['holds'] else 'does not hold'} here")
+        told = "cannot be told" if row["verdict"] == "not told apart" else row["verdict"]
+        assert sentence.startswith(f"{claim}: {told} here")
     assert "overlap 1.000" in of_kind(found.findings(), "control")[0]
     figure = found.plot()
     assert list(figure.data[2].y) == found.summary()["recall"].tolist()

@@ -209,27 +209,27 @@ SAID = [
     (
         stable(),
         [
-            "AdaSpa: the pattern varies from input to input: does not hold here (efficiency 0.950 [0.950, 0.950]).",
-            "AdaSpa: the LSE varies from input to input: does not hold here (usable lse 1.000 [1.000, 1.000]).",
-            "a search with the LSE of another prompt finds the blocks: holds here (cached efficiency 0.950 [0.950, 0.950]).",
+            "AdaSpa: the pattern varies from input to input: does not hold here (efficiency 0.950 [0.950, 0.950], beside 0.9).",
+            "AdaSpa: the LSE varies from input to input: does not hold here (usable lse 1.000 [1.000, 1.000], beside 0.9).",
+            "a search with the LSE of another prompt finds the blocks: holds here (cached efficiency 0.950 [0.950, 0.950], beside 0.9).",
             "The same prompt again: overlap 1.000, LSE usable in 100% of the heads. With the best 20% of the blocks of each row.",
         ],
     ),
     (
         stable(efficiency=0.5, lse_error=0.2),
         [
-            "AdaSpa: the pattern varies from input to input: holds here (efficiency 0.500 [0.500, 0.500]).",
-            "AdaSpa: the LSE varies from input to input: holds here (usable lse 0.500 [0.500, 0.500]).",
-            "a search with the LSE of another prompt finds the blocks: does not hold here (cached efficiency 0.500 [0.500, 0.500]).",
+            "AdaSpa: the pattern varies from input to input: holds here (efficiency 0.500 [0.500, 0.500], beside 0.9).",
+            "AdaSpa: the LSE varies from input to input: holds here (usable lse 0.500 [0.500, 0.500], beside 0.9).",
+            "a search with the LSE of another prompt finds the blocks: does not hold here (cached efficiency 0.500 [0.500, 0.500], beside 0.9).",
             "The same prompt again: overlap 1.000, LSE usable in 100% of the heads. With the best 20% of the blocks of each row.",
         ],
     ),
     (
         stable(repeat=0.5, units=1),
         [
-            "AdaSpa: the pattern varies from input to input: does not hold here (efficiency 0.950).",
-            "AdaSpa: the LSE varies from input to input: does not hold here (usable lse 1.000).",
-            "a search with the LSE of another prompt finds the blocks: holds here (cached efficiency 0.950).",
+            "AdaSpa: the pattern varies from input to input: cannot be told here (efficiency 0.950, beside 0.9).",
+            "AdaSpa: the LSE varies from input to input: cannot be told here (usable lse 1.000, beside 0.9).",
+            "a search with the LSE of another prompt finds the blocks: cannot be told here (cached efficiency 0.950, beside 0.9).",
             "The same prompt again: overlap 0.500, LSE usable in 100% of the heads. With the best 20% of the blocks of each row.",
         ],
     ),

@@ -1,0 +1,88 @@
+"""What intervals tell apart: a value beside a number, and the best of many beside the others."""
+
+from __future__ import annotations
+
+from statistics import NormalDist
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from lens.common.choices import Seed, check_counts
+from lens.stats.intervals import LEVEL, over_units
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+Verdict = Literal["above", "below", "not told apart"]
+
+
+def verdict(low: float, high: float, beside: float = 0.0) -> Verdict:
+    """Where a value lies beside a number: what its whole interval says, never the value alone.
+
+    Args:
+        low, high: of its interval; NaN where there is none, as of a single prompt, which tells nothing apart.
+        beside: what it is compared with, such as no change.
+
+    Example:
+        >>> from lens.stats.verdicts import verdict
+        >>> [verdict(*ends) for ends in ((0.1, 0.3), (-0.3, -0.1), (-0.1, 0.3))]
+        ['above', 'below', 'not told apart']
+    """
+    if low > beside:
+        return "above"
+    return "below" if high < beside else "not told apart"
+
+
+def of_many(value: float, low: float, high: float, many: int) -> tuple[float, float]:
+    """The interval of the highest or lowest of many values, wide enough that it holds what there is by chance.
+
+    One of 24 intervals of 95 % lies beside the truth more often than not, and the highest value is the likeliest one.
+    Both arms are as much longer as those of a normal interval at a level of 1 - 0.05 / many (Bonferroni).
+
+    Args:
+        value, low, high: as if it had not been chosen; many: that it was chosen of.
+
+    Example:
+        >>> from lens.stats.verdicts import of_many
+        >>> [round(end, 2) for end in of_many(1.0, 0.0, 2.0, 24)]
+        [-0.57, 2.57]
+    """
+    check_counts(many=many)
+    miss = (1 - LEVEL) / 2
+    longer = NormalDist().inv_cdf(1 - miss / many) / NormalDist().inv_cdf(1 - miss)
+    return value - longer * (value - low), value + longer * (high - value)
+
+
+def rivals(values: Float[np.ndarray, "members units"], best: int, seed: Seed) -> list[int]:
+    """The members that are not told apart from the highest one, by the interval of their paired difference; highest first.
+
+    Args:
+        values: of each member (such as a head) in each unit (such as a prompt); where the lowest is meant, their negatives.
+        best: the member with the highest mean.
+        seed: of the intervals.
+
+    Returns:
+        None of them for a single unit, which has no interval.
+
+    Example:
+        >>> from lens.stats.verdicts import rivals
+        >>> rivals(np.array([[5.0, 6, 7], [1, 2, 3], [7, 5, 6]]), 0, seed=0)
+        [2]
+    """
+    if values.shape[1] < 2:
+        return []
+    apart = (values[best] - values).T
+    low, _ = over_units(apart, np.ones_like(apart), seed)
+    order = np.argsort(-values.mean(1), kind="stable")
+    return [int(one) for one in order if one != best and not low[one] > 0]
+
+
+def by_chance(many: int, sides: int = 2) -> float:
+    """How many of so many intervals leave out the truth by chance, on one side or on both.
+
+    Example:
+        >>> from lens.stats.verdicts import by_chance
+        >>> round(by_chance(24), 2), round(by_chance(24, sides=1), 2)
+        (1.2, 0.6)
+    """
+    return (1 - LEVEL) * sides / 2 * many
