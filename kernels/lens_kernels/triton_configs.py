@@ -251,8 +251,8 @@ def backward_config(problem: Problem, of: str) -> Config:
         if weight < 2:
             return Config(128, 16, 8, 2) if hopper else Config(64, 32, 8, 2)
         return small
-    if weight > 2:
-        return Config(64, 32, 8, 2) if hopper else _SMALL
+    if weight > 2:  # with 64 rows the compiler serialises the products
+        return _SMALL
     if not hopper and width == 128 and problem.plan.allowed is not None:
         return Config(64, 32, 8, 2)
     wide = hopper and (width == 64 or weight < 2)

@@ -40,6 +40,7 @@ MASKS = {
     "softcap": {"bfloat16": (256,)},
     "narrow": {"bfloat16": (192,)},
     "sparse": {"bfloat16": (128,)},
+    "everything": {"bfloat16": (128,)},
 }
 """What most models run, the commonest first, and the head dims of those that run it; any other can be asked for by name.
 
@@ -50,7 +51,7 @@ left padding. "sinks" bear on the forward pass alone. "narrow" has values of 128
 spilled bytes, shared memory or instructions.
 """
 
-LEARNT = ("causal", "odd", "none", "window", "everything")
+LEARNT = ("causal", "odd", "none", "window", "sparse", "everything")
 """Masks whose gradients are compiled too; "everything", which no model runs, is all that can bear on the logits, at once."""
 ROWS = ("lse", "max_logit", "entropy", "concentration", "distance", "prefix_mass")
 GROUP_ROWS = ("lse", "max_logit", "entropy", "concentration", "distance")
