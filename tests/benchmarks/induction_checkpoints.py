@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 import transformers
 from sink_checkpoints import compared, tokenizer
+from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
 SYMBOLS, LENGTH, STRETCH = 32, 40, 12
 """Symbols there are, symbols of a text, and how many of them come again."""
@@ -47,7 +48,7 @@ def checkpoints(steps: Sequence[int], out: Path, seed: int = 0) -> Iterator[tupl
         num_key_value_heads=4, max_position_embeddings=128, bos_token_id=START, eos_token_id=None, pad_token_id=None,
         tie_word_embeddings=False,
     )  # fmt: skip
-    model = transformers.LlamaForCausalLM(config)
+    model = LlamaForCausalLM(config)
     optimiser = torch.optim.AdamW(model.parameters(), 3e-3, weight_decay=0.0)
     for step in range(max(steps) + 1):
         ids, known = drawn(32, seed=1000 * (seed + 1) + step)

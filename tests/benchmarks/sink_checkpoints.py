@@ -17,6 +17,7 @@ import torch
 import transformers
 from lens_analyses.cli import main as lens_command
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
 SYMBOLS, TRIGGERS, LENGTH = 16, 5, 32
 START, FIRST = 0, 1
@@ -70,7 +71,7 @@ def checkpoints(steps: Sequence[int], out: Path, seed: int = 2) -> Iterator[tupl
         num_key_value_heads=2, max_position_embeddings=64, bos_token_id=START, eos_token_id=None, pad_token_id=None,
         tie_word_embeddings=False,
     )  # fmt: skip
-    model = transformers.LlamaForCausalLM(config)
+    model = LlamaForCausalLM(config)
     optimiser = torch.optim.AdamW(model.parameters(), 1e-2, weight_decay=0.0)
     pool, draw = drawn(2048, seed=0), torch.Generator().manual_seed(seed)
     for step in range(max(steps) + 1):

@@ -1,6 +1,7 @@
 """First screens of two runs and of a series: a change is told beside what the median head changes by, or not at all."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -94,9 +95,8 @@ def test_a_step_to_other_prompts_has_no_ends(tmp_path):
     """What the last run has is a mean over its own prompts, and the change one over those that both have."""
     series = jumped(tmp_path)
     last = series.runs[2]
-    vars(last)["prompts"] = last.prompts.assign(
-        token_strings=[[*row, "more"] for row in last.prompts["token_strings"]]
-    )
+    longer = [[*row, "more"] for row in last.prompts["token_strings"]]
+    vars(last)["prompts"] = last.prompts.assign(token_strings=pd.Series(longer, last.prompts.index))
     (one,) = of_series(series)
     assert f"[0.35, 0.45], from {series.names[1]} to {series.names[2]}; " in one.headline.text
 
@@ -107,9 +107,10 @@ def test_a_series_tells_its_steps_and_no_head_twice(tmp_path):
     assert len(found) == 1
     assert found[0].headline.text.startswith("L1H0 ")
     assert f"in {series.names[1]} to " in found[0].headline.text
-    shown = [line.name for line in found[0].picture.data if line.showlegend]
-    assert shown in ([], ["L1H0"])
-    assert max(line.line.width for line in found[0].picture.data if line.name == "L1H0") == 2
+    assert found[0].picture
+    lines: Any = found[0].picture.data
+    assert [line.name for line in lines if line.showlegend] in ([], ["L1H0"])
+    assert max(line.line.width for line in lines if line.name == "L1H0") == 2
 
 
 def test_of_a_loss_the_largest_step_is_told_and_not_the_surest(tmp_path):
