@@ -62,9 +62,11 @@ def cut(model: "LoadedModel", config: RunConfig, source: Source) -> list[Planned
             )
         return [PlannedPrompt("text", source.title, source.text, ids)]
     if context is not None and tokens > context:
+        there = len(vocabulary.windows(ids, context, vocabulary.around(model)))
+        as_much = min(there, -(-tokens * (windows or 1) // context))
         raise LensError(
-            f"--tokens {tokens} is more than the {context:,} that {model.name} takes; use "
-            f"--tokens {context}, and --windows {-(-tokens // context)} for as much text"
+            f"--tokens {tokens} is more than the {context:,} that {model.name} takes; use --tokens {context}"
+            + f", and --windows {as_much} for as much text" * (as_much > 1)
         )
     if windows is not None:
         return _windows(model, source, ids, tokens, windows)
@@ -89,7 +91,7 @@ def _windows(
     found = vocabulary.windows(ids, tokens, pair)
     if len(found) < windows:
         raise LensError(
-            f"the text has {len(ids):,} tokens of {model.name}, enough for {len(found)} windows of {tokens} "
+            f"the text has {len(ids):,} tokens of {model.name}, enough for {len(found)} window{'s' * (len(found) != 1)} of {tokens} "
             f"and not for {windows}; ask for fewer or shorter ones"
         )
     size = tokens - len(start) - len(end)

@@ -24,6 +24,9 @@ def shape_of(prompt: Any) -> str:
     """What was given, in an error."""
     if isinstance(prompt, torch.Tensor):
         return f"a {prompt.dtype} tensor {list(prompt.shape)}"
+    if isinstance(prompt, list | tuple) and prompt:
+        odd = next((one for one in prompt if not is_whole(one)), prompt[0])
+        return f"a {type(prompt).__name__} with a {type(odd).__name__}"
     return type(prompt).__name__
 
 

@@ -28,6 +28,7 @@ from lens.models.quantised import (
     names_tokens,
     readable_weights,
     refuse_torch_quantised,
+    tell_rounding_once,
 )
 from lens.models.sizes import (
     NoHeadsError,
@@ -286,6 +287,7 @@ def _described(
     model: PreTrainedModel, tokenizer: Any, name: str, revision: str | None = None
 ) -> LoadedModel:
     """With its sizes; those of parts (an encoder-decoder's, stages) are measured by the self-check."""
+    tell_rounding_once(model)
     takes = inspect.signature(model.forward).parameters
     if halves := stacks(model):
         if {"input_ids", "decoder_input_ids"} <= takes.keys() and reads_picture_first(model):

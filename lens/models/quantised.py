@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -70,6 +71,28 @@ def readable_weights(config: Any, name: str) -> Iterator[None]:
         )
     ):
         yield
+
+
+class _Once(logging.Filter):
+    """Lets a message through the first time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.told: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        before = len(self.told)
+        self.told.add(record.getMessage())
+        return len(self.told) > before
+
+
+_ONCE = _Once()
+
+
+def tell_rounding_once(model: nn.Module) -> None:
+    """Of 8 bit, bitsandbytes writes at every product of every layer that what is read is rounded: a line is enough."""
+    if any(type(one).__name__ == "Linear8bitLt" for one in model.modules()):
+        logging.getLogger("bitsandbytes.autograd._functions").addFilter(_ONCE)
 
 
 def refuse_torch_quantised(model: nn.Module) -> None:

@@ -54,6 +54,18 @@ def test_windows_are_consecutive_and_each_has_the_bos(model):
     assert windows[1].title.endswith("tokens 10 to 19")
 
 
+def test_an_advised_number_of_windows_is_as_much_text_and_no_more_than_there_is(model, tmp_path):
+    context = model.info.context
+    with pytest.raises(LensError, match=f"use --tokens {context}, and --windows 4 for as much"):
+        prompts_of(model, text_name="moby-dick", tokens=2 * context, windows=2)
+    short = tmp_path / "short.txt"
+    short.write_text(model.tokenizer.decode(model.encode(lens.tasks.text("moby-dick"))[1:120]))
+    with pytest.raises(LensError, match=f"takes; use --tokens {context}$"):
+        prompts_of(model, text=str(short), tokens=9 * context)
+    with pytest.raises(LensError, match=r"enough for 1 window of 100 and not for 2"):
+        prompts_of(model, text=str(short), tokens=100, windows=2)
+
+
 def test_pieces_of_an_encoder_keep_what_stands_round_its_text(tmp_path):
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{at}" for at in range(40))]
     tokenizer = transformers.BertTokenizer(vocab={word: at for at, word in enumerate(words)})

@@ -152,7 +152,7 @@ def test_adapters_that_cannot_be_taken_say_why(folder, tmp_path, monkeypatch):
         lens.load(str(folder / "lora"))
 
 
-def test_4_bit_weights_are_read_as_they_work_and_8_bit_ones_are_refused(folder):
+def test_4_bit_weights_are_read_as_they_work_and_8_bit_ones_are_refused(folder, caplog):
     settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
     root = AutoModelForCausalLM.from_pretrained(folder / "base", quantization_config=settings)
     layer = root.model.layers[1].self_attn.o_proj
@@ -169,6 +169,7 @@ def test_4_bit_weights_are_read_as_they_work_and_8_bit_ones_are_refused(folder):
     root = AutoModelForCausalLM.from_pretrained(folder / "base", quantization_config=settings)
     model = lens.load(root.eval())
     assert lens.capture(model, IDS, progress=False).layers
+    assert caplog.text.count("inputs will be cast") == 1  # 14 layers
     with pytest.raises(LensError, match=r"a Linear8bitLt does not compute x W \+ b"):
         proved(model)
 
