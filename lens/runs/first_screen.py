@@ -92,6 +92,7 @@ def first(
 def _of_profile(heads: pd.DataFrame) -> Section:
     """The scores of heads as a section of a run."""
     found = [one for one in findings(heads) if one.found]
+    many = max(1, len(heads[["layer", "head"]].drop_duplicates()))
     return Section(
         name=PROFILE,
         title="Profile of the heads",
@@ -101,13 +102,15 @@ def _of_profile(heads: pd.DataFrame) -> Section:
             )
             for one in found
         },
-        headlines=tuple(headline for one in found for headline in _of_finding(one)),
+        headlines=tuple(headline for one in found for headline in _of_finding(one, many)),
     )
 
 
-def _of_finding(finding: Finding) -> Iterator[Headline]:
+def _of_finding(finding: Finding, many: int) -> Iterator[Headline]:
     top = finding.heads[0]
     if chance := higher_chance(finding.uniform, finding.random_weights):
         against, baseline, both = chance
         text = f"{finding.count}, most {top}, against {both}."
-        yield Headline(text, top.value, top.low, top.high, baseline, against, figure=finding.kind)
+        yield Headline(
+            text, top.value, top.low, top.high, baseline, against, figure=finding.kind, many=many
+        )

@@ -8,6 +8,9 @@ surprising ones first and compute nothing anew.
                exact its size (of a share its distance to 0 or 1, the nearer one); at least 1 % of the value's size
     surprise = min(gap / scale, 100)
 
+The highest of many values has the interval of the highest of many (`lens.stats.verdicts.of_many`): by chance one of 24
+plain ones lies beside the truth more often than not.
+
 A finding whose interval holds its baseline has a surprise of 0. No headline is one of less than 0.5 where the baseline
 scatters (the difference of two with intervals of one width excludes 0 from 0.41 on), or than 0.1 where it is exact. One without an
 interval (a single prompt) stands behind all that have one.
@@ -23,6 +26,7 @@ from typing import Any
 import numpy as np
 
 from lens.common.errors import LensError
+from lens.stats.verdicts import of_many
 
 _FLOOR = 0.01
 _BESIDE, _BEYOND = (
@@ -46,6 +50,7 @@ class Headline:
         spread: how far the baseline itself scatters, in the value's unit; NaN where it is exact.
         unit: of value and baseline, "" for a share or a score.
         figure: of the section that shows it, "" for none.
+        many: how many values it was chosen of, as the highest head of 24; 1: none.
 
     Example:
         >>> from lens.runs.headlines import Headline
@@ -63,6 +68,7 @@ class Headline:
     spread: float = math.nan
     unit: str = ""
     figure: str = ""
+    many: int = 1
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.value) and math.isfinite(self.baseline)):
@@ -81,7 +87,9 @@ class Headline:
     @property
     def surprise(self) -> float:
         """How many times the baseline's scale the value lies beyond it, as this module defines it."""
-        low, high = (self.low, self.high) if self.is_sure else (self.value, self.value)
+        low, high = self.value, self.value
+        if self.is_sure:
+            low, high = of_many(self.value, self.low, self.high, self.many)
         gap = max(low - self.baseline, self.baseline - high, 0.0)
         scale = self.spread if math.isfinite(self.spread) else abs(self.baseline)
         if math.isnan(self.spread) and not self.unit and 0 <= self.baseline <= 1:
@@ -115,14 +123,14 @@ class Headline:
 
 def highest(
     values: Iterable[float], lows: Iterable[float], highs: Iterable[float]
-) -> tuple[int, dict[str, float]]:
+) -> tuple[int, dict[str, Any]]:
     """The largest of many like values, beside the others: their median and how far they scatter.
 
     Args:
         values, lows, highs: of each, such as one a head; NaN where there is none.
 
     Returns:
-        Its number, and the fields of a `Headline` from value to spread. A median that single precision cannot tell
+        Its number, and the fields of a `Headline` from value to spread, and many. A median that single precision cannot tell
         from nothing beside the largest is 0. The spread is 1.4826 times the median absolute deviation of the
         others, and where these are all alike half of the interval.
 
@@ -146,6 +154,7 @@ def highest(
         "high": high,
         "baseline": median,
         "spread": scatter or (high - low) / 2,
+        "many": len(others) + 1,
     }
 
 
@@ -172,11 +181,11 @@ def those_that_stand(found: Iterable[Headline]) -> tuple[Headline, ...]:
     return tuple(one for one in found if one.stands)
 
 
-def is_above_nothing(found: Mapping[str, float], whole: float = 0.0) -> bool:
-    """Whether what `highest` found is an effect: its interval lies above 0, and above what single precision makes of it.
+def is_above_nothing(found: Mapping[str, Any], whole: float = 0.0) -> bool:
+    """Whether what `highest` found is an effect: its interval, that of the highest of many, lies above 0, and it above what single precision makes of it.
 
     Args:
-        found: fields of a `Headline`, with `value` and `low`.
+        found: fields of a `Headline`, with `value` and `low`, and `many` where it was chosen.
         whole: size of what is changed, such as the loss of the model as it is; 0: not known.
 
     Example:
@@ -184,5 +193,22 @@ def is_above_nothing(found: Mapping[str, float], whole: float = 0.0) -> bool:
         >>> is_above_nothing({"value": 1e-5, "low": 2e-6}, whole=8.0)
         False
     """
-    low = found["value"] if math.isnan(found["low"]) else found["low"]
+    low = found["value"]
+    if not math.isnan(found["low"]):
+        low, _ = of_many(low, found["low"], low, int(found.get("many", 1)))
     return low > 0 and found["value"] > _ROUNDING * abs(whole)
+
+
+def is_rounding(whole: float, *changes: float) -> bool:
+    """Whether all these changes are no more than what single precision makes of none.
+
+    Args:
+        whole: size of what is changed, such as the metric of the model as it is.
+        changes: of it, such as by an edit and by its control; NaN is none.
+
+    Example:
+        >>> from lens.runs.headlines import is_rounding
+        >>> is_rounding(0.5, -4e-8, 1e-8)
+        True
+    """
+    return not any(abs(one) > _ROUNDING * abs(whole) for one in changes)

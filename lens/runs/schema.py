@@ -197,6 +197,7 @@ class _HeadlineEntry(_Open):
     spread: _Positive | None = None
     unit: _Line = ""
     figure: str = ""
+    many: Annotated[int, Field(ge=1, le=2**53)] = 1
 
     @model_validator(mode="after")
     def _fit(self) -> _HeadlineEntry:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float
 
 Verdict = Literal["above", "below", "not told apart"]
+APART: tuple[Verdict, ...] = "above", "below"
 
 
 def verdict(low: float, high: float, beside: float = 0.0) -> Verdict:

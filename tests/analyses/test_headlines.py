@@ -165,7 +165,7 @@ def test_heads_that_estimates_put_first_are_told_by_what_was_lost_without_them()
         "0.01 lost; attribution (zero) puts L1H0 first: 0.7 estimated, 0.6 lost."
     )
     assert fields == pytest.approx(
-        {"value": 0.6, "low": 0.5, "high": 0.7, "baseline": 0.2, "spread": 0.1}
+        {"value": 0.6, "low": 0.5, "high": 0.7, "baseline": 0.2, "spread": 0.1, "many": 2}
     )
     assert (
         told(table.assign(value=[0.01, 0.15, 0.1, 0.3]), "loss") is None
@@ -202,13 +202,35 @@ def test_the_sink_of_a_circuit_stands_beside_as_many_other_heads():
         ],
         columns=["edit", "heads", "change", "change_low", "change_high"],
     )
-    (one,) = of_sink_check(table, "ioi", "logit_difference", "sink")
+    (one,) = of_sink_check(table, "ioi", "logit_difference", "sink", 2.0)
     assert one.text == (
         "With the first key excluded in the circuit's heads ioi changes by -0.4 [-0.5, -0.3] logit_difference "
         "(more is better), in as many others of the same layers by -0.1."
     )
     assert (one.value, one.low, one.high, one.baseline) == (-0.4, -0.5, -0.3, -0.1)
     assert one.spread == pytest.approx(0.1)
+
+
+def test_nothing_is_told_of_a_change_that_is_rounding():
+    """Of a classifier that was not trained, whose keys change nothing: -4e-8 of a metric of 0.01."""
+    table = pd.DataFrame(
+        [("excluded", "circuit", -4e-8, -5e-8, -3e-8), ("excluded", "others", 1e-9, 0.0, 2e-9)],
+        columns=["edit", "heads", "change", "change_low", "change_high"],
+    )
+    assert not list(of_sink_check(table, "letters", "logit_difference", "sink", 0.01))
+    assert len(list(of_sink_check(table, "letters", "logit_difference", "sink", 1e-4))) == 1
+
+
+def test_a_role_that_is_highest_by_chance_is_not_told():
+    """Of 200 heads the highest lies three standard errors above uniform attention, as one of them does by chance."""
+    noise = np.random.default_rng(0).normal(0.1, 0.01, 200)
+    table = pd.DataFrame({"name": [f"L{at}H0" for at in range(200)], "induction": noise})
+    table = table.assign(
+        induction_low=noise - 0.0196, induction_high=noise + 0.0196, induction_baseline=0.1
+    )
+    (one,) = of_roles(table, {"induction": NAN}, "copied")
+    assert one.low > one.baseline
+    assert not one.stands
 
 
 def test_a_circuit_stands_beside_the_best_random_ones():

@@ -13,7 +13,7 @@ from lens.common.errors import LensError
 from lens.figures.small import small, strip
 from lens.runs.door import Door
 from lens.runs.first_screen import MOST, OF_ONE, PROFILE, first, first_screen
-from lens.runs.headlines import Headline, highest
+from lens.runs.headlines import Headline, highest, is_above_nothing
 from lens.runs.sections import Section, load_section
 
 NAN = math.nan
@@ -54,6 +54,26 @@ def test_the_highest_of_many_beside_the_others():
     assert highest([6e-8, 6e-8, 1e-3], [0, 0, 0], [1, 1, 1])[1]["baseline"] == 6e-8
     with pytest.raises(LensError, match="no others to be compared with"):
         highest([np.nan, 1.0], [0, 0], [1, 2])
+
+
+def test_the_highest_of_many_needs_more_than_one_value_does():
+    """Three standard errors above an exact 0.1 are chance for the highest of 300 heads, and not for one."""
+    one = Headline("x", 0.13, 0.1104, 0.1496, 0.1, "chance")
+    assert one.stands
+    assert not replace(one, many=300).stands
+    assert replace(one, low=0.128, high=0.132, many=300).stands
+    assert replace(one, low=NAN, high=NAN, many=300).surprise == pytest.approx(0.3)
+
+
+def test_of_heads_that_do_nothing_none_is_told():
+    """In 300 runs of 24 heads that scatter around 0."""
+    random = np.random.default_rng(1)
+    told = 0
+    for _ in range(300):
+        values = random.normal(size=24)
+        _, fields = highest(values, values - 1.96, values + 1.96)
+        told += is_above_nothing(fields) and Headline("x", **fields, against="median").stands
+    assert told < 300 / 20
 
 
 def test_what_is_no_headline_is_refused():

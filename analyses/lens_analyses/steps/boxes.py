@@ -65,6 +65,7 @@ def grounding(subject: Subject) -> Section:
                 baseline=float(max(best["iou_middle"], best["iou_whole"])),
                 against="patches round the middle, or the whole picture",
                 figure="scores",
+                many=len(table),
             ),
         ),
     )

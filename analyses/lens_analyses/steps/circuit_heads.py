@@ -108,7 +108,11 @@ def joined(subject: Subject) -> Section:
         },
         tables=tables,
         figures=figures,
-        headlines=tuple(of_sink_check(tables["sink"], task.name, task.metric, "sink")),
+        headlines=tuple(
+            of_sink_check(
+                tables["sink"], task.name, task.metric, "sink", float(abs(check.plain).max())
+            )
+        ),
     )
 
 
@@ -143,6 +147,7 @@ def reading(subject: Subject) -> Section:
                 "{edge} is the edge that {value} of the metric hang on, on the median edge of the circuit {baseline}.",
                 "the median edge of the circuit",
                 unit=task.metric,
+                whole=float(task.evaluate(subject.model).abs().max()),
             )
         ),
     )

@@ -106,6 +106,7 @@ def edges(subject: Subject) -> Section:
                 unit=scores.metric,
                 figure="circuit",
                 whole=float(task.evaluate(subject.model).abs().max()),
+                many=scores.graph.n,
             )
         ),
     )

@@ -63,7 +63,7 @@ def classes(subject: Subject) -> Section:
         },
         tables=tables,
         figures=figures,
-        headlines=tuple(_headline(apart)),
+        headlines=tuple(_headline(apart, len(own))),
     )
 
 
@@ -87,7 +87,7 @@ def _agreeing(agreement: pd.DataFrame) -> str:
     )
 
 
-def _headline(apart: pd.DataFrame) -> Iterator[Headline]:
+def _headline(apart: pd.DataFrame, pairs: int) -> Iterator[Headline]:
     if apart.empty:
         return
     best = apart.iloc[int((apart["value"] - apart["all"]).to_numpy().argmax())]
@@ -98,6 +98,7 @@ def _headline(apart: pd.DataFrame) -> Iterator[Headline]:
         baseline=float(best["all"]),
         against="all classes",
         figure="classes",
+        many=pairs,
     )
 
 

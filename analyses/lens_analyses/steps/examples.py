@@ -80,6 +80,7 @@ def _headlines(heads: pd.DataFrame) -> Iterator[Headline]:
             ),
             against="random weights",
             figure=str(by),
+            many=len(rows),
         )
 
 

@@ -202,6 +202,7 @@ def _without(table: pd.DataFrame) -> Iterator[Headline]:
             row["clean"],
             "the head with all parts",
             figure=f"removal_{str(name).lower()}",
+            many=len(own),
         )
 
 

@@ -55,6 +55,7 @@ def retrieval_kinds(subject: Subject) -> Section:
         chance["recall"],
         "as many random heads",
         figure="recall",
+        many=int((rows["by"] != "random").sum()),
     )
     return Section(
         name="retrieval_kinds",
@@ -174,6 +175,7 @@ def _replaceable(table: pd.DataFrame) -> Iterator[Headline]:
             0.0,
             "a row that nothing else can stand for",
             figure="adversary",
+            many=len(table),
         )
 
 
@@ -233,4 +235,5 @@ def _fragile(table: pd.DataFrame) -> Iterator[Headline]:
         "random directions",
         unit="nats",
         figure="logits",
+        many=len(rows),
     )

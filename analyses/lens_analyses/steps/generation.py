@@ -115,6 +115,7 @@ def _headlines(heads: pd.DataFrame) -> Iterator[Headline]:
             *(float(one[LABEL]), float(low), float(high), float(even)),
             against="uniform attention",
             figure="heads",
+            many=len(scored),
         )
 
 

@@ -12,7 +12,8 @@ import pandas as pd
 from lens.common.errors import LensError
 from lens.common.results import ends
 from lens.heads.measures.scores import HeadScores
-from lens.runs.headlines import Headline, higher_chance, highest, is_above_nothing
+from lens.runs.headlines import Headline, higher_chance, highest, is_above_nothing, is_rounding
+from lens.stats.verdicts import APART, verdict
 from lens_analyses.steps.tried import told
 
 NATS = "nats a token"
@@ -46,6 +47,7 @@ def of_roles(table: pd.DataFrame, random: Mapping[str, float], figure: str) -> I
             baseline,
             against,
             figure=figure,
+            many=len(scored),
         )
 
 
@@ -91,7 +93,7 @@ def of_importance(
         )
 
 
-def _of_ablation(chief: HeadScores, mine: list[HeadScores]) -> tuple[str, dict[str, float]]:
+def _of_ablation(chief: HeadScores, mine: list[HeadScores]) -> tuple[str, dict[str, Any]]:
     """The head whose ablation costs most, and the measures that put another first."""
     best, fields = _highest_row(chief.table(), "value")
     name = str(best["name"])
@@ -163,6 +165,7 @@ def of_highest(
     figure: str = "",
     whole: float = 0.0,
     spec: str = ".3g",
+    many: int | None = None,
 ) -> Iterator[Headline]:
     """The row that has most of a column, beside the median row.
 
@@ -174,11 +177,13 @@ def of_highest(
         unit, figure: of the headline.
         whole: size of what the column changes, where that is known: less than rounding of it is nothing.
         spec: how its numbers are written.
+        many: of how many it is the highest, where the table has not all of them; None: of its rows.
     """
     try:
         best, fields = _highest_row(table, column)
     except LensError:
         return
+    fields["many"] = many or fields["many"]
     if not is_above_nothing(fields, whole):
         return
     value = f"{fields['value']:{spec}}{ends(fields['low'], fields['high'], spec)}"
@@ -197,9 +202,11 @@ def of_edits(table: pd.DataFrame, figures: Mapping[str, str]) -> Iterator[Headli
         edit, scope, amount = keys if isinstance(keys, tuple) else (keys, "", 1)
         by = _rows(rows, "condition")
         control = by.get("mass")
-        if control is None or not _is_apart(control["excess_low"], control["excess_high"]):
+        if not control or verdict(control["excess_low"], control["excess_high"]) not in APART:
             continue
         one = by["edit"]
+        if is_rounding(1.0, one["delta_loss"], control["delta_loss"]):  # of a nat
+            continue
         share = "" if amount == 1 else f" by {amount:g}"
         yield beside(
             f"{str(edit).replace('_', ' ').capitalize()}{share} in {scope}: the loss changes by "
@@ -320,12 +327,16 @@ def of_circuit(
     )
 
 
-def of_sink_check(table: pd.DataFrame, task: str, metric: str, figure: str) -> Iterator[Headline]:
-    """What the sink is to the heads of a circuit, beside as many other heads of the same layers."""
+def of_sink_check(
+    table: pd.DataFrame, task: str, metric: str, figure: str, whole: float
+) -> Iterator[Headline]:
+    """What the sink is to the heads of a circuit, beside as many others of the same layers, beyond rounding of `whole`."""
     for edit, rows in table.groupby("edit", sort=False):
         by = _rows(rows, "heads")
         if {"circuit", "others"} <= set(by):
             one, others = by["circuit"], by["others"]
+            if is_rounding(whole, one["change"], others["change"]):
+                continue
             yield beside(
                 f"With the first key {edit} in the circuit's heads {task} changes by {change(one, 'change')} {metric} "
                 f"(more is better), in as many others of the same layers by {others['change']:+z.3g}.",
@@ -372,7 +383,7 @@ def _rows(table: pd.DataFrame, column: str) -> dict[Any, _Row]:
     return {row[column]: row for row in table.to_dict("records")}
 
 
-def _highest_row(table: pd.DataFrame, column: str) -> tuple[dict[str, Any], dict[str, float]]:
+def _highest_row(table: pd.DataFrame, column: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """The row with most of a column, and the fields of a headline."""
     low, high = _names_of_ends(table, column)
     best, found = highest(table[column], table[low], table[high])
@@ -383,7 +394,3 @@ def change(row: _Row, column: str) -> str:
     """A change, with its sign, and its interval behind it."""
     low, high = row[f"{column}_low"], row[f"{column}_high"]
     return f"{row[column]:+z.3g}{ends(low, high, '+z.3g')}"
-
-
-def _is_apart(low: float, high: float) -> bool:
-    return low > 0 or high < 0

@@ -68,6 +68,7 @@ def layers(subject: Subject) -> Section:
                 "the median sub-layer",
                 unit=task.metric,
                 figure="sweep",
+                whole=float(task.evaluate(model).abs().max()),
             )
         ),
     )

@@ -185,14 +185,14 @@ def _headlines(heads: pd.DataFrame, uniform: float) -> Iterator[Headline]:
     """Of each kind of mixer the head that looks least far, beside uniform attention."""
     of_kind = dict(iter(heads.groupby("mixer", sort=False)))
     soft = of_kind.pop("softmax", heads.iloc[:0])["distance"].min()
-    also = "" if np.isnan(soft) else f", the nearest softmax head {soft:.1f}"
+    also = "" if np.isnan(soft) else f", the nearest softmax head {soft:.3g}"
     for kind, rows in of_kind.items():
         if rows["distance"].isna().all():
             continue
         row: dict[Any, Any] = rows.loc[[rows["distance"].idxmin()]].to_dict("records")[0]
         yield Headline(
-            f"{row['name']} ({kind}) looks least far: {row['distance']:.1f}"
-            f"{ends(row['distance_low'], row['distance_high'], '.1f')} tokens back, uniform attention {uniform:.1f}{also}.",
+            f"{row['name']} ({kind}) looks least far: {row['distance']:.3g}"
+            f"{ends(row['distance_low'], row['distance_high'])} tokens back, uniform attention {uniform:.1f}{also}.",
             row["distance"],
             row["distance_low"],
             row["distance_high"],
@@ -200,6 +200,7 @@ def _headlines(heads: pd.DataFrame, uniform: float) -> Iterator[Headline]:
             "uniform attention",
             unit="tokens",
             figure="heads",
+            many=len(rows),
         )
 
 

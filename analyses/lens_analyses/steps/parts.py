@@ -2,11 +2,11 @@
 
 from collections import Counter
 from dataclasses import replace
+from statistics import NormalDist
 
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
-from scipy.stats import norm
 
 import lens
 from lens import edits, sinks
@@ -88,7 +88,7 @@ def _aligned(table: pd.DataFrame, traces: list[AttentionTrace]) -> tuple[Headlin
     value, low, high = (float(best[f"monotonicity{end}"]) for end in ("", "_low", "_high"))
     rows = traces[0].queries
     scatter = (2 * (2 * rows + 5) / (9 * rows * (rows - 1))) ** 0.5  # of tau, of random orders
-    if len(traces) == 1 and value <= norm.isf(0.05 / len(table)) * scatter:
+    if len(traces) == 1 and value <= NormalDist().inv_cdf(1 - 0.05 / len(table)) * scatter:
         return ()
     return (
         Headline(
@@ -100,6 +100,7 @@ def _aligned(table: pd.DataFrame, traces: list[AttentionTrace]) -> tuple[Headlin
             0.0,
             "random order",
             figure="heads",
+            many=len(ordered),
         ),
     )
 

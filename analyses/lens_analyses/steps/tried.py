@@ -61,7 +61,7 @@ def tried(subject: Subject, task: "Task", scores: list[HeadScores]) -> pd.DataFr
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
 
-def told(rows: pd.DataFrame, metric: str) -> tuple[str, dict[str, float]] | None:
+def told(rows: pd.DataFrame, metric: str) -> tuple[str, dict[str, Any]] | None:
     """The sentence and the numbers of the head whose loss is highest among those that estimates put first.
 
     None where no two heads are left to set beside it, or where these are missed more.
@@ -87,7 +87,11 @@ def told(rows: pd.DataFrame, metric: str) -> tuple[str, dict[str, float]] | None
         f"{len(others)} random heads by {others.mean():.3g} on the mean. {estimates[0].upper()}{estimates[1:]}."
     )
     fields = {name: best[name] for name in ("value", "low", "high")}
-    return text, fields | {"baseline": float(others.mean()), "spread": float(others.std())}
+    return text, fields | {
+        "baseline": float(others.mean()),
+        "spread": float(others.std()),
+        "many": len({row["name"] for row in first}),
+    }
 
 
 def _place(head: HeadId) -> tuple[str, int, int]:

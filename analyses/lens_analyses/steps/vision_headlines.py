@@ -119,6 +119,7 @@ def of_flow(found: TextFlow | None) -> Iterator[Headline]:
             baseline=float(others["kl"]),
             against="as many other tokens",
             figure="flow",
+            many=len(found.layers),
         )
 
 
