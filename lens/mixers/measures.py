@@ -94,8 +94,8 @@ class MixerMeasures(Result):
         if far is not None:
             said.append(
                 Sentence(
-                    f"{far['name']} looks furthest: {far['distance']:.1f} tokens back on average "
-                    f"[{far['distance_low']:.1f}, {far['distance_high']:.1f}].",
+                    f"{far['name']} looks furthest: {far['distance']:.3g} tokens back on average "
+                    f"[{far['distance_low']:.3g}, {far['distance_high']:.3g}].",
                     kind="distance",
                 )
             )

@@ -79,11 +79,11 @@ class PolicyTransfer(Result):
                 kind="transfer",
             )
         ]
-        poor = table[table["efficiency"] < 0.9].sort_values("efficiency")
+        poor = table[table["efficiency_high"] < 0.9].sort_values("efficiency")
         if len(poor):
             said.append(
                 Sentence(
-                    f"{len(poor)} of {len(table)} heads keep less than 90 % of that: {few(poor['name'].tolist())}; "
+                    f"{len(poor)} of {len(table)} heads keep less than 90 % of that, with the whole interval: {few(poor['name'].tolist())}; "
                     "their pattern has to be looked for anew.",
                     kind="heads",
                 )

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from lens.common.results import Result, Sentence, few
+from lens.common.results import Result, Sentence, ends, few
 from lens.stats.intervals import columns
+from lens.stats.verdicts import rivals
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -74,6 +75,14 @@ class Faithfulness(Result):
         found["above_random"] = (self.drawn[:, :, 0].mean((1, 2)) < means[:, None]).mean(1)
         return pd.DataFrame(found).assign(n=self.comprehensiveness.shape[1])
 
+    def _beside(self, measure: str, best: str, sign: int) -> str:
+        """The methods, and random tokens, that the best one is not told apart from, prompt by prompt."""
+        values = sign * getattr(self, measure).mean(-1)
+        known = [at for at, name in enumerate(self.methods) if name != ORACLE]
+        names = [self.methods[at] for at in known]
+        alike = [names[at] for at in rivals(values[known], names.index(best), self.seed)]
+        return f", not told apart from {few(alike)}" if alike else ""
+
     def findings(self) -> tuple[Sentence, ...]:
         """Which methods find what the answer rests on ("best", "sufficiency"), which are no better than random order ("none"),
         what could not be computed ("unsupported"), and the limit ("limit")."""
@@ -91,8 +100,10 @@ class Faithfulness(Result):
             )
             said.append(
                 Sentence(
-                    f"Deleting what {ranked.index[0]} scores highest costs the answer {best['comprehensiveness']:.3f} of "
-                    f"probability, random tokens {chance['comprehensiveness']:.3f}{oracle}; {int(best['n'])} prompts.",
+                    f"Deleting what {ranked.index[0]} scores highest costs the answer {best['comprehensiveness']:.3f}"
+                    f"{ends(best['comprehensiveness_low'], best['comprehensiveness_high'], '.3f')} of probability, random tokens "
+                    f"{chance['comprehensiveness']:.3f}{oracle}{self._beside('comprehensiveness', str(ranked.index[0]), 1)}; "
+                    f"{int(best['n'])} prompts.",
                     kind="best",
                 )
             )
@@ -105,8 +116,9 @@ class Faithfulness(Result):
             )
             said.append(
                 Sentence(
-                    f"With what {ranked.index[0]} scores highest alone the answer loses {best['sufficiency']:.3f}, with "
-                    f"random tokens alone {chance['sufficiency']:.3f}{oracle}.",
+                    f"With what {ranked.index[0]} scores highest alone the answer loses {best['sufficiency']:.3f}"
+                    f"{ends(best['sufficiency_low'], best['sufficiency_high'], '.3f')}, with random tokens alone "
+                    f"{chance['sufficiency']:.3f}{oracle}{self._beside('sufficiency', str(ranked.index[0]), -1)}.",
                     kind="sufficiency",
                 )
             )

@@ -10,7 +10,9 @@ import pandas as pd
 
 from lens.common.head_ids import HeadId, head_columns
 from lens.common.results import Result, Sentence
+from lens.stats import over_units
 from lens.stats.intervals import columns
+from lens.stats.verdicts import by_chance, of_many, verdict
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -73,15 +75,33 @@ class LogitTerms(Result):
         layer, head = np.unravel_index(position.argmax(), position.shape)
         term = self.terms[1 + int(change[layer, head, 1:].argmax())]
         name = HeadId(self.layers[layer], int(head))
+        best = 1 + change[:, :, 1:].argmax(-1)
+        content = self.change[:, :, 0]
+        more = np.take_along_axis(self.change, best[..., None, None], 2)[:, :, 0] - content
+        low, high = over_units(
+            np.moveaxis(more, -1, 0), np.ones_like(np.moveaxis(more, -1, 0)), self.seed
+        )
+        sure = ""
+        if np.isfinite(low).all():
+            sure = f", {int((low > 0).sum())} of them beyond the interval ({by_chance(low.size, sides=1):.1f} of all by chance)"
+        told = verdict(
+            *of_many(
+                float(more[layer, head].mean()),
+                float(low[layer, head]),
+                float(high[layer, head]),
+                low.size,
+            )
+        )
+        unlike = "" if np.isnan(low[layer, head]) or told == "above" else ", not told apart"
         return (
             Sentence(
                 f"{int(self.by_position.sum())} of {position.size} heads of {self.model} change more without a term of "
-                f"position than without {self.terms[0]}.",
+                f"position than without {self.terms[0]}{sure}.",
                 kind="position",
             ),
             Sentence(
                 f"{name} rests on position most: without {term} {position.max():.0%} of its attention lies elsewhere, "
-                f"without {self.terms[0]} {change[layer, head, 0]:.0%}.",
+                f"without {self.terms[0]} {change[layer, head, 0]:.0%}{unlike}.",
                 kind="head",
             ),
         )

@@ -11,7 +11,7 @@ import pandas as pd
 
 from lens.common.choices import check_choice
 from lens.common.head_ids import HeadId, all_heads, head_columns
-from lens.common.results import Result, Sentence
+from lens.common.results import Result, Sentence, ends
 from lens.stats.intervals import columns
 from lens.stats.orders import spearman
 
@@ -98,15 +98,19 @@ class RetrievalKinds(Result):
             )
             for kind in KINDS
         ]
-        for place, count in enumerate(self.masked):
-            parts = [
-                f"{kind} {found[place].mean():.2f}"
-                for kind, found in zip(KINDS, self.recalls, strict=True)
-            ]
+        rows = {(row["by"], row["masked"]): row for row in self.recall().to_dict("records")}
+        for count in self.masked:
+            parts, random = [], rows["random", count]
+            for kind in KINDS:
+                row = rows[kind, count]
+                parts.append(
+                    f"{kind} {row['recall']:.2f}{ends(row['recall_low'], row['recall_high'], '.2f')}"
+                )
             said.append(
                 Sentence(
                     f"Recall is {self.clean.mean():.2f} over {len(self.clean)} trials; without the first {count}: "
-                    f"{', '.join(parts)}; without random others {self.random[place].mean():.2f}.",
+                    f"{', '.join(parts)}; without random others {random['recall']:.2f}"
+                    f"{ends(random['recall_low'], random['recall_high'], '.2f')}.",
                     kind="masked",
                 )
             )

@@ -20,6 +20,7 @@ from lens.common.head_ids import head_columns
 from lens.common.results import Result, Sentence
 from lens.stats import over_rows, over_units
 from lens.stats.intervals import known_mean
+from lens.stats.verdicts import of_many, verdict
 from lens.traces.parts import TraceParts
 from lens.traces.trace import AttentionTrace
 
@@ -101,10 +102,16 @@ class Alignment(Result):
         ordered = table.dropna(subset=["monotonicity"])
         if len(ordered):
             first = ordered.iloc[int(ordered["monotonicity"].to_numpy().argmax())]
+            tau, low, high = (float(first[f"monotonicity{end}"]) for end in ("", "_low", "_high"))
+            told = f"{first['name']} goes on as the target does"
+            if np.isnan(low):
+                told = f"{first['name']} goes on most as the target does, of one prompt without an interval"
+            elif verdict(*of_many(tau, low, high, len(ordered))) != "above":
+                told = f"No head is told to go on as the target does, {first['name']} most"
+            shown = "" if np.isnan(low) else f" [{low:.2f}, {high:.2f}]"
             said.append(
                 Sentence(
-                    f"{first['name']} goes on as the target does: Kendall's tau of its strongest keys is "
-                    f"{first['monotonicity']:.2f}.",
+                    f"{told}: Kendall's tau of its strongest keys is {tau:.2f}{shown}; keys in random order have 0.",
                     kind="monotonicity",
                 )
             )

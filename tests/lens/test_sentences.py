@@ -137,7 +137,7 @@ SAID = {
     ],
     mixer: [
         "mamba2 of layer 3: 50% of the absolute mass of its 2 heads is negative.",
-        "L3H1 looks furthest: 3.0 tokens back on average [3.0, 3.0].",
+        "L3H1 looks furthest: 3 tokens back on average [3, 3].",
         "Phi v is the layer's own output to 2e-07 of its largest value.",
     ],
     blocks: [
@@ -154,20 +154,21 @@ SAID = {
         "Retrieval heads by where they look while the needle is written (literal): L0H1, L0H2, L0H0 come first.",
         "Retrieval heads by how much more the question looks at it (query): L0H0, L0H2, L0H1 come first.",
         "Retrieval heads by what they bring from it to the answer (output): L0H2, L0H0, L0H1 come first.",
-        "Recall is 0.75 over 2 trials; without the first 1: literal 0.50, query 0.25, output 0.00; without random others 0.70.",
+        "Recall is 0.75 over 2 trials; without the first 1: literal 0.50 [0.50, 0.50], query 0.25 [0.25, 0.25], output 0.00 [0.00, 0.00]; "
+        "without random others 0.70 [0.70, 0.70].",
         "Rank correlations: literal and query -1.00, literal and output -0.50, query and output 0.50.",
     ],
     terms: [
-        "2 of 4 heads of m change more without a term of position than without content.",
+        "2 of 4 heads of m change more without a term of position than without content, 2 of them beyond the interval (0.1 of all by chance).",
         "L5H0 rests on position most: without position 60% of its attention lies elsewhere, without content 40%.",
     ],
     aligned: [
         "L0H0 points best: the strongest key is a label in 75% [75%, 75%] of the labelled rows; a key at random in 12%.",
-        "L0H1 goes on as the target does: Kendall's tau of its strongest keys is 0.60.",
+        "L0H1 goes on as the target does: Kendall's tau of its strongest keys is 0.60 [0.60, 0.60]; keys in random order have 0.",
     ],
     deleted: [
-        "Deleting what rollout scores highest costs the answer 0.400 of probability, random tokens 0.300; 2 prompts.",
-        "With what rollout scores highest alone the answer loses 0.100, with random tokens alone 0.250.",
+        "Deleting what rollout scores highest costs the answer 0.400 [0.400, 0.400] of probability, random tokens 0.300; 2 prompts.",
+        "With what rollout scores highest alone the answer loses 0.100 [0.100, 0.100], with random tokens alone 0.250.",
         "Deleted, no better than random order, as far as 2 prompts tell: raw.",
         "flow is not scored: too long.",
         "A deleted token is the mean embedding at its place, which the model was not trained on.",
@@ -175,7 +176,7 @@ SAID = {
     importance: [
         "Worth most to copying: L0H0 0.4 [0.3, 0.5], L1H1 0.02 [0.02, 0.02], L0H1 0 [-0.1, 0.1] (ablation (mean), in units of "
         "loss, n = 2).",
-        "3 of 4 heads have a 95 % interval that leaves out 0.",
+        "3 of 4 heads have a 95 % interval that leaves out 0 (0.2 by chance).",
         "One head is out at a time, so that what others make up for does not show.",
         "The mean over 2 prompts that stands in for a head is to 1/2 the prompt's own output, so that what is lost is "
         "understated; take more prompts, or baseline='pooled_mean'.",
@@ -253,3 +254,31 @@ def test_of_each_role_the_head_with_most_of_it_is_named_beside_its_baseline(monk
         "Most previous token: L0H1 0.75 [0.65, 0.85] (random weights 0.04).",
         "Most induction: L0H0 0.50 [0.40, 0.60] (random weights 0.03).",
     ]
+
+
+def test_no_order_is_told_that_is_none():
+    """The head with most of it goes against the target, or its interval holds 0."""
+    against = aligned(tau=(-0.2, -0.1)).findings()[1]
+    assert against.startswith(
+        "No head is told to go on as the target does, L0H1 most: Kendall's tau"
+    )
+    one = aligned()
+    one.per_prompt["monotonicity"][1] = [1.0, -0.1]
+    assert one.findings()[1].startswith("No head is told to go on as the target does, L0H1 most")
+
+
+def test_a_method_is_best_where_it_is_told_apart():
+    """Rollout costs most on the mean, and less than random tokens on one of two prompts."""
+    one = deleted()
+    one.comprehensiveness[1, :, 0] = [0.7, 0.1]
+    assert "random tokens 0.300, not told apart from random, raw; 2 prompts" in one.findings()[0]
+
+
+def test_a_head_rests_on_position_where_it_does_on_every_prompt():
+    one = terms()
+    one.change[1, 0, 1] = [1.0, 0.2]
+    one.change[0, 1, 1] = [0.5, 0.0]
+    first, second = one.findings()
+    assert "2 of 4 heads" in first
+    assert "0 of them beyond the interval" in first
+    assert second.endswith("without content 40%, not told apart.")

@@ -237,7 +237,7 @@ SAID = [
         transferred(),
         [
             "The best 20% of the blocks of one trace keep 60.0% of the attention of another, 85.0% [85.0%, 85.0%] of what its own best keep (80.0%); as many random ones 30.0%. Overlap above chance 0.50.",
-            "1 of 2 heads keep less than 90 % of that: L0H1; their pattern has to be looked for anew.",
+            "1 of 2 heads keep less than 90 % of that, with the whole interval: L0H1; their pattern has to be looked for anew.",
             "The LSE of another trace is usable (99 % of rows within 5%) in 1 of 2 heads.",
         ],
     ),
@@ -252,7 +252,7 @@ SAID = [
         transferred(cached=0.98),
         [
             "The best 20% of the blocks of one trace keep 60.0% of the attention of another, 85.0% [85.0%, 85.0%] of what its own best keep (80.0%); as many random ones 30.0%. Overlap above chance 0.50.",
-            "1 of 2 heads keep less than 90 % of that: L0H1; their pattern has to be looked for anew.",
+            "1 of 2 heads keep less than 90 % of that, with the whole interval: L0H1; their pattern has to be looked for anew.",
             "The LSE of another trace is usable (99 % of rows within 5%) in 1 of 2 heads.",
             "Blocks that are searched with the LSE of another trace keep 98.0% [98.0%, 98.0%] of what as many of the best keep.",
         ],
@@ -261,7 +261,7 @@ SAID = [
         transferred(lse_error=(0.3, 0.2)),
         [
             "The best 20% of the blocks of one trace keep 60.0% of the attention of another, 85.0% [85.0%, 85.0%] of what its own best keep (80.0%); as many random ones 30.0%. Overlap above chance 0.50.",
-            "1 of 2 heads keep less than 90 % of that: L0H1; their pattern has to be looked for anew.",
+            "1 of 2 heads keep less than 90 % of that, with the whole interval: L0H1; their pattern has to be looked for anew.",
             "The LSE of another trace is usable (99 % of rows within 5%) in 0 of 2 heads.",
         ],
     ),
