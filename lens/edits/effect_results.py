@@ -25,8 +25,8 @@ class Effect(Result):
     Attributes:
         values: condition ("edit", what was edited, and the controls) -> measure -> [amounts,
             prompts]. Measures: delta_loss
-            (nats per token), kl (of the edited from the unedited prediction, nats), flip_rate
-            (share of positions whose most likely token changed), keys (number of keys, heads,
+            (nats per `per`), kl (of the edited from the unedited prediction, nats), flip_rate
+            (share of predictions whose most likely token, or label, changed), keys (number of keys, heads,
             sub-layers or coordinates that are edited), mass (share of all attention of the edited heads
             that those keys held before; of whole heads their attention to the first key; NaN where
             there is none). Of a task also metric (with the edit) and gain (how much better it got).
@@ -46,6 +46,7 @@ class Effect(Result):
         part: of an encoder-decoder whose heads were edited; `tokens` are those of the targets then.
         metric, task: names, of a task.
         held: where the attention lay that `mass` counts, in words.
+        per: what has one loss: "token"; of a model that fills in masks "answer", of a classifier "prompt".
     """
 
     values: dict[str, dict[str, np.ndarray]] = field(repr=False)
@@ -62,6 +63,7 @@ class Effect(Result):
     metric: str = ""
     task: str = ""
     held: str = "lay there"
+    per: str = "token"
 
     def table(self) -> pd.DataFrame:
         """A row per condition and amount: means over prompts, 95 % bootstrap intervals over prompts.
@@ -102,10 +104,10 @@ class Effect(Result):
         whole = table[table["amount"] == self.amounts[-1]].set_index("condition")
         edited = whole.loc["edit"]
         done = f"Edit {self.edit} (amount {self.amounts[-1]:g}) of {self.scope}"
-        loss = f"{done} changes the loss by {_with_interval(edited, 'delta_loss')} nats per token."
+        loss = f"{done} changes the loss by {_with_interval(edited, 'delta_loss')} nats per {self.per}."
         prediction = (
             f"The prediction moves by a KL of {_with_interval(edited, 'kl')} nats, and "
-            f"{edited['flip_rate']:.1%} of the most likely tokens change"
+            f"{edited['flip_rate']:.1%} of the most likely {'labels' if self.per == 'prompt' else 'tokens'} change"
             + (
                 "."
                 if np.isnan(edited["mass"])
@@ -159,7 +161,7 @@ class Effect(Result):
         steps = rows["delta_loss"].diff().iloc[1:]
         rises, falls = bool((steps > 0).all()), bool((steps < 0).all())
         grows = "grows" if rises else "falls" if falls else "does not grow"
-        dose = f"By amount the loss changes by (nats per token) {shown}."
+        dose = f"By amount the loss changes by (nats per {self.per}) {shown}."
         trend = f"The loss {grows} with every step of the amount."
         found = [Sentence(dose, kind="dose"), Sentence(trend, kind="trend")]
         if self.task:

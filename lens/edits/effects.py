@@ -156,6 +156,7 @@ def effect(
         part=model.chosen,
         metric="" if task is None else task.metric,
         task="" if task is None else task.name,
+        per="token" if predicts_next(model) else "answer" if fills_masks(model) else "prompt",
     )
 
 

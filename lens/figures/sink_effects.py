@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     from lens.sinks.detection.emergences import SinkEmergence
 
 _MEASURES = {
-    "delta_loss": "Change of loss (nats per token)",
+    "delta_loss": "Change of loss (nats)",
     "kl": "KL of the edited from the unedited prediction (nats)",
     "flip_rate": "Share of changed top tokens",
-    "excess": "Change of loss beyond the control's (nats per token)",
+    "excess": "Change of loss beyond the control's (nats)",
     "gain": "How much better the task goes",
     "excess_gain": "Gain beyond the control's",
 }

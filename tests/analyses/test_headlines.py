@@ -104,7 +104,7 @@ def test_pruning_stands_beside_random_orders():
     (one,) = of_pruning(curve, "least", 12, 18, "loss", -1)
     assert one.text.startswith("12 of 18 heads can go, least first: the loss rises by 0.050")
     assert one.surprise == pytest.approx((1.6 - 0.06) / 0.9)
-    assert one.unit == "nats a token"
+    assert one.unit == "nats"
     assert not list(of_pruning(curve, "least", 0, 18, "loss", -1))
     (one,) = of_pruning(curve, "least", 12, 18, "logit_difference", 1)  # of a task, without text
     assert "first: the logit_difference falls by 0.050" in one.text

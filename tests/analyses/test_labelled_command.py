@@ -194,6 +194,12 @@ def test_sinks_of_labelled_pictures_are_found_and_edited_away(lens_command, fold
     own = table[((table["condition"] == "edit") & (table["edit"] == "mask")).to_numpy()]
     assert own["delta_loss"].to_numpy() == pytest.approx([float(lost)], abs=1e-5)
     assert "size" in set(table["condition"])
+    for name in ("effects", "dose", "redistribution"):  # one loss a picture, and none a token
+        section = found.section(name)
+        assert "nats per prompt" in " ".join(section.summary) or name == "dose"
+        said = [*section.summary, *section.columns.values()]
+        said += [str((one.text, one.unit)) for one in section.headlines]
+        assert not any("token" in one and "nats" in one for one in said)
     limits = "".join(found.section("effects").limits)
     assert "The edit mean_value is not made: layer 0 has no plain causal mask" in limits
 

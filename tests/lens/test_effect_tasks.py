@@ -1,5 +1,7 @@
 """`lens.effect` of a task: its metric beside the loss, at each amount."""
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -96,6 +98,17 @@ def test_the_sentences_name_the_amount_that_gains_most_and_what_the_last_one_doe
         "toy goes worse by 0.3000 [0.2000, 0.4000] in accuracy, which is then 0.0000."
     )
     assert "and -0.3000 [-0.4000, -0.2000] in accuracy." in said["size"]
+
+
+@pytest.mark.parametrize(
+    ("per", "most_likely"), [("token", "tokens"), ("answer", "tokens"), ("prompt", "labels")]
+)
+def test_sentences_say_what_has_one_loss(per, most_likely):
+    found = replace(an_effect(np.zeros((3, 3))), per=per)
+    said = {one.kind: str(one) for one in found.findings()}
+    assert said["effect"].endswith(f" nats per {per}.")
+    assert f"(nats per {per})" in said["dose"]
+    assert f"of the most likely {most_likely} change" in said["prediction"]
 
 
 @pytest.mark.parametrize(

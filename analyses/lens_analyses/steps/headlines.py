@@ -150,7 +150,7 @@ def of_pruning(
         row["random_cost"],
         "as many heads in random orders",
         spread=(row["random_high"] - row["random_low"]) / 2,
-        unit=NATS if metric == "loss" else metric,
+        unit="nats" if metric == "loss" else metric,
         figure="curve",
     )
 
@@ -191,12 +191,15 @@ def of_highest(
     yield Headline(said, **fields, against=others, unit=unit, figure=figure)
 
 
-def of_edits(table: pd.DataFrame, figures: Mapping[str, str]) -> Iterator[Headline]:
+def of_edits(
+    table: pd.DataFrame, figures: Mapping[str, str], per: str = "token"
+) -> Iterator[Headline]:
     """What edits do to the loss, beside the control that changes as much attention elsewhere.
 
     Args:
         table: of effects, one below the other.
         figures: words of an edit -> the figure of it.
+        per: what has one loss: `Effect.per`.
     """
     for keys, rows in table.groupby(["edit", "scope", "amount"], sort=False):
         edit, scope, amount = keys if isinstance(keys, tuple) else (keys, "", 1)
@@ -210,13 +213,13 @@ def of_edits(table: pd.DataFrame, figures: Mapping[str, str]) -> Iterator[Headli
         share = "" if amount == 1 else f" by {amount:g}"
         yield beside(
             f"{str(edit).replace('_', ' ').capitalize()}{share} in {scope}: the loss changes by "
-            f"{change(one, 'delta_loss')} nats a token, and by {control['delta_loss']:+z.3g} where as much "
+            f"{change(one, 'delta_loss')} nats a {per}, and by {control['delta_loss']:+z.3g} where as much "
             "attention to other keys is edited.",
             "delta_loss",
             one,
             control,
             "as much attention elsewhere",
-            unit=NATS,
+            unit=f"nats a {per}",
             figure=figures.get(str(edit), ""),
         )
 

@@ -26,6 +26,10 @@ from lens_analyses.steps.sinks import COLUMNS, shown
 from lens_analyses.steps.subject import Subject
 
 _LIMIT = "The loss is that of the label, one a prompt."
+_COLUMNS = {
+    "delta_loss": "Change of the loss of the label, nats a prompt; positive: worse.",
+    "flip_rate": "Share of prompts whose most likely label changed.",
+}
 
 
 def detection(subject: Subject) -> Section:
@@ -91,14 +95,14 @@ def effects(subject: Subject) -> Section:
             "A small change of loss does not prove that a sink is of no use: attention moves to other keys, as the "
             "migration table says.",
         ),
-        columns=defined(tables.values(), COLUMNS | OF_TASKS),
+        columns=defined(tables.values(), COLUMNS | OF_TASKS | _COLUMNS),
         configuration={"sources": "first", "edits": subject.settings.edits, "head": str(strongest)},
         tables=tables,
         figures={
             **{f"edit_{number}": one.plot("excess") for number, one in enumerate(found)},
             "migration": migration_maps(found[0]),
         },
-        headlines=tuple(of_edits(tables["edits"], effect_figures(found))),
+        headlines=tuple(of_edits(tables["edits"], effect_figures(found), one.per)),
     )
 
 
@@ -113,4 +117,5 @@ def redistribution(subject: Subject) -> Section:
 
 
 def _of_labels(section: Section) -> Section:
-    return replace(section, limits=(_LIMIT, *section.limits))
+    columns = section.columns | {name: _COLUMNS[name] for name in _COLUMNS.keys() & section.columns}
+    return replace(section, limits=(_LIMIT, *section.limits), columns=columns)

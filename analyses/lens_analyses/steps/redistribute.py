@@ -96,7 +96,9 @@ def redistribution_of(subject: Subject, prompts: Any) -> Section:
         tables=tables,
         figures=figures,
         headlines=tuple(
-            of_edits(tables["control"], {rule: "response"}) if "control" in tables else ()
+            of_edits(tables["control"], {rule: "response"}, found.per)
+            if "control" in tables
+            else ()
         ),
     )
 
