@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from lens.common.choices import is_number, is_whole
 from lens.traces.tiles import gives_back, notes_mask
 
 if TYPE_CHECKING:
@@ -24,7 +25,9 @@ LARGEST_LOSS = float(-np.log(np.finfo(np.float64).smallest_subnormal))
 _OF_TOKENS = ("text", "copied")
 _NO_MEANS = ("tau", "overlap", "faithfulness", "chance")
 """Columns that are no means of what is drawn again, so that they may lie beside the interval of the draws."""
-_ALIKE = ("model_class", "revision", "scale", "softcap", "learned_sinks")
+_ALIKE = ("model_class", "revision", "scale", "softcap", "learned_sinks", "processes")
+_LARGEST_CHECK = 0.1
+"""Relative error of a captured output from the model's own, above which no model is loaded in any number type."""
 _SLACK = 1e-3  # of an interval's width, or of the value
 
 
@@ -116,9 +119,11 @@ def disagreements(
         "dtype": model.get("dtype"),
         "block_size": run.meta.get("block_size"),
     }
+    if "processes" in attrs and not part:
+        of_run["model_class"] = model.get("class")
     names = (model.get("class"),) if run.meta["what"] == "diffusion" else ()
     for name, expected in of_run.items():
-        if expected is not None and attrs[name] not in (expected, *names):
+        if expected is not None and attrs.get(name) not in (expected, *names):
             yield f"{said}: {name} is {attrs[name]!r}, run.json says {expected!r}"
     first, of_first = next(iter(known.items()), (prompt_id, attrs))
     known.setdefault(first, of_first)
@@ -133,12 +138,39 @@ def disagreements(
     attending = model.get("attending") or all_layers  # of older folders
     if attending and [*trace.layers] != attending:
         yield f"{said}: layers with softmax attention are {[*trace.layers]}, run.json says {attending}"
+    if "processes" in attrs:  # captured here
+        yield from (f"{said}: {problem}" for problem in _captured(run, trace))
     kv_heads = attrs.get("kv_heads")
     if kv_heads and (
         trace.heads % kv_heads or trace.dataset.sizes.get("kv_head", kv_heads) != kv_heads
     ):
         yield f"{said}: kv_heads is {kv_heads}, of {trace.heads} heads"
     yield from _tokens(run, prompt_id, trace, said)
+
+
+def _captured(run: Run, trace: AttentionTrace) -> Iterator[str]:
+    """How a prompt was captured: counts that cannot be, and what the run says otherwise."""
+    attrs, positions = trace.attrs, trace.length
+    processes, chunk, check = attrs["processes"], attrs.get("chunk"), attrs.get("check")
+    if not is_whole(processes) or not 1 <= processes <= positions:
+        yield f"processes is {processes!r}, of a prompt of {positions} tokens"
+    elif processes > 1 and chunk is not None:
+        yield f"processes is {processes} and chunk {chunk!r}: a prompt is split in one of these ways"
+    if chunk is not None and (not is_whole(chunk) or not 1 <= chunk < positions):
+        yield f"chunk is {chunk!r}, of a prompt of {positions} tokens"
+    if check is not None and not (is_number(check) and 0 <= check <= _LARGEST_CHECK):
+        yield f"check is {check!r}; a model whose output differs by more than {_LARGEST_CHECK} is not loaded"
+    if attrs.get("tokens") not in (None, positions):
+        yield f"tokens is {attrs['tokens']!r}, its layers have {positions} keys"
+    if twice := sorted({*attrs.get("twice", ())} - {*trace.layers}):
+        yield f"twice is {attrs['twice']}, and {twice} are no layers of it"
+    head_dim = run.meta["model"].get("head_dim")
+    if (
+        "q" in trace.dataset
+        and not trace.part
+        and head_dim not in (None, kept := trace.dataset["q"].shape[-1])
+    ):
+        yield f"q has {kept} numbers a head, run.json says {head_dim} (model.head_dim)"
 
 
 def _tokens(run: Run, prompt_id: str, trace: AttentionTrace, said: str) -> Iterator[str]:

@@ -5,8 +5,9 @@ identities that hold for every attention matrix, so no model is needed: rows sum
 sink), a map's columns add up to the received mass, its rows lie as far as the mean distance says, and the scores
 of `heads.parquet` follow from the traces. Traces are read one layer at a time.
 
-Some lies need the model: where whole layers or heads are exchanged in the traces and in every table and the digests are
-made anew, everything in the folder agrees, q and k too. `lens run --again` makes the run from its `config.toml`.
+Some lies need the model, once the digests are made anew: whole layers or heads exchanged in the traces and in every
+table, q and k too; losses of prompts, which no trace holds; that a learned sink or a bias took part where it takes next to
+nothing. Nothing in a folder says when, where and by which command it was made. `lens run --again` makes the run from its `config.toml`.
 """
 
 from __future__ import annotations
@@ -159,6 +160,12 @@ def _differing(table: pd.DataFrame, expected: pd.DataFrame, what: str) -> Iterat
     both = table.merge(expected, on=["prompt_id", *_KEYS], suffixes=("", "_expected"))
     pair = both["value"].to_numpy(float), both["value_expected"].to_numpy(float)
     off = ~np.isclose(*pair, rtol=_TOLERANCE, atol=_TOLERANCE, equal_nan=True)
+    if "n_expected" in both and (more := (both["n"] != both["n_expected"]).to_numpy()).any():
+        row = both[more].iloc[0]
+        yield (
+            f"heads.parquet: column n: {row['metric']} ({row['variant']}) of L{row['layer']}H{row['head']} on "
+            f"{row['prompt_id']} has {row['n']}, {what} gives {row['n_expected']}"
+        )
     if off.any():
         row = both[off].iloc[0]
         yield (
@@ -179,7 +186,8 @@ def _scores(table: pd.DataFrame) -> Iterator[str]:
     if (table["n"].to_numpy(float) < 0).any():
         yield "heads.parquet has scores of fewer than 0 rows (column n)"
     shares = [name for name, metric in METRICS.items() if metric.unit == "probability"]
-    outside = (value < -_TOLERANCE) | (value > 1 + _TOLERANCE)
+    ends = np.stack([value, low, high])
+    outside = ((ends < -_TOLERANCE) | (ends > 1 + _TOLERANCE)).any(0)
     for metric in dict.fromkeys(table["metric"][table["metric"].isin(shares) & outside]):
         yield f"heads.parquet has {metric} outside of 0 to 1"
 

@@ -444,3 +444,49 @@ def test_undoing_nothing_leaves_the_run_whole(run):
 
 def assert_matches(pattern, text):
     assert re.search(pattern, text), f"{pattern!r} not in:\n{text}"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"processes": 0}, "processes is 0, of a prompt of 67 tokens"),
+        ({"processes": 68}, "processes is 68"),
+        ({"processes": "two"}, "processes is 'two'"),
+        ({"processes": 2, "chunk": 8}, "processes is 2 and chunk 8: a prompt is split in one of"),
+        ({"chunk": 0}, "chunk is 0, of a prompt of 67 tokens"),
+        ({"chunk": 67}, "chunk is 67"),
+        ({"check": 5.0}, "check is 5.0; a model whose output differs by more than 0.1"),
+        ({"tokens": 999}, "tokens is 999, its layers have 67 keys"),
+        ({"twice": [0, 7]}, "twice is [0, 7], and [7] are no layers of it"),
+        ({"model_class": "Other"}, "model_class is 'Other', run.json says 'Made'"),
+    ],
+)
+def test_how_a_prompt_was_captured_is_what_the_run_says(tmp_path, change, said):
+    captured = {"processes": 1, "chunk": None, "check": 1e-7, "model_class": "Made"}
+    assert validate(made_run(tmp_path / "good", **captured)) == []
+    found = validate(made_run(tmp_path / "lie", **(captured | change)))
+    assert any(said in problem for problem in found), found
+
+
+def test_traces_of_one_run_are_captured_alike(tmp_path):
+    def of(seed):
+        said = {"processes": 1 + seed, "model_class": "Made"}
+        return trace_of(probabilities(2, 3, LENGTH, seed), **said)
+
+    (found,) = validate(made_run(tmp_path, of=of))
+    assert "trace/p001/trace.json: processes is 2, in p000 1" in found
+
+
+def test_rows_of_a_score_are_those_of_its_trace(run):
+    rewrite(run, "heads", lambda table: table.assign(n=table["n"].where(table.index != 5, 99)))
+    (found,) = [one for one in validate(run) if "column n" in one]
+    assert "on p000 has 99, its trace gives " in found
+
+
+def test_ends_of_intervals_of_shares_are_shares(run):
+    def lower(table):
+        place = table.index[table["low"].notna()][0]
+        return table.assign(low=table["low"].where(table.index != place, -0.5))
+
+    rewrite(run, "heads", lower)
+    assert any("outside of 0 to 1" in one for one in validate(run))
