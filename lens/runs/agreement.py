@@ -139,7 +139,7 @@ def disagreements(
     if attending and [*trace.layers] != attending:
         yield f"{said}: layers with softmax attention are {[*trace.layers]}, run.json says {attending}"
     if "processes" in attrs:  # captured here
-        yield from (f"{said}: {problem}" for problem in _captured(run, trace))
+        yield from (f"{said}: {problem}" for problem in _captured(trace))
     kv_heads = attrs.get("kv_heads")
     if kv_heads and (
         trace.heads % kv_heads or trace.dataset.sizes.get("kv_head", kv_heads) != kv_heads
@@ -148,8 +148,8 @@ def disagreements(
     yield from _tokens(run, prompt_id, trace, said)
 
 
-def _captured(run: Run, trace: AttentionTrace) -> Iterator[str]:
-    """How a prompt was captured: counts that cannot be, and what the run says otherwise."""
+def _captured(trace: AttentionTrace) -> Iterator[str]:
+    """How a prompt was captured: counts that cannot be."""
     attrs, positions = trace.attrs, trace.length
     processes, chunk, check = attrs["processes"], attrs.get("chunk"), attrs.get("check")
     if not is_whole(processes) or not 1 <= processes <= positions:
@@ -164,13 +164,6 @@ def _captured(run: Run, trace: AttentionTrace) -> Iterator[str]:
         yield f"tokens is {attrs['tokens']!r}, its layers have {positions} keys"
     if twice := sorted({*attrs.get("twice", ())} - {*trace.layers}):
         yield f"twice is {attrs['twice']}, and {twice} are no layers of it"
-    head_dim = run.meta["model"].get("head_dim")
-    if (
-        "q" in trace.dataset
-        and not trace.part
-        and head_dim not in (None, kept := trace.dataset["q"].shape[-1])
-    ):
-        yield f"q has {kept} numbers a head, run.json says {head_dim} (model.head_dim)"
 
 
 def _tokens(run: Run, prompt_id: str, trace: AttentionTrace, said: str) -> Iterator[str]:
