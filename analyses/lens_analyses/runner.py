@@ -15,6 +15,7 @@ import pandas as pd
 
 import lens
 from lens.common.errors import LensError
+from lens.figures.style import untemplated
 from lens.runs import Run, open_run
 from lens.runs.commands import again
 from lens.runs.schema import PROMPT_KINDS
@@ -107,6 +108,7 @@ class Finished:
         }
 
 
+@untemplated()
 def execute(
     config: RunConfig,
     runs: Path,

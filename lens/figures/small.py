@@ -11,6 +11,7 @@ import plotly.graph_objects as go
 import plotly.io as pio
 
 from lens.common.colors import ACCENT, BASELINE, INK
+from lens.figures.style import set_axes, set_layout
 
 SIZE = 300, 126
 _LEAST_TICKS = 4
@@ -23,26 +24,32 @@ def small(figure: go.Figure) -> go.Figure:
     made = _copied(figure)
     made.for_each_trace(_bare)
     width, height = SIZE
-    made.update_layout(
-        title=None,
-        showlegend=False,
-        width=width,
-        height=height,
-        margin={"l": 26, "r": 6, "t": 6, "b": 20},
-        font={"size": 9},
-        updatemenus=[],
-        sliders=[],
-        hovermode=False,
-        dragmode=False,
+    set_layout(
+        made.layout,
+        {
+            "title": None,
+            "showlegend": False,
+            "width": width,
+            "height": height,
+            "margin": {"l": 26, "r": 6, "t": 6, "b": 20},
+            "font": {"size": 9},
+            "updatemenus": (),
+            "sliders": (),
+            "hovermode": False,
+            "dragmode": False,
+            "annotations": (),
+            **{name: {"showscale": False} for name in made.layout if name.startswith("coloraxis")},
+        },
     )
-    made.layout.annotations = ()  # an update would keep those that are there
-    made.update_layout(
-        {name: {"showscale": False} for name in made.layout if name.startswith("coloraxis")}
-    )
-    for update in (made.update_xaxes, made.update_yaxes):
-        update(title=None, nticks=_LEAST_TICKS, automargin=False, tickfont={"size": 9}, tickangle=0)
-    if any(_is_named(trace) for trace in made.data):
-        made.update_xaxes(showticklabels=False)
+    axis: dict[str, Any] = {
+        "title": None,
+        "nticks": _LEAST_TICKS,
+        "automargin": False,
+        "tickfont": {"size": 9},
+        "tickangle": 0,
+    }
+    words = any(_is_named(trace) for trace in made.data)
+    set_axes(made, axis | {"showticklabels": False} if words else axis, axis)
     return made
 
 

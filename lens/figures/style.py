@@ -1,10 +1,12 @@
 """The layout that every figure shares."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Literal, TypedDict
 
 import numpy as np
 import plotly.graph_objects as go
+import plotly.io as pio
 
 from lens.common.colors import GRID, INK
 from lens.figures.rows import COLORS
@@ -27,8 +29,23 @@ class Look(TypedDict, total=False):
     theme: Theme
 
 
+BARE = "attention-lens-bare"  # a template that says nothing, of figures whose page has one for all
+pio.templates[BARE] = go.layout.Template(layout={"meta": BARE})
 _MARKUP = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;"})
 _FONT = "Inter, 'Helvetica Neue', Arial, sans-serif"
+
+
+@contextmanager
+def untemplated() -> Iterator[None]:
+    """Figures made with a template that says nothing, for pages that add one of their own: each copies plotly's several times.
+
+    Of the whole process: not for one that shows figures at the same time.
+    """
+    usual, pio.templates.default = pio.templates.default, BARE
+    try:
+        yield
+    finally:
+        pio.templates.default = usual
 
 
 def escaped(text: str) -> str:
@@ -50,17 +67,17 @@ def grid_axes(figure: go.Figure, layers: int, heads: int, most: int = 16) -> Non
     """Heads across and layers down, with at most `most` ticks on each axis."""
     across = {"title": {"text": "head"}, "dtick": tick_step(heads, most), "showgrid": False}
     down = {"title": {"text": "layer"}, "dtick": tick_step(layers, most), "showgrid": False}
-    _set_axes(figure, across, down | {"autorange": "reversed"})
+    set_axes(figure, across, down | {"autorange": "reversed"})
 
 
-def _set_axes(figure: go.Figure, across: Mapping[str, Any], down: Mapping[str, Any]) -> None:
+def set_axes(figure: go.Figure, across: Mapping[str, Any], down: Mapping[str, Any]) -> None:
     """Set these of every x axis and of every y axis."""
     axes: Any
     for axes, values in ((figure.select_xaxes(), across), (figure.select_yaxes(), down)):
-        _set(figure.layout, {axis.plotly_name: values for axis in axes})
+        set_layout(figure.layout, {axis.plotly_name: values for axis in axes})
 
 
-def _set(layout: Any, values: Mapping[str, Any]) -> None:
+def set_layout(layout: Any, values: Mapping[str, Any]) -> None:
     """As `update_layout`, which takes ten times as long: it looks every path up several times."""
     for name, value in values.items():
         if isinstance(value, Mapping) and (known := layout[name]) is not None:
@@ -133,9 +150,9 @@ def style(
         "hoverlabel": {"font": {"family": _FONT}},
         "meta": dict(meta or {}),
     }
-    _set(figure.layout, layout)
+    set_layout(figure.layout, layout)
     axis = {"gridcolor": grid, "zerolinecolor": grid, "linecolor": grid, "ticks": ""}
-    _set_axes(figure, axis, axis)
+    set_axes(figure, axis, axis)
     return figure
 
 

@@ -165,10 +165,13 @@ def _without_template(figure: go.Figure) -> str:
     """Its JSON without plotly's usual template, which is larger than most figures and slow to check."""
     import plotly.io as pio
 
+    from lens.figures.style import BARE
+
     text = figure.to_json()
     assert text is not None
     content = json.loads(text)
-    if content["layout"].get("template") != pio.templates[_TEMPLATE].to_plotly_json():
+    template = content["layout"].get("template")
+    if all(template != pio.templates[name].to_plotly_json() for name in (BARE, _TEMPLATE)):
         return text
     del content["layout"]["template"]
     return json.dumps(content)
@@ -178,10 +181,13 @@ def _figure(door: Door, name: str) -> go.Figure:
     import plotly.graph_objects as go
     import plotly.io as pio
 
+    from lens.figures.style import BARE
+
     content = door.json(name)
     try:
         figure = go.Figure(content)
-        if "template" not in content.get("layout", {}) and pio.templates.default != _TEMPLATE:
+        other = pio.templates.default not in (_TEMPLATE, BARE)
+        if other and "template" not in content.get("layout", {}):
             figure.update_layout(template=_TEMPLATE)
         return figure
     except (ValueError, TypeError, KeyError) as error:

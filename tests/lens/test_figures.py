@@ -15,7 +15,7 @@ from lens.common.errors import LensError
 from lens.figures.heads import plain_grids
 from lens.figures.reading import pair_products
 from lens.figures.roles import share_grid
-from lens.figures.style import Look, _set, _set_axes
+from lens.figures.style import Look, set_axes, set_layout
 from lens.traces.profiles import prompt_table
 from tests.lens.traces import LENGTH, probabilities, trace_of
 
@@ -361,8 +361,8 @@ def test_a_layout_set_at_once_is_the_one_that_plotly_updates_to():
         figure.add_scatter(y=[1, 2], row=1, col=2)
         figure.update_layout(title={"x": 0.5, "font": {"color": "red"}}, legend={"x": 0.1})
         figure.update_xaxes(title={"standoff": 4}, range=[0, 3], col=2)
-    _set(quick.layout, values)
-    _set_axes(quick, axis, {"ticks": ""})
+    set_layout(quick.layout, values)
+    set_axes(quick, axis, {"ticks": ""})
     slow.update_layout(values)
     slow.update_xaxes(axis)
     slow.update_yaxes(ticks="")

@@ -10,6 +10,7 @@ import plotly.io as pio
 import pytest
 
 from lens.common.errors import LensError
+from lens.figures.style import BARE, untemplated
 from lens.runs.door import Door
 from lens.runs.sections import Section, load_section, section_names
 
@@ -66,6 +67,22 @@ def test_a_figure_keeps_its_template_whatever_the_reader_prefers(
     monkeypatch.setattr(pio.templates, "default", usual)
     read = load_section(Door(tmp_path), "roles").figures["grid"]
     assert json.loads(read.to_json()) == json.loads(figure.to_json())
+
+
+def test_a_figure_made_without_a_template_is_stored_and_read_as_any_other(tmp_path):
+    def made():
+        return section(figures={"grid": go.Figure(go.Scatter(x=[1, 2], y=[3, np.nan]))})
+
+    with untemplated():
+        bare = made()
+        assert bare.figures["grid"].layout.template.layout.meta == BARE
+        bare.save(tmp_path)
+        read = load_section(Door(tmp_path), "roles").figures["grid"]
+        assert read.layout.template.layout.meta == BARE
+    stored = json.loads((tmp_path / "sections/roles/grid.json").read_text())
+    assert "template" not in stored["layout"]
+    read = load_section(Door(tmp_path), "roles").figures["grid"]
+    assert json.loads(read.to_json()) == json.loads(made().figures["grid"].to_json())
 
 
 def test_a_section_without_its_index_is_not_there(tmp_path):

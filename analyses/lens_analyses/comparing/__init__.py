@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from lens.common.files import write_text
+from lens.figures.style import untemplated
 from lens.runs import Run, compare_runs
 from lens.runs.comparison.headlines import of_comparison
 from lens_analyses.comparing.numbers import numbers
@@ -14,6 +15,7 @@ from lens_analyses.report.charts import pictures
 FOLDER = "comparisons"
 
 
+@untemplated()
 def write_comparison(a: Run, b: Run, out: Path, *, command: str, seed: int = 0) -> Written:
     """Compare two runs and write `comparison.html` and `comparison.json` into `out`.
 

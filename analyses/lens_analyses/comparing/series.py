@@ -9,6 +9,7 @@ import pandas as pd
 import lens
 from lens.common.files import write_text
 from lens.common.results import of_kind
+from lens.figures.style import untemplated
 from lens.runs import Run
 from lens.runs.comparison.headlines import of_series
 from lens.runs.comparison.pairing import SHARES
@@ -27,6 +28,7 @@ SCHEMA, SCHEMA_VERSION = "attention-lens/series", 1
 MOST_ROWS = 60
 
 
+@untemplated()
 def write_series(runs: Sequence[Run], out: Path, *, command: str, seed: int = 0) -> Written:
     """Compare runs in their order and write `series.html` and `series.json` into `out`.
 

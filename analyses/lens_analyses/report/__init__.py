@@ -6,6 +6,7 @@ from typing import Any
 
 from lens.common.errors import LensError
 from lens.common.files import write_text
+from lens.figures.style import untemplated
 from lens.runs import Run
 from lens.runs.first_screen import first_screen
 from lens.runs.writer import RunWriter
@@ -64,6 +65,7 @@ class Written:
         return {"html": str(self.html), "json": str(self.json), "status": self.status}
 
 
+@untemplated()
 def render(run: Run, status: str | None = None) -> Report:
     """Make the report of a run; `status` is what the run is about to be.
 
