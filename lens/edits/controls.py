@@ -42,10 +42,10 @@ from lens.edits.clean_runs import CleanRun, CleanRuns
 from lens.edits.language import Edit, OfHeads
 from lens.edits.parts import Ablate, Activation
 from lens.edits.subspaces import Subspace
-from lens.models.layout import named_sublayers
 from lens.models.loaded import LoadedModel
 from lens.passes.inputs import Prompt
 from lens.passes.keys import Keys, KeysAt, members
+from lens.passes.sublayers import named_sublayers
 
 if TYPE_CHECKING:
     from jaxtyping import Bool

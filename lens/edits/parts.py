@@ -22,8 +22,8 @@ from lens.edits._parts import (
 )
 from lens.edits.base import selected_heads
 from lens.edits.language import Edit, Running, check_number
-from lens.models.layout import named_sublayers
 from lens.models.loaded import LoadedModel
+from lens.passes.sublayers import named_sublayers
 
 if TYPE_CHECKING:
     from jaxtyping import Bool

@@ -16,10 +16,11 @@ from lens.edits.running import edit
 from lens.heads.pruning import distances
 from lens.heads.pruning.distances import Distance
 from lens.heads.pruning.sublayer_scores import BlockInfluence, GreedyRemoval, SkipSweep
-from lens.models.layout import blocks, named_sublayers
+from lens.models.layout import blocks
 from lens.models.loaded import LoadedModel
 from lens.passes.calls import first_of
 from lens.passes.logits import logits_of
+from lens.passes.sublayers import named_sublayers
 from lens.tasks.task import Task
 
 

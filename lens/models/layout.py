@@ -5,7 +5,6 @@ Of an architecture without a row `blocks` and `sublayers` still find the layers,
 
 from __future__ import annotations
 
-from inspect import signature
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -84,7 +83,10 @@ def layout(model: LoadedModel) -> Layout:
 
 
 class SubLayers(NamedTuple):
-    """Of one layer the modules that write to the residual stream; `mlp` is None where there is none."""
+    """Of one layer the modules that write to the residual stream; `mlp` is None where none is found.
+
+    Outside of the table it is found by its name alone: MPNet, ESM, BioGPT and XGLM have MLPs that are not.
+    """
 
     attention: nn.Module
     mlp: nn.Module | None
@@ -120,9 +122,10 @@ def blocks(model: LoadedModel) -> list[nn.Module]:
 def sublayers(model: LoadedModel) -> list[SubLayers]:
     """What writes to the stream in each layer: of the table, else children with the usual names.
 
+    `lens.passes.sublayers` proves them.
+
     Raises:
-        LensError: a bridge, layers that have no such children, that share them (ALBERT), or whose children add the stream
-            themselves (MPT, RoBERTa).
+        LensError: a bridge, layers that have no such children, or that share them (ALBERT).
     """
     row, kind, _ = _row(model)
     found, layers = [], blocks(model)
@@ -144,34 +147,8 @@ def sublayers(model: LoadedModel) -> list[SubLayers]:
                 f"layer {number} of {model.info.class_name} has no child named {', '.join(_ATTENTION)}, so "
                 "their sub-layers cannot be taken out; pass the transformers model"
             )
-        for part in filter(None, parts):
-            if _adds_the_stream(part):
-                raise LensError(
-                    f"{type(part).__name__} in layer {number} of {model.info.class_name} gives the residual stream with "
-                    "what it writes to it, so that it cannot be taken out alone; lens.edits.Ablate takes its heads"
-                )
         found.append(SubLayers(parts[0], parts[1]))
     return found
-
-
-def _adds_the_stream(part: nn.Module) -> bool:
-    """Whether a part, or one inside it, is given the stream beside what it reads, and adds it."""
-    for module in part.modules():
-        given = signature(module.forward).parameters
-        normed = any("norm" in type(child).__name__.lower() for child in module.children())
-        if "residual" in given or ("input_tensor" in given and normed):
-            return True
-    return False
-
-
-def named_sublayers(model: LoadedModel) -> dict[str, nn.Module]:
-    """`L0.attention`, `L0.mlp`, `L1.attention`, ... in order; errors as in `sublayers`."""
-    return {
-        f"L{number}.{kind}": module
-        for number, parts in enumerate(sublayers(model))
-        for kind, module in parts._asdict().items()
-        if module is not None
-    }
 
 
 def _row(model: LoadedModel) -> tuple[Architecture | None, str, nn.Module]:

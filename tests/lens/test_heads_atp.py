@@ -9,8 +9,8 @@ from lens.circuits.known import induction_transformer
 from lens.common.errors import LensError
 from lens.heads import AtP, importance
 from lens.heads.measures.atp import _scores
-from lens.models.layout import sublayers
 from lens.passes.head_outputs import read_calls, with_gradients
+from lens.passes.sublayers import sublayers
 from lens.tasks import Task, induction
 from tests.lens.architectures import VOCAB, build
 from tests.lens.naive import rms_ratio

@@ -6,6 +6,7 @@ import torch
 
 import lens
 from lens import LensError, edits
+from lens.passes.sublayers import named_sublayers
 from lens.traces import AttentionTrace
 from tests.lens import hybrids
 
@@ -206,4 +207,4 @@ def test_effects_and_controls_are_of_the_layers_that_have_heads(kind):
 def test_sub_layers_that_are_no_attention_are_named():
     model = lens.load(hybrids.hybrid("lfm2"))
     with pytest.raises(LensError, match="layer 0 of Lfm2ForCausalLM has no child named self_attn"):
-        lens.models.layout.named_sublayers(model)
+        named_sublayers(model)

@@ -9,7 +9,7 @@ from lens.circuits.known import tracr
 from lens.common.errors import LensError
 from lens.heads.pruning.distances import DISTANCES, distance
 from lens.heads.sublayers import block_influence, greedy_removal, importance
-from lens.models.layout import named_sublayers
+from lens.passes.sublayers import named_sublayers
 from lens.tasks import Task, induction
 from tests.lens.architectures import VOCAB, build
 from tests.lens.naive import rms_ratio

@@ -10,13 +10,16 @@ from torch import nn
 
 import lens
 from lens.common.errors import LensError
+from lens.edits import Ablate
 from lens.models import layout as finding
 from lens.models.architectures import ARCHITECTURES
-from lens.models.layout import blocks, layout, sublayers
+from lens.models.layout import blocks, layout
 from lens.passes import replay
+from lens.passes import sublayers as proving
 from lens.passes.inputs import read_prompts
 from lens.passes.replay import proved, replay_error
 from lens.passes.stream import changed, layer_inputs, stream
+from lens.passes.sublayers import sublayers
 from tests.lens.architectures import build
 from tests.lens.layouts import KINDS, layout_model
 
@@ -219,13 +222,25 @@ def test_what_is_not_in_the_table_is_refused_with_what_is():
         layout(lens.load(layout_model("opt", do_layer_norm_before=False)))
 
 
+_SMALL = {
+    "hidden_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "intermediate_size": 20,
+}
+
+
 @pytest.mark.parametrize(
     ("kind", "sizes", "named"),
     [
         ("Mpt", {"d_model": 24, "n_layers": 2, "n_heads": 3}, "MptMLP"),
-        ("Roberta", {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 20}, "RobertaAttention"),
+        ("Roberta", _SMALL, "RobertaAttention"),
+        ("Esm", {**_SMALL, "pad_token_id": 1, "mask_token_id": 2}, "EsmAttention"),
+        ("XLMRobertaXL", _SMALL, "XLMRobertaXLAttention"),
+        ("RobertaPreLayerNorm", _SMALL, "RobertaPreLayerNormAttention"),
+        ("MPNet", _SMALL, "MPNetAttention"),
     ],
-)  # fmt: skip
+)
 def test_a_child_that_adds_the_stream_itself_is_not_taken_out(kind, sizes, named):
     """At 0 it would take the whole stream with it."""
     model = lens.load(
@@ -233,10 +248,16 @@ def test_a_child_that_adds_the_stream_itself_is_not_taken_out(kind, sizes, named
             getattr(transformers, f"{kind}Config")(vocab_size=61, **sizes)
         ).eval()
     )
-    with pytest.raises(
-        LensError, match=f"{named} in layer 0 of {kind}Model gives the residual stream"
-    ):
-        sublayers(model)
+    said = f"{named} in layer 0 of {kind}Model gives the residual stream"
+    with pytest.raises(LensError, match=said), lens.edit(model, Ablate(["L0.attention"], "zero")):
+        pass
+
+
+def test_children_that_add_nothing_else_are_proved_once(monkeypatch):
+    model = lens.load(build("modernbert"))
+    sublayers(model)
+    monkeypatch.setattr(proving, "run", None)
+    assert len(sublayers(model)) == 3
 
 
 @pytest.mark.parametrize("kind", ["bloom", "gpt2", "llama"])

@@ -23,10 +23,10 @@ from torch import Tensor
 
 from lens.common.errors import LensError
 from lens.heads.measures.methods import READS, AtP
-from lens.models.layout import sublayers
 from lens.models.loaded import LoadedModel
 from lens.passes.calls import LayerCall, kernel_options
 from lens.passes.head_outputs import HeadGradient, read_calls, with_gradients
+from lens.passes.sublayers import sublayers
 from lens.tasks.task import Task
 
 
