@@ -249,7 +249,7 @@ class _Graph(_Open):
 
 _TOGETHER = re.compile(r"->a\d+$")
 _MOST_PAIRS = 2**26
-_NODE = r"(input|a\d{1,4}\.h\d{1,5}|m\d{1,4})"
+_NODE = r"(input|a\d{1,4}\.[hs]\d{1,5}|m\d{1,4})"  # s: mixer heads beside softmax heads
 _READER = r"(a\d{1,4}(\.h\d{1,5}(<[qkv]>)?)?|m\d{1,4}|logits)"
 _Node = Annotated[str, Field(pattern=f"^{_NODE}$")]
 _Reader = Annotated[str, Field(pattern=f"^{_READER}$")]

@@ -14,6 +14,7 @@ from lens.circuits.checks.evaluation import run_circuits
 from lens.circuits.graph.activations import Ablation
 from lens.circuits.graph.mixed import Mixed
 from lens.figures.circuits import head_map, layered_graph
+from lens.runs.schema import CircuitFile, ImportancesFile
 
 from .hybrids import hybrid
 
@@ -222,6 +223,9 @@ def test_circuits_are_found_saved_evaluated_and_drawn(kind, edges, tmp_path):
     found = lens.circuits.find(loaded, task, method="eap", edges=edges, progress=False)
     circuit = found.circuit
     circuit.save(tmp_path / "c.json", scores=found.scores.values)
+    CircuitFile.model_validate_json((tmp_path / "c.json").read_text(), strict=True)
+    lens.circuits.exports.to_mib(found.scores, tmp_path / "importances.json")
+    ImportancesFile.model_validate_json((tmp_path / "importances.json").read_text(), strict=True)
     again = lens.circuits.load_circuit(tmp_path / "c.json")
     assert (again.edges, again.graph) == (circuit.edges, circuit.graph)
     outcome = lens.circuits.run_circuit(loaded, task, again, progress=False)
