@@ -231,7 +231,9 @@ def _start(model: LoadedModel) -> int | None:
 
 
 def _written(model: LoadedModel, inputs: Mapping[str, torch.Tensor], asked: Asked) -> torch.Tensor:
-    """What the model writes, without the end."""
+    """What the decoder reads at first and what the model writes after it, without the end."""
+    from transformers import StoppingCriteriaList
+
     if not getattr(model.model, "can_generate", lambda: False)():
         raise LensError(
             f"{model.info.class_name} has no head and cannot write a target; give one: (source, target), or "
@@ -247,7 +249,14 @@ def _written(model: LoadedModel, inputs: Mapping[str, torch.Tensor], asked: Aske
             read.clear()
         read.append(ids[:1])
 
+    last: list[torch.Tensor] = []
+
+    def goes_on(ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        last[:] = [ids[:1, -1:]]  # it is written, and read by nobody where the model stops
+        return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+
     how: dict[str, Any] = {"do_sample": False, "num_beams": 1}
+    how["stopping_criteria"] = StoppingCriteriaList([goes_on])
     if asked.temperature:
         how |= {"do_sample": True, "temperature": float(asked.temperature)}
     hook = base(model).register_forward_pre_hook(reads, with_kwargs=True)
@@ -266,7 +275,9 @@ def _written(model: LoadedModel, inputs: Mapping[str, torch.Tensor], asked: Aske
         raise LensError(
             f"what the decoder of {model.info.class_name} reads cannot be seen; give it: (source, target)"
         )
-    return torch.cat(read, 1)
+    ends = getattr(getattr(model.model, "generation_config", None), "eos_token_id", None)
+    ends = ends if isinstance(ends, list) else [ends]
+    return torch.cat([*read, *(one for one in last if one.item() not in ends)], 1)
 
 
 def _most_written(model: LoadedModel, new: int) -> int:

@@ -79,16 +79,17 @@ def _maps(table: pd.DataFrame, trace: AttentionTrace) -> dict[str, go.Figure]:
 def _aligned(table: pd.DataFrame, traces: list[AttentionTrace]) -> tuple[Headline, ...]:
     """The head of the highest monotonicity; strongest keys in random order have 0.
 
-    Of one prompt, which gives no interval, none where the best of as many random orders of its few tokens would have as much.
+    None where the best of as many means of random orders, of targets with as few tokens, would have as much.
     """
     ordered = table.dropna(subset=["monotonicity"])
     if ordered.empty:
         return ()
     best = ordered.iloc[int(ordered["monotonicity"].to_numpy().argmax())]
     value, low, high = (float(best[f"monotonicity{end}"]) for end in ("", "_low", "_high"))
-    rows = traces[0].queries
-    scatter = (2 * (2 * rows + 5) / (9 * rows * (rows - 1))) ** 0.5  # of tau, of random orders
-    if len(traces) == 1 and value <= NormalDist().inv_cdf(1 - 0.05 / len(table)) * scatter:
+    rows = np.array([trace.queries for trace in traces if trace.queries > 1])
+    scatters = 2 * (2 * rows + 5) / (9 * rows * (rows - 1))  # variance of tau, of random orders
+    scatter = scatters.sum() ** 0.5 / len(rows)
+    if value <= NormalDist().inv_cdf(1 - 0.05 / len(ordered)) * scatter:
         return ()
     return (
         Headline(

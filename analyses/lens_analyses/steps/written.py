@@ -1,8 +1,9 @@
-"""What an encoder-decoder wrote, and where its decoder looked with each token: at the source, or at its own start."""
+"""What an encoder-decoder wrote, and where its decoder looked to write each token: at the source, or at its own start."""
 
 import numpy as np
 import pandas as pd
 
+from lens.common.errors import LensError
 from lens.figures.generation import written_targets
 from lens.runs.sections import Section
 from lens.stats.intervals import over_units
@@ -26,10 +27,18 @@ _SAID = {
 
 
 def generation(subject: Subject) -> Section:
-    """Each target that was written, token by token, with a number of its row beside uniform attention."""
+    """Each target that was written, token by token, with a number of the row that wrote it beside uniform attention.
+
+    Raises:
+        LensError: every target ended before a token of it.
+    """
     part = subject.model.chosen
     column, axis, title = _SAID[part]
-    traces = {name: subject.run.trace(name) for name in subject.run.traces}
+    every = {name: subject.run.trace(name) for name in subject.run.traces}
+    traces = {name: trace for name, trace in every.items() if _written(trace)}
+    if not traces:
+        raise LensError(f"{subject.model.name} ended every target before it wrote a token of it")
+    empty = [name for name in every if name not in traces]
     steps = pd.concat(
         [_steps(name, trace, part) for name, trace in traces.items()], ignore_index=True
     )
@@ -62,6 +71,7 @@ def generation(subject: Subject) -> Section:
         limits=(
             "A target that the model wrote itself is likelier to it than one of people: heads may do other things on those.",
             "The trace is of one pass over the target that was written, which sees at each token what writing it saw.",
+            *((f"For {', '.join(empty)} the model wrote nothing but the end.",) if empty else ()),
             *(("One target has no interval.",) if len(traces) == 1 else ()),
         ),
         columns=defined((texts, steps), _COLUMNS),
@@ -77,16 +87,16 @@ def generation(subject: Subject) -> Section:
 
 
 def _written(trace: AttentionTrace) -> list[str]:
-    """Tokens that the decoder read, the first one (its start) left out."""
+    """Tokens after the decoder's first one (its start), which row 0, 1, ... wrote."""
     return (trace.query_tokens if trace.cross else trace.tokens)[1:]
 
 
 def _steps(name: str, trace: AttentionTrace, part: str) -> pd.DataFrame:
-    """A row for each token that was written, with the mean over layers and heads of a number of its row."""
+    """A row for each token that was written, with the mean over layers and heads of a number of the row that wrote it."""
     tokens, column = _written(trace), _SAID[part][0]
     place = np.arange(1, len(tokens) + 1)
-    own = trace.dataset["entropy" if part == "cross" else "first_mass"].values[:, :, 1:]
-    even = np.full(len(tokens), np.log(trace.length)) if part == "cross" else 1 / (place + 1)
+    own = trace.dataset["entropy" if part == "cross" else "first_mass"].values[:, :, :-1]
+    even = np.full(len(tokens), np.log(trace.length)) if part == "cross" else 1 / place
     return pd.DataFrame(
         {
             "prompt_id": name,
@@ -104,7 +114,7 @@ _COLUMNS = {
     "written": "What the model wrote, with tokens that it must begin with.",
     "tokens": "Tokens of it.",
     "step": "Which of the tokens that were written, from 1.",
-    "token": "The token, which the decoder reads in this row.",
+    "token": "The token, which the decoder writes in this row of its attention; it reads the token before it there.",
     "entropy": "Entropy of the row over keys of the source, nats, mean over layers and heads.",
     "entropy_uniform": "That of attention that is the same on every key.",
     "start": "Attention on the decoder's first token, mean over layers and heads.",
