@@ -220,6 +220,28 @@ def test_what_is_refused():
         Simulated.run(1, lambda links: ring_attention(x[:, :, :7], x, x, layout, links))
 
 
+def test_who_ended_is_never_who_says_so(monkeypatch):
+    of_torch: Any = torch.distributed
+    store = of_torch.HashStore()
+    links = Processes.__new__(Processes)
+    monkeypatch.setattr(torch.distributed.distributed_c10d, "_get_default_store", lambda: store)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda *_: 4)
+
+    def said(rank, words):
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda *_: rank)
+        with pytest.raises((ConnectionError, RuntimeError)) as error, links._meeting(range(4)):
+            raise RuntimeError(words)
+        return str(error.value)
+
+    for words in ("CUDA error: peer access is not supported between these two devices",
+                  "CUDA error: the launch timed out and was terminated"):  # fmt: skip
+        assert said(0, words) == words
+    closed = "Connection closed by peer [127.0.0.1]:4711"
+    assert "one of the ranks 1, 2, 3 of 4 ended" in said(0, closed)  # it was rank 3
+    assert "one of the ranks 2, 3 of 4 ended" in said(1, closed)
+    assert "rank 3 of 4 ended" in said(2, "Timed out waiting 1000ms for recv operation")
+
+
 # --- processes ------------------------------------------------------------------------------------
 
 

@@ -23,7 +23,11 @@ from torch import Tensor
 
 _Found = TypeVar("_Found")
 _PATIENCE = 300.0  # seconds that a simulated rank waits for another
-_GONE = re.compile("peer|remote|timed ?out|closed|pipe", re.IGNORECASE)  # gloo's and nccl's words
+_GONE = re.compile(  # gloo's, nccl's and the store's words; a launch of CUDA can time out too
+    r"(closed|reset) by (remote )?peer|broken pipe|remote process exit|ncclRemoteError|(?<!launch )timed ?out"
+    r"|(read|write|connect|socket|operation) timeout|timeout caused pair closure|likely closed",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True)
@@ -108,13 +112,21 @@ class Processes:
             ) from error
 
     def _lost(self, peers: Sequence[int]) -> Sequence[int]:
-        """Those of the peers that failed first: who fails for another leaves word of whom, then ends too."""
+        """Those of the peers that failed first: who fails for another leaves word of whom, then ends too.
+
+        Nobody who left word is among them, nor this rank; of several words what they have in common counts.
+        """
+        own = dist.get_rank()
         try:
             store = dist.distributed_c10d._get_default_store()
-            word = {rank: f"lens_kernels/lost_by_{rank}" for rank in (*peers, dist.get_rank())}
-            told = [store.get(word[rank]).decode() for rank in peers if store.check([word[rank]])]
-            lost = [int(rank) for rank in told[0].split()] if told else peers
-            store.set(word[dist.get_rank()], " ".join(map(str, lost)))
+            word = {rank: f"lens_kernels/lost_by_{rank}" for rank in (*peers, own)}
+            tellers = [rank for rank in peers if store.check([word[rank]])]
+            told = [
+                {*map(int, store.get(word[rank]).split())} - {own, *tellers} for rank in tellers
+            ]
+            silent = [rank for rank in peers if rank not in tellers] or peers
+            lost = (sorted(set.intersection(*told)) if told else []) or silent
+            store.set(word[own], " ".join(map(str, lost)))
         except RuntimeError:  # the store went with its process: rank 0, or torchrun
             return [rank for rank in range(dist.get_world_size()) if rank != dist.get_rank()]
         return lost
