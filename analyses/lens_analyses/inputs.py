@@ -127,12 +127,12 @@ def load_model(config: RunConfig) -> "LoadedModel":
     try:
         model = lens.load(asked.name, revision=asked.revision, dtype=asked.dtype, device=name)
     except NoHeadsError as error:
-        if config.what == "mixers":
-            return error.model
-        raise UsageError(
-            f"{asked.name} has no attention heads in its configuration, and this command profiles these first; a model of "
-            "mixers alone (Mamba, RWKV) is for `lens mixers`, in Python lens.mixers.capture(model, ids)"
-        ) from None
+        if config.what != "mixers":
+            raise UsageError(
+                f"{asked.name} has no attention heads in its configuration, and this command profiles these first; a model of "
+                "mixers alone (Mamba, RWKV) is for `lens mixers`, in Python lens.mixers.capture(model, ids)"
+            ) from None
+        model = error.model
     of_pictures = reads_pictures(config)
     if not model.parts and not {*map(_READ.get, accepted(model))} - {"text", None}:
         check_reads_text(config, f"{model.name} ({model.info.class_name})")
@@ -235,7 +235,7 @@ def _pairs(model: "LoadedModel", config: RunConfig, sources: list[Source]) -> li
             prompt = read_sources(model, given, asked_of(config))[0][0]
             ids, target = prompt.ids or [], prompt.target or []
             keys = target if model.chosen == "decoder" else ids
-            title = f"{piece.title}, target of {len(target)} tokens"
+            title = f"{piece.title}, target of {len(target)} token{'s' * (len(target) != 1)}"
             planned.append(PlannedPrompt("text", title, say(keys), keys, given=(ids, target)))
     return planned
 
@@ -249,7 +249,7 @@ def _heard_or_seen(model: "LoadedModel", config: RunConfig, source: Source) -> P
     given = path if source.target is None else (path, source.target)
     target = read_sources(model, given, asked_of(config))[0][0].target or []
     said = say_of(model)(target)
-    title = f"{source.title}, target of {len(target)} tokens"
+    title = f"{source.title}, target of {len(target)} token{'s' * (len(target) != 1)}"
     if model.chosen == "decoder":
         return PlannedPrompt("text", title, said, target, given=(path, target))
     trace = lens.capture(model, (path, target), statistics=["received"], progress=False)

@@ -1,6 +1,5 @@
 """`lens mixers` of a model of mixers alone: a run with its section and report, without traces, since nothing attends."""
 
-import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,13 +43,12 @@ def execute(
     with making(runs, config.as_mapping(), _meta(config, model, len(windows)), again=again) as made:
         start = time.monotonic()
         section = measured(model, windows, length, settings.block, config.seed)
-        log.log(logging.DEBUG, "%d windows in %.1f s", len(windows), time.monotonic() - start)
+        log.debug("%d windows in %.1f s", len(windows), time.monotonic() - start)
         made.writer.table("prompts", empty_table(PROMPTS))
         made.writer.table("heads", empty_table(HEADS))
         made.writer.record(*section.save(made.writer.path))
         report = render(open_run(made.writer.path), status="success")
-        for name, content in report.files().items():
-            made.writer.text(name, content)
+        report.write(made.writer)
         made.headline = report.headline
     return made
 

@@ -136,7 +136,9 @@ def execute(
     if model is None:
         log.info("loading %s", config.model.name)
         model = load_model(config)
-    if not model.info.attending:
+    if config.what == "mixers" and not model.info.attending:
+        with refused_as_usage():
+            refuse_excess(config, model)
         alone = recurrent.execute(config, model, sources, runs, again)
         return Finished(alone.run, alone.headline)
     if model.parts and config.model.part is None:

@@ -33,7 +33,7 @@ def describe(model: Any, licence: str = "unknown") -> ModelInfo:
     if missing := [n for n, size in zip(_SIZES, (layers, heads, hidden), strict=True) if not size]:
         raise (NoHeadsError if missing == ["num_attention_heads"] else LensError)(
             f"cannot read the sizes of {type(model).__name__}: its {type(config).__name__} has no integer "
-            f"{', '.join(missing)}; recurrent mixers alone (Mamba, RWKV) go to lens.mixers.capture(model, ids), attention to "
+            f"{', '.join(missing)}; recurrent mixers alone (Mamba, RWKV) go to `lens mixers` and lens.mixers.capture(model, ids), attention to "
             "lens.passes.wrap(model, inputs)"
         )
     return ModelInfo(

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import transformers
 from lens_dashboards.library import Library
+from lens_dashboards.selection import PAGES
 from lens_dashboards.views import render
 
 import lens
@@ -166,6 +167,22 @@ def test_a_model_of_mixers_alone_has_a_run_without_traces(folder, lens_command, 
         ("/mixers", "L0H2"),
     ):
         assert said in str(render(library, f"/run/{run.id}{page}", ""))
+    asked = [*COMMAND.split(), "--model", model]
+    other = lens_command(*asked, "--seed", 1, "--out", tmp_path / "runs")
+    assert other.code == 0, other.err
+    compared = str(render(library, "/compare", f"?a={run.id}&b={other.json['id']}"))
+    assert "The runs share no score of a head of attention" in compared
+    for page in ("head/0/0", "maps", "atlas"):
+        assert "the page Mixers has its heads" in str(render(library, f"/run/{run.id}/{page}", ""))
+    for name in PAGES:
+        shown = str(render(library, f"/run/{run.id}/{name}", ""))
+        assert "complete it" not in shown, name
+    for given, said in (
+        (f"{COMMAND} --part cross", "is no encoder-decoder and has no stages"),
+        (COMMAND.replace("--copied 0", "--copied 1000000"), "a run makes at most"),
+    ):
+        refused = lens_command(*given.split(), "--model", model, "--out", tmp_path / "no")
+        assert (refused.code, said in refused.err) == (2, True), refused.err
     refused = lens_command(
         "heads", "--text-name", "lily", "--model", model, "--out", tmp_path / "no"
     )

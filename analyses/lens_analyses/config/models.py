@@ -143,8 +143,7 @@ class RunConfig(Section):
         if task == LABELS and labelled_by(self.prompts) is None:
             raise ValueError(
                 f"the task {LABELS!r} is that of labelled prompts, which `lens heads`, `lens redistribute` and `lens circuit` "
-                "take: "
-                "give --images FOLDER or --labelled TABLE with it"
+                "take: give --images FOLDER or --labelled TABLE with it"
             )
         return self
 

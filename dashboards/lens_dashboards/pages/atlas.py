@@ -5,11 +5,9 @@ from typing import Any
 from dash import dcc, html
 
 from lens.common.colors import VIRIDIS
-from lens.common.errors import LensError
-from lens.runs.commands import again
 from lens_dashboards.atlas import no_form
 from lens_dashboards.library import Library
-from lens_dashboards.pages.head import known_prompt, prompt_control
+from lens_dashboards.pages.head import finished_traces, known_prompt, prompt_control
 from lens_dashboards.pages.parts import card, crumbs, note_banner, python_call, run_banner
 from lens_dashboards.selection import Selection
 
@@ -17,11 +15,7 @@ from lens_dashboards.selection import Selection
 def page(library: Library, view: Selection) -> list[Any]:
     """The canvas of all heads with its prompt selector."""
     run = library.run(view.run)
-    traces = run.traces
-    if not traces:
-        raise LensError(
-            f"run {run.id} has no finished trace; complete it: {again(run.path, run.meta)}"
-        )
+    traces = finished_traces(run)
     notes: list[str] = []
     prompt = known_prompt(view, traces, notes)
     trace = library.trace(run.id, prompt)

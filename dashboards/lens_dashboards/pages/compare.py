@@ -91,6 +91,9 @@ def _heads(found: Comparison, view: Selection) -> list[Any]:
     """Heads of the same number against each other, or why not."""
     if not found.aligned:
         return [card(html.P(found.refusal), "Heads are not compared", className="empty")]
+    if found.heads.empty:
+        why = "The runs share no score of a head of attention: see the tables of their analyses."
+        return [card(html.P(why), "Heads are not compared", className="empty")]
     notes = []
     kinds = list(dict.fromkeys(found.heads["prompts"]))
     metrics = {name: METRICS[name].label for name in dict.fromkeys(found.heads["metric"])}

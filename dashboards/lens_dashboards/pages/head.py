@@ -17,6 +17,7 @@ from lens_dashboards.library import Library, sections
 from lens_dashboards.pages.cross import map_card, strips
 from lens_dashboards.pages.examples import examples_card
 from lens_dashboards.pages.next_steps import missing
+from lens_dashboards.pages.overview import NOT_ATTENDING
 from lens_dashboards.pages.parts import (
     Cell,
     card,
@@ -37,11 +38,7 @@ from lens_dashboards.selection import Selection
 def page(library: Library, view: Selection) -> list[Any]:
     """The block map, the token strip, the head's curves and its scores."""
     run = library.run(view.run)
-    traces = run.traces
-    if not traces:
-        raise LensError(
-            f"run {run.id} has no finished trace; complete it: {again(run.path, run.meta)}"
-        )
+    traces = finished_traces(run)
     notes: list[str] = []
     prompt = known_prompt(view, traces, notes)
     trace = library.trace(run.id, prompt)
@@ -321,6 +318,21 @@ def _pinned(
             f"Scores of {other}",
         ),
     ]
+
+
+def finished_traces(run: Run) -> list[str]:
+    """The prompts whose attention can be drawn.
+
+    Raises:
+        LensError: none yet, or none ever, of a model of mixers alone.
+    """
+    if run.meta["model"].get("attending") == []:
+        raise LensError(NOT_ATTENDING)
+    if not run.traces:
+        raise LensError(
+            f"run {run.id} has no finished trace; complete it: {again(run.path, run.meta)}"
+        )
+    return run.traces
 
 
 def known_prompt(view: Selection, traces: list[str], notes: list[str]) -> str:

@@ -10,7 +10,7 @@ from lens.runs.comparison.pairing import paired_prompts
 from lens.runs.folders import BrokenRun
 from lens.traces.trace import AttentionTrace
 from lens_dashboards.library import Library
-from lens_dashboards.pages.head import known_prompt, map_config, prompt_control
+from lens_dashboards.pages.head import finished_traces, known_prompt, map_config, prompt_control
 from lens_dashboards.pages.parts import (
     card,
     crumbs,
@@ -30,10 +30,9 @@ _RUNS = 200  # that are offered to compare with
 def page(library: Library, view: Selection) -> list[Any]:
     """The maps, what is shown and what could be, and the tokens of the row that was clicked."""
     run = library.run(view.run)
-    if not run.traces:
-        raise LensError(f"run {run.id} has no finished trace")
+    traces = finished_traces(run)
     notes: list[str] = []
-    prompt = known_prompt(view, run.traces, notes)
+    prompt = known_prompt(view, traces, notes)
     trace = library.trace(run.id, prompt)
     heads = _heads(trace, view.option("heads") or f"L{trace.layers[0]}H0", MOST_MAPS, notes)
     maps = [map_config(view, run, prompt, trace, name) for name in heads]
@@ -59,7 +58,7 @@ def page(library: Library, view: Selection) -> list[Any]:
         *map(note_banner, notes),
         dcc.Store(id="maps-config", data={"side": _SIDE, "maps": maps}),
         dcc.Store(id="maps-mounted"),
-        prompt_control(run, run.traces, prompt),
+        prompt_control(run, traces, prompt),
         _controls(library, view, run, heads, other),
         html.P(["Shown: ", *chosen], id="maps-chosen", className="small"),
         card(
