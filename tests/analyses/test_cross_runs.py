@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers
 from lens_analyses import runner
-from lens_analyses.steps import parts
+from lens_analyses.steps import parts, sink_effects
 from lens_dashboards.library import Library
 from lens_dashboards.views import render
 from PIL import Image
@@ -326,7 +326,10 @@ def test_a_sound_is_heard_by_the_commands(heard, lens_command, tmp_path):
     assert held["maps"][0]["header"]["query"] == [0, trace.queries]
 
 
-def test_a_picture_is_read_by_the_commands_and_sinks_are_looked_for(lens_command, tmp_path):
+def test_a_picture_is_read_by_the_commands_and_sinks_are_looked_for(
+    lens_command, tmp_path, monkeypatch
+):
+    monkeypatch.setitem(sink_effects.EDITS, "mean_value", lens.edits.Mask([10**6]))
     made("trocr").save_pretrained(tmp_path / "trocr")  # it writes a few tokens
     transformers.ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(
         tmp_path / "trocr"
@@ -335,7 +338,7 @@ def test_a_picture_is_read_by_the_commands_and_sinks_are_looked_for(lens_command
     Image.fromarray(pixels).save(tmp_path / "a.png")
     answer = lens_command(
         "sinks", "--model", tmp_path / "trocr", "--image", tmp_path / "a.png", "--part", "cross", "--edits",
-        "mask", "--amounts", "0,1", "--out", tmp_path / "runs", "--json",
+        "mask,mean_value", "--amounts", "0,1", "--out", tmp_path / "runs", "--json",
     )  # fmt: skip
     assert answer.code == 0, answer.err
     run = open_run(answer.json["path"])
@@ -345,6 +348,10 @@ def test_a_picture_is_read_by_the_commands_and_sinks_are_looked_for(lens_command
         "unsupported"
     ]
     assert "spectrum" in run.meta["unsupported"]
+    limits = run.section(
+        "effects"
+    ).limits  # an edit that cannot be made is named; the section is made
+    assert any("The edit mean_value is not made: " in one for one in limits)
     trace = run.trace("p000")
     assert trace.tokens[:3] == ["[CLS]", "0,0", "0,1"]
     rate = run.section("detection").tables["heads"].set_index("name")

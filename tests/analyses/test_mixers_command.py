@@ -171,7 +171,7 @@ def test_a_model_of_mixers_alone_has_a_run_without_traces(folder, lens_command, 
     other = lens_command(*asked, "--seed", 1, "--out", tmp_path / "runs")
     assert other.code == 0, other.err
     compared = str(render(library, "/compare", f"?a={run.id}&b={other.json['id']}"))
-    assert "The runs share no score of a head of attention" in compared
+    assert "Heads of attention are not compared: the runs of" in compared
     for page in ("head/0/0", "maps", "atlas"):
         assert "the page Mixers has its heads" in str(render(library, f"/run/{run.id}/{page}", ""))
     for name in PAGES:

@@ -3,25 +3,13 @@
 from dataclasses import replace
 
 import lens
-from lens import edits, sinks
-from lens.common.errors import LensError
+from lens import sinks
 from lens.common.given import given_traces
 from lens.common.results import of_kind
-from lens.figures.sink_effects import migration_maps
 from lens.runs.sections import Section
 from lens_analyses.steps.columns import defined
-from lens_analyses.steps.headlines import of_edits
 from lens_analyses.steps.redistribute import redistribution_of
-from lens_analyses.steps.sink_effects import (
-    EDITS,
-    OF_TASKS,
-    dose_of,
-    edits_of,
-    effect_figures,
-    in_short,
-    migration_of,
-    strongest_heads,
-)
+from lens_analyses.steps.sink_effects import dose_of, effects_of
 from lens_analyses.steps.sinks import COLUMNS, shown
 from lens_analyses.steps.subject import Subject
 
@@ -66,44 +54,8 @@ def detection(subject: Subject) -> Section:
 
 
 def effects(subject: Subject) -> Section:
-    """The first key edited away, beside as much of other keys, and the head that looks most at it switched off.
-
-    Raises:
-        LensError: none of the edits can be made in this model.
-    """
-    (strongest,) = strongest_heads(subject, 1)
-    alike = {"seed": subject.seed, "progress": subject.progress}
-    found, left = [], {}
-    for word in subject.settings.edited:
-        try:
-            found.append(lens.effect(subject.model, subject.task, EDITS[word], **alike))
-        except LensError as reason:
-            left[word] = str(reason)
-    if not found:
-        raise LensError("; ".join(f"{word}: {reason}" for word, reason in left.items()))
-    off = edits.Ablate(strongest)
-    one = lens.effect(subject.model, subject.task, off, controls=("size", "mass"), **alike)
-    found.append(replace(one, edit="heads off"))
-    tables = {"edits": edits_of(found), "migration": migration_of(found)}
-    return Section(
-        name="effects",
-        title="Sinks: do they matter?",
-        summary=tuple(in_short(one) for one in found),
-        limits=(
-            _LIMIT,
-            *(f"The edit {word} is not made: {reason}." for word, reason in left.items()),
-            "A small change of loss does not prove that a sink is of no use: attention moves to other keys, as the "
-            "migration table says.",
-        ),
-        columns=defined(tables.values(), COLUMNS | OF_TASKS | _COLUMNS),
-        configuration={"sources": "first", "edits": subject.settings.edits, "head": str(strongest)},
-        tables=tables,
-        figures={
-            **{f"edit_{number}": one.plot("excess") for number, one in enumerate(found)},
-            "migration": migration_maps(found[0]),
-        },
-        headlines=tuple(of_edits(tables["edits"], effect_figures(found), one.per)),
-    )
+    """The first key edited away, beside as much of other keys, and the head that looks most at it switched off."""
+    return _of_labels(effects_of(subject, subject.task))
 
 
 def dose(subject: Subject) -> Section:

@@ -8,26 +8,15 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-import lens
-from lens import edits, sinks
+from lens import sinks
 from lens.common.results import ends, of_kind
 from lens.figures.cross import cross_map
-from lens.figures.sink_effects import migration_maps
 from lens.runs.headlines import Headline
 from lens.runs.sections import Section
 from lens.traces.alignment import alignment as aligned
 from lens.traces.trace import AttentionTrace
 from lens_analyses.steps.columns import defined
-from lens_analyses.steps.headlines import of_edits
-from lens_analyses.steps.sink_effects import (
-    EDITS,
-    dose_of,
-    edits_of,
-    effect_figures,
-    in_short,
-    migration_of,
-    strongest_heads,
-)
+from lens_analyses.steps.sink_effects import dose_of, effects_of
 from lens_analyses.steps.sinks import COLUMNS, shown
 from lens_analyses.steps.subject import Subject
 
@@ -148,32 +137,9 @@ def _of_one_length(traces: list[AttentionTrace]) -> list[AttentionTrace]:
 
 def effects(subject: Subject) -> Section:
     """The first key edited away, beside as much of other keys, and the head that looks most at it switched off."""
-    (strongest,) = strongest_heads(subject, 1)
-    pairs, alike = list(subject.given), {"seed": subject.seed, "progress": subject.progress}
-    words = subject.settings.edited
-    found = [lens.effect(subject.model, pairs, EDITS[word], **alike) for word in words]
-    off = edits.Ablate(strongest, "pooled_mean")
-    one = lens.effect(subject.model, pairs, off, controls=("size", "mass"), **alike)
-    found.append(replace(one, edit="heads off"))
-    tables = {"edits": edits_of(found), "migration": migration_of(found)}
-    return Section(
-        name="effects",
-        title="Sinks: do they matter?",
-        summary=tuple(in_short(one) for one in found),
-        limits=(
-            "The loss is that of the target's tokens, from the second on.",
-            "A small change of loss does not prove that a sink is of no use: attention moves to other keys, as the "
-            "migration table says.",
-        ),
-        columns=defined(tables.values(), COLUMNS),
-        configuration={"sources": "first", "edits": subject.settings.edits, "head": str(strongest)},
-        tables=tables,
-        figures={
-            **{f"edit_{number}": one.plot("excess") for number, one in enumerate(found)},
-            "migration": migration_maps(found[0]),
-        },
-        headlines=tuple(of_edits(tables["edits"], effect_figures(found))),
-    )
+    made = effects_of(subject, list(subject.given), "pooled_mean")
+    limit = "The loss is that of the target's tokens, from the second on."
+    return replace(made, limits=(limit, *made.limits))
 
 
 def dose(subject: Subject) -> Section:

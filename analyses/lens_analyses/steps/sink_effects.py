@@ -7,6 +7,7 @@ import pandas as pd
 
 import lens
 from lens import edits, heads, sinks
+from lens.common.errors import LensError
 from lens.common.head_ids import HeadId
 from lens.common.results import of_kind
 from lens.edits.clean_runs import CleanRuns
@@ -104,6 +105,50 @@ def effects(subject: Subject) -> Section:
             *of_edits(tables["edits"], effect_figures(found)),
             *of_reaches(tables["scopes"], "scopes"),
         ),
+    )
+
+
+def effects_of(subject: Subject, prompts: Any, *put: Any) -> Section:
+    """The first key edited away, beside as much of other keys, and the head that looks most at it switched off.
+
+    Args:
+        prompts: a task, or pairs of source and target.
+        put: in the place of the head that is switched off, if not what `Ablate` has.
+
+    Raises:
+        LensError: none of the edits can be made in this model.
+    """
+    (strongest,) = strongest_heads(subject, 1)
+    alike = {"seed": subject.seed, "progress": subject.progress}
+    found, left = [], {}
+    for word in subject.settings.edited:
+        try:
+            found.append(lens.effect(subject.model, prompts, EDITS[word], **alike))
+        except LensError as reason:
+            left[word] = str(reason)
+    if not found:
+        raise LensError("; ".join(f"{word}: {reason}" for word, reason in left.items()))
+    off = edits.Ablate(strongest, *put)
+    one = lens.effect(subject.model, prompts, off, controls=("size", "mass"), **alike)
+    found.append(replace(one, edit="heads off"))
+    tables = {"edits": edits_of(found), "migration": migration_of(found)}
+    return Section(
+        name="effects",
+        title="Sinks: do they matter?",
+        summary=tuple(in_short(one) for one in found),
+        limits=(
+            *(f"The edit {word} is not made: {reason}." for word, reason in left.items()),
+            "A small change of loss does not prove that a sink is of no use: attention moves to other keys, as the "
+            "migration table says.",
+        ),
+        columns=defined(tables.values(), COLUMNS | OF_TASKS),
+        configuration={"sources": "first", "edits": subject.settings.edits, "head": str(strongest)},
+        tables=tables,
+        figures={
+            **{f"edit_{number}": one.plot("excess") for number, one in enumerate(found)},
+            "migration": migration_maps(found[0]),
+        },
+        headlines=tuple(of_edits(tables["edits"], effect_figures(found), one.per)),
     )
 
 

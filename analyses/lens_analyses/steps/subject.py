@@ -158,6 +158,10 @@ def analysed(
     if model.is_encoder_decoder:
         return [prompt.ids for prompt in planned], [prompt.ids for prompt in planned]
     _check_heads(model, getattr(settings, "heads", None) or getattr(settings, "overlays", None))
+    if getattr(settings, "rule", None) == "act" and model.info.sees_later:
+        raise LensError(
+            f"{model.name} sees later tokens, and ACT is defined for causal models; choose another --rule, such as transfer"
+        )
     if settings is not None and labelled_by(config.prompts) is not None:
         task = labelled_task(model, config)
         length = len(planned[0].ids) if reads_pictures(config) else task.length

@@ -157,8 +157,15 @@ def compare_runs(a: Run, b: Run, *, seed: Seed = 0) -> Comparison:
 
 def _refusal(a: Run, b: Run) -> str:
     shapes = [run.heads.groupby("layer")["head"].nunique().to_dict() for run in (a, b)]
-    if shapes[0] == shapes[1]:
+    if shapes[0] == shapes[1] != {}:
         return ""
+    if bare := [
+        run.meta["model"]["name"] for run, shape in zip((a, b), shapes, strict=True) if not shape
+    ]:
+        return (
+            f"Heads of attention are not compared: the runs of {' and '.join(dict.fromkeys(bare))} have no scores of any; "
+            "the tables of the analyses that both have are."
+        )
     sizes = [
         f"{run.meta['model']['name']} has {len(shape)} layers of {max(shape.values())} heads"
         for run, shape in zip((a, b), shapes, strict=True)
