@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -73,6 +74,11 @@ def readable_weights(config: Any, name: str) -> Iterator[None]:
         yield
 
 
+_TORCH_QUANTISED = re.compile(
+    r"torch\.ao\.nn\.(.*\.)?quantized\b"
+)  # intrinsic.quantized of fused layers, too
+
+
 class _Once(logging.Filter):
     """Lets a message through the first time."""
 
@@ -102,7 +108,7 @@ def refuse_torch_quantised(model: nn.Module) -> None:
         LensError: there is one.
     """
     kinds = (type(one) for one in model.modules())
-    kind = next((one for one in kinds if one.__module__.startswith("torch.ao.nn.quantized")), None)
+    kind = next((one for one in kinds if _TORCH_QUANTISED.match(one.__module__)), None)
     if kind is not None:
         raise LensError(
             f"{type(model).__name__} has layers that torch quantised ({kind.__module__}.{kind.__name__}): no gradient passes "

@@ -21,6 +21,7 @@ from lens.common.choices import check_counts, check_lists
 from lens.common.errors import LensError
 from lens.common.head_ids import PARTS
 from lens.models.loaded import LoadedModel, ModelInfo
+from lens.models.quantised import refuse_torch_quantised
 from lens.models.wrapped import Wrapped, first_argument
 from lens.passes.calls import LayerCall, attend
 from lens.passes.check import measured, self_check
@@ -75,7 +76,7 @@ def wrap(
         have other lengths. Several rows for one input (frames, a pair of pictures) stand side by side, `row,position`.
 
     Raises:
-        LensError: training mode, no attention that can be reached, or outputs that are not the module's own
+        LensError: training mode, layers that torch quantised, no attention that can be reached, or outputs that are not the module's own
             once the attention stands in its place.
 
     Example:
@@ -91,6 +92,7 @@ def wrap(
             f"{type(module).__name__} is in training mode, where dropout makes attention random; call "
             ".eval() first"
         )
+    refuse_torch_quantised(module)
     check_counts(**{n: v for n, v in (("heads", heads), ("kv_heads", kv_heads)) if v is not None})
     given = dict(inputs) if isinstance(inputs, Mapping) else {first_argument(module): inputs}
     if not any(isinstance(value, Tensor) for value in given.values()):

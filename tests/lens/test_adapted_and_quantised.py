@@ -270,6 +270,14 @@ def test_layers_that_torch_quantised_are_refused(folder):
     root.model.layers[1].self_attn.o_proj = quantised
     with pytest.raises(LensError, match=r"torch quantised \(torch.ao.nn.quantized.dynamic.*8 bit"):
         lens.load(root)
+    root.model.layers[1].self_attn.o_proj = torch.ao.nn.intrinsic.quantized.dynamic.LinearReLU(
+        32, 32
+    )
+    for take in (lens.load, lambda module: lens.passes.wrap(module, torch.arange(9)[None])):
+        with pytest.raises(
+            LensError, match=r"torch quantised \(torch.ao.nn.intrinsic.quantized.*8 bit"
+        ):
+            take(root)
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq", "aqlm"])

@@ -13,7 +13,7 @@ from lens.circuits.checks import (
     necessity,
     sufficiency,
 )
-from lens.circuits.checks.hypothesis import _tail
+from lens.circuits.checks._hypothesis import _tail
 from lens.circuits.graph.activations import Ablation
 from lens.circuits.graph.circuit import make_circuit
 from lens.circuits.graph.graph import Graph
@@ -86,6 +86,16 @@ def test_independence_rejects_a_true_null_as_often_as_said():
     p = [independence(*draw.normal(size=(2, 23)), permutations=49, seed=n).p for n in range(300)]
     assert 0.02 < np.mean(np.array(p) <= 0.06) < 0.11
     assert 0.4 < np.mean(p) < 0.6
+
+
+@pytest.mark.parametrize("test", [equivalence, independence])
+@pytest.mark.parametrize("lost", [np.nan, np.inf])
+def test_numbers_that_are_not_finite_are_refused(test, lost):
+    """NaN was a prompt on which the model is not better, and a permutation that fell short: p was 0.001."""
+    whole, holed = np.arange(4.0), np.array([1, lost, 3, 4])
+    for given in ((holed, whole), (whole, holed)):
+        with pytest.raises(LensError, match=f"{test.__name__} .* 1 of 4 are not, .* prompt 1;"):
+            test(*given)
 
 
 def test_random_paths_go_from_the_input_to_the_logits():

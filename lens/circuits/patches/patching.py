@@ -66,7 +66,7 @@ def patch(
         positions: None patches all tokens at once; a mark of the task (such as "s2") the token
             there; "each" every token by itself (not with receivers).
         noise: the other run is the clean prompt with Gaussian noise of so many standard deviations of the
-            embeddings on them, instead of the corrupt prompt (causal tracing, 3 there).
+            embeddings of all prompts of the task on its own, instead of the corrupt prompt (causal tracing, 3 there).
         noise_at: mark of the task where the noise is, such as the subject; None: on every token.
         window: with "attention" or "mlp": so many layers together, the named one in their middle.
         seed: of the noise.

@@ -99,7 +99,7 @@ def equivalence(
     difference of the scores there).
 
     Raises:
-        LensError: other shapes, no prompt, or an epsilon outside of 0 to 1/2.
+        LensError: other shapes, no prompt, numbers that are not finite, or an epsilon outside of 0 to 1/2.
 
     Example:
         >>> found = lens.circuits.checks.equivalence(np.ones(4), np.array([0.0, 0.0, 2.0, 2.0]))
@@ -114,6 +114,7 @@ def equivalence(
             f"equivalence compares one number per prompt of both, got the shapes "
             f"{list(model_values.shape)} and {list(circuit_values.shape)}"
         )
+    _check_finite("equivalence", model_values, circuit_values)
     if not (is_number(epsilon) and 0 <= epsilon < 0.5):
         raise LensError(f"epsilon must be 0 or more and below 0.5, got {epsilon}")
     difference = model_values - circuit_values
@@ -141,7 +142,7 @@ def independence(
     distance as width, p by permutations of the prompts.
 
     Raises:
-        LensError: other shapes, fewer than 4 prompts, or numbers that are all equal.
+        LensError: other shapes, fewer than 4 prompts, or numbers that are not finite or all equal.
 
     Reference: Gretton et al., A Kernel Statistical Test of Independence, NeurIPS 2007.
 
@@ -154,6 +155,7 @@ def independence(
             "independence takes one number of at least 4 prompts of both, got the shapes "
             f"{list(complement.shape)} and {list(task.shape)}"
         )
+    _check_finite("independence", complement, task)
     kernel, other = _centred(complement), _gaussian(task)
     n, draw = len(task), np.random.default_rng(seed)
     found = float((kernel * other).sum() / n**2)
@@ -184,8 +186,9 @@ def sufficiency(
 
     Example:
         >>> circuit = lens.circuits.score_edges(small, copying, progress=False).top(40)
-        >>> lens.circuits.checks.sufficiency(small, copying, circuit, draws=3, progress=False).n
-        3
+        >>> found = lens.circuits.checks.sufficiency(small, copying, circuit, draws=30, progress=False)
+        >>> found.statistic, round(found.p, 3)
+        (1.0, 0.042)
     """
     given_as("Task", task=task)
     circuit = given_as("Circuit", circuit=circuit)
@@ -213,8 +216,9 @@ def necessity(
 
     Example:
         >>> circuit = lens.circuits.score_edges(small, copying, progress=False).top(40)
-        >>> lens.circuits.checks.necessity(small, copying, circuit, draws=3, progress=False).name
-        'necessity'
+        >>> found = lens.circuits.checks.necessity(small, copying, circuit, draws=30, progress=False)
+        >>> found.p < 0.05
+        False
     """
     given_as("Task", task=task)
     circuit = given_as("Circuit", circuit=circuit)
@@ -251,8 +255,8 @@ def minimality_test(
 
     Example:
         >>> circuit = lens.circuits.score_edges(small, copying, progress=False).top(40)
-        >>> lens.circuits.checks.minimality_test(small, copying, circuit, edges=circuit.edges[:2], draws=3).needed()
-        ()
+        >>> lens.circuits.checks.minimality_test(small, copying, circuit, edges=circuit.edges[:2], draws=60).needed()
+        ('input->a0.h0<q>', 'input->a0.h2<q>')
     """
     given_as("Task", task=task)
     circuit = given_as("Circuit", circuit=circuit)
@@ -283,6 +287,16 @@ def minimality_test(
     null = np.abs(added[::2] - added[1::2]).mean(1)
     p = [_tail(int((null < change).sum()), draws) for change in changes]
     return EdgeTests(names, changes, null, np.array(p))
+
+
+def _check_finite(test: str, *values: np.ndarray) -> None:
+    """Raises LensError: a comparison with a number that is none would count as one that failed."""
+    for one in values:
+        if (lost := ~np.isfinite(one)).any():
+            raise LensError(
+                f"{test} takes finite numbers, and {lost.sum()} of {len(one)} are not, the first of prompt "
+                f"{lost.argmax()}; leave these prompts out"
+            )
 
 
 def _distances(
