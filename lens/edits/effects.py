@@ -58,7 +58,7 @@ def effect(
     Tokens that earlier ones see already, as in a prefix that looks both ways, are not measured.
 
     Args:
-        model: a causal language model, as `lens.load` returns it; or `model.part("cross")` or another part of
+        model: a causal language model, as `lens.load` returns it, or any that its task takes; or `model.part("cross")` or another part of
             an encoder-decoder, whose prompts are sources with targets: the loss is that of the target.
         prompts: as for `lens.capture`, texts with images too (of an image no token is predicted); or a
             `lens.tasks.Task`, whose metric is measured beside the loss of its clean prompts (of a
@@ -77,7 +77,7 @@ def effect(
         progress: show a bar.
 
     Raises:
-        LensError: prompts of one token or without the keys, a model that predicts no next token, what is
+        LensError: prompts of one token or without the keys, a model that predicts no next token where no task is given, what is
             no edit, unknown controls, no amount or one twice or of an edit that has none, `clean` of
             another model, and as `lens.edit`.
 

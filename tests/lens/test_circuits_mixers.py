@@ -13,6 +13,7 @@ from lens.circuits.checks._control import magnitudes
 from lens.circuits.checks.evaluation import run_circuits
 from lens.circuits.graph.activations import Ablation
 from lens.circuits.graph.mixed import Mixed
+from lens.common.errors import LensError
 from lens.figures.circuits import head_map, layered_graph
 from lens.runs.schema import CircuitFile, ImportancesFile
 
@@ -270,6 +271,12 @@ def test_an_attribution_graph_hangs_together(tmp_path):
     }  # fmt: skip
     through = found.values[found.graph.find(names[1:3])].sum()
     assert weights["a0", "a0.h2"] == pytest.approx(through)
+
+
+def test_a_hybrid_that_rounds_is_to_be_loaded_in_float32():
+    """It was said not to read the sum of what was written before."""
+    with pytest.raises(LensError, match="rounds to bfloat16; load it in float32"):
+        Mixed(lens.load(hybrid("bamba").to(torch.bfloat16)))
 
 
 def test_what_has_no_such_graph_is_refused():

@@ -197,6 +197,11 @@ class Mixed:
                     own = [part * step.scale for part, step in zip(own, one.parts, strict=True)]
                 stream, at = stream + sum(own), at + len(own)
             if not (off := _off(read, stream)) <= _TOLERANCE:
+                if self.model.precision not in (torch.float32, torch.float64):
+                    raise LensError(
+                        f"edges of a hybrid are proved to {_TOLERANCE:.0e}, and {self.model.name} rounds to "
+                        f"{str(self.model.precision).removeprefix('torch.')}; load it in float32"
+                    )
                 raise LensError(
                     f"{self.graph.readers[number]} of {self.model.info.class_name} does not read the sum of what was "
                     f"written before (off by {off:.0e}), so its edges cannot be replaced; ablation of heads can: "
