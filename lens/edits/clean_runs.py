@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -58,7 +58,7 @@ class CleanRuns:
     def of(self, prompt: Prompt) -> CleanRun:
         """The run of a prompt. Errors as in `lens.effect`."""
         more = prompt.inputs.keys() - {"input_ids"}
-        name = tuple(prompt.ids or ()), replace(prompt, text=None).sha256 if more else ""
+        name = tuple(prompt.ids or ()), prompt.inputs_sha256 if more else ""
         if name not in self._runs:
             self._runs[name] = self.run(prompt)
         return self._runs[name]

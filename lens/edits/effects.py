@@ -217,7 +217,7 @@ class _Run:
                     f"the first prompt has a {condition} control and prompt {number} has none: {reasons[0]}; "
                     "leave it out of controls"
                 )
-            rows, digest = [], replace(prompt, text=None).sha256
+            rows, digest = [], prompt.inputs_sha256
             case = replace(case, random=drawing(self._seed, condition, digest))
             for _ in range(draws if condition in DRAWN else 1):
                 trials = [

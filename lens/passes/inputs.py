@@ -49,13 +49,17 @@ class Prompt:
     @property
     def sha256(self) -> str:
         """Of the text; of the bytes of the inputs where no text was passed."""
-        digest = hashlib.sha256()
         if self.text is not None and self.picture is None:
-            digest.update(self.text.encode())
-        else:
-            for name in sorted(self.inputs):
-                numbers = self.inputs[name].contiguous().cpu().flatten()
-                digest.update(numbers.view(torch.uint8).numpy().tobytes())
+            return hashlib.sha256(self.text.encode()).hexdigest()
+        return self.inputs_sha256
+
+    @property
+    def inputs_sha256(self) -> str:
+        """Of the bytes of the inputs: the same for a text and for its ids."""
+        digest = hashlib.sha256()
+        for name in sorted(self.inputs):
+            numbers = self.inputs[name].contiguous().cpu().flatten()
+            digest.update(numbers.view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
 

@@ -88,7 +88,7 @@ def faithfulness(
                     if methods is not None:
                         raise
                     left_out[method] = str(error)
-            drawn = drawing(seed, prompt.sha256)
+            drawn = drawing(seed, prompt.inputs_sha256)
             every.append(_judged(answer, scores, tuple(shares), draws, drawn))
             advance(1)
     kept = [method for method in asked if method not in left_out]

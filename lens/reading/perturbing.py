@@ -79,7 +79,7 @@ def adversary(
                 row = found.attention[head.layer][0][head.head, answer.row].cpu().numpy()
                 values = found.values[head.layer][head.head].cpu().numpy()
                 seen = row > 0
-                drawn = drawing(seed, head.layer, head.head, prompt.sha256)
+                drawn = drawing(seed, head.layer, head.head, prompt.inputs_sha256)
                 free, other = _furthest(row, values, draws, drawn)
                 even = seen * row.sum() / seen.sum()
                 written = row @ values
@@ -179,7 +179,7 @@ def perturb(
             for place, head in enumerate(chosen):
                 slope = slopes[head.layer][head.head]
                 seen = slope != 0
-                drawn = drawing(seed, head.layer, head.head, prompt.sha256)
+                drawn = drawing(seed, head.layer, head.head, prompt.inputs_sha256)
                 if along == "pairs":
                     directions = _pairs(slope, draws, drawn)
                 else:

@@ -21,8 +21,8 @@ def drawing(seed: int, *names: int | str) -> np.random.Generator:
         seed: of all draws.
         names: of the thing: numbers of at least 0, or words, such as a prompt's digest.
     """
-    words = [name if isinstance(name, int) else zlib.crc32(name.encode()) for name in names]
-    return np.random.default_rng([seed, *words])
+    words = [zlib.crc32(name.encode()) if isinstance(name, str) else int(name) for name in names]
+    return np.random.default_rng([len(words), seed, *words])  # zeros at the end change nothing
 
 
 def p_value(found: float, drawn: ArrayLike) -> float:

@@ -120,14 +120,14 @@ def test_of_a_loss_the_largest_step_is_told_and_not_the_surest(tmp_path):
             "prompts": "copied",
             "what": "loss_repeat",
             "place": [1, 2],
-            "a": [3.4, 3.2],
-            "b": [3.2, 0.9],
+            "a": [5.7, 3.4],
+            "b": [3.4, -0.6],
         }
-        | {"difference": [-0.2, -2.3], "low": [-0.21, -2.8], "high": [-0.19, -1.8], "n": 4}
+        | {"difference": [-2.3, -4.0], "low": [-2.8, -7.0], "high": [-1.8, -1.0], "n": 4}
     )
     found = of_series(replace(series, losses=steps))
     (told,) = (one.headline.text for one in found if "loss" in one.headline.text)
-    assert f"falls by 2.3 [1.8, 2.8], from 3.20 nats a token in {series.names[1]}" in told
+    assert f"falls by 4 [0.57, 7.4], from 3.40 nats a token in {series.names[1]}" in told
 
 
 def test_a_kind_of_head_that_a_run_did_not_measure_is_not_counted_as_none(tmp_path):

@@ -21,6 +21,7 @@ from lens.runs.comparison.words import loss_on
 from lens.runs.first_screen import MOST, OF_ONE, PROFILE, Shown
 from lens.runs.headlines import Headline, highest
 from lens.runs.schema import KIND_WORDS
+from lens.stats.verdicts import of_many
 from lens.traces.metrics import METRICS
 
 if TYPE_CHECKING:
@@ -63,9 +64,10 @@ def of_series(series: RunSeries) -> list[Shown]:
         if _tokens(series.runs[place - 1]) != _tokens(series.runs[place]):
             rows["a"] = np.nan  # `b` is a mean over other prompts than the difference
         found += _of_heads(rows, *ends)
-        for one in _of_losses(series.losses[series.losses["place"] == place], *ends):
+        rows = series.losses[series.losses["place"] == place]
+        for one in _of_losses(rows, *ends, steps=len(series.runs) - 1):
             before = largest.setdefault(one.prompts, one)
-            largest[one.prompts] = max(before, one, key=lambda step: step.headline.low)
+            largest[one.prompts] = max(before, one, key=lambda step: step.headline.value)
     found += largest.values()
     return _shown(
         found, lambda one: series_lines(series, one.metric, "raw", one.prompts, heads=(one.head,))
@@ -104,8 +106,10 @@ def _of_heads(heads: pd.DataFrame, a: str, b: str) -> Iterator[_Change]:
         yield _Change(told, head, str(metric), str(prompts))
 
 
-def _of_losses(losses: pd.DataFrame, a: str, b: str) -> Iterator[_Change]:
+def _of_losses(losses: pd.DataFrame, a: str, b: str, *, steps: int = 1) -> Iterator[_Change]:
+    """Of each loss its change, with an interval as of one chosen of so many steps."""
     for row in losses.dropna(subset=["low"]).to_dict("records"):
+        row["low"], row["high"] = of_many(row["difference"], row["low"], row["high"], steps)
         ends = f"from {row['a']:.2f} nats a token in {a} to {row['b']:.2f} in {b}"
         low, high = sorted((abs(row["low"]), abs(row["high"])))
         if row["low"] * row["high"] <= 0 or abs(row["difference"]) < SEEN:

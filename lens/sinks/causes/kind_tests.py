@@ -191,7 +191,7 @@ def _random_keys(
         keys = torch.zeros(model.info.layers, len(place), dtype=torch.bool)
         for layer, own in rows.groupby("layer"):
             here = before.received[int(layer)][own["head"].tolist()].mean(0).double()  # pyright: ignore[reportArgumentType]
-            random = drawing(seed, number, int(layer), prompt.sha256)  # pyright: ignore[reportArgumentType]
+            random = drawing(seed, number, int(layer), prompt.inputs_sha256)  # pyright: ignore[reportArgumentType]
             drawn = random.permutation(np.flatnonzero(~place.numpy()))
             held = (here / before.queries).cpu().numpy()
             keys[int(layer), keys_of_mass(drawn, held, own["taken"].mean())] = True  # pyright: ignore[reportArgumentType]

@@ -72,7 +72,7 @@ def moves_of(
             before = runs.of(prompt)
             place = int(source.nonzero()[0])
             for target in targets:
-                random = drawing(seed, target, prompt.sha256)
+                random = drawing(seed, target, prompt.inputs_sha256)
                 free = (~source).nonzero()[:, 0]
                 other = int(
                     random.choice(
