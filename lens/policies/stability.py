@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +30,7 @@ from lens.policies.transferring import (
     searched_efficiency,
     transfer_measures,
 )
-from lens.stats.intervals import columns
+from lens.stats.intervals import columns, known_mean
 from lens.stats.verdicts import verdict
 
 CLAIMS = (
@@ -57,7 +58,7 @@ class PolicyStability(Result):
 
     Attributes:
         values: of each condition [measure, unit, layer, head], the measures of `lens.policies.transfer`,
-            cached_efficiency in the second half of the rows; one unit for each prompt (pair of prompts). For "layer" the heads of a layer are one, and the last layer has no next
+            cached_efficiency in the second half of the rows; one unit for each prompt (ordered pair of prompts). For "layer" the heads of a layer are one, and the last layer has no next
             one (NaN); one row's blocks have one order whatever its LSE, so steps have no cached search.
         share: of the visible blocks that is chosen.
         layers: the model's numbers.
@@ -79,9 +80,10 @@ class PolicyStability(Result):
             if condition == "layer":
                 continue
             heads = all_heads(self.layers, values.shape[3])
-            rows = head_columns(heads) | {"n": values.shape[1]}
-            for name, one in zip(MEASURES, values, strict=True):
-                rows |= columns(name, np.moveaxis(one, 0, -1), self.seed)
+            units = _units(condition, np.moveaxis(values, 1, -1))
+            rows = head_columns(heads) | {"n": units.shape[-1]}
+            for name, one in zip(MEASURES, units, strict=True):
+                rows |= columns(name, one, self.seed)
             frame = pd.DataFrame(rows)
             frame.insert(0, "condition", condition)
             found.append(frame)
@@ -93,13 +95,12 @@ class PolicyStability(Result):
         one unit)."""
         rows = []
         for condition, values in self.values.items():
-            row: dict[str, Any] = {"condition": condition, "n": values.shape[1]}
+            row: dict[str, Any] = {"condition": condition}
             off = values[MEASURES.index("lse_error")]
             usable = np.where(np.isnan(off), np.nan, off < USABLE)
             for name, one in zip((*MEASURES, "usable_lse"), (*values, usable), strict=True):
-                alive = ~np.isnan(one).all((1, 2))
-                units = np.full(len(one), np.nan)
-                units[alive] = [float(np.nanmean(unit)) for unit in one[alive]]
+                units = _units(condition, known_mean(one.reshape(len(one), -1)))
+                row["n"] = len(units)
                 row |= {
                     key: value[0] for key, value in columns(name, units[None], self.seed).items()
                 }
@@ -240,8 +241,7 @@ def stability(
                 other = _maps(checkpoint, ids, size)
                 found.setdefault("checkpoint", []).append(_pair(whole, other, share))
             advance(1)
-    pairs = [(a, b) for a in range(len(maps)) for b in range(len(maps)) if a != b]
-    found["prompt"] = [_pair(maps[a], maps[b], share) for a, b in pairs]
+    found["prompt"] = [_pair(maps[a], maps[b], share) for a, b in _ordered(len(maps))]
     order = ["repeat", "prompt", "length", "layer", *(f"step {one}" for one in steps), "checkpoint"]
     return PolicyStability(
         values={name: np.moveaxis(np.array(found[name]), 0, 1) for name in order if name in found},
@@ -250,6 +250,29 @@ def stability(
         seed=seed,
         model=model.name,
     )
+
+
+def _units(condition: str, values: np.ndarray) -> np.ndarray:
+    """Values [..., units] that are independent of each other, with the same mean.
+
+    Pairs share prompts: each prompt's unit is its pseudo-value of the jackknife, what the mean over pairs owes to it.
+    Two prompts, in two orders, are one unit.
+
+    Reference: Arvesen, Jackknifing U-statistics, 1969, Annals of Mathematical Statistics 40(6).
+    """
+    if condition != "prompt":
+        return values
+    n = math.isqrt(values.shape[-1]) + 1  # n (n - 1) pairs
+    mean = known_mean(values)
+    if n < 3:
+        return mean[..., None]
+    pairs = np.array(_ordered(n))
+    without = [known_mean(values[..., (pairs != one).all(1)]) for one in range(n)]
+    return np.stack([n * mean - (n - 1) * rest for rest in without], -1)
+
+
+def _ordered(n: int) -> list[tuple[int, int]]:
+    return [(a, b) for a in range(n) for b in range(n) if a != b]
 
 
 @dataclass(frozen=True, eq=False)

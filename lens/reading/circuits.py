@@ -38,6 +38,7 @@ from lens.tasks.task import Task
 
 _INPUT = ("embedding", "position", "embedding bias")
 _MOST_EDGES = 400  # that are cut one by one
+_ROUNDING = 1e-6  # of the effect of all edges
 
 
 class _Edge(NamedTuple):
@@ -140,9 +141,9 @@ def circuit(
         **columns("drop", drops, seed),
     }
     rows = pd.DataFrame(table)
-    rows["holds"] = (rows["drop_low"] > 0) if task.n > 1 else (rows["drop"] > 0)
     gap = float((outcome.full - outcome.empty).mean())
     rows["of_effect"] = rows["drop"] / gap if gap else np.nan
+    rows["holds"] = rows["drop_low" if task.n > 1 else "drop"] > _ROUNDING * abs(gap)
     return CircuitReading(
         rows=rows,
         heads=pd.DataFrame(heads),

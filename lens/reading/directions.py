@@ -12,6 +12,7 @@ import pandas as pd
 from lens.common.head_ids import HeadId
 from lens.common.results import Result, Sentence, ends
 from lens.stats.intervals import columns
+from lens.stats.verdicts import verdict
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -95,11 +96,15 @@ class SubspaceRemovals(Result):
         more = (
             self.mass[2:] - self.mass[1]
         )  # attention that a control leaves and the contrast does not
-        if (more.mean(1) <= 0).any():
-            return "is no larger than that of a control."
-        if more.shape[1] > 1 and (columns("more", more, self.seed)["more_low"] > 0).all():
+        beside = columns("more", more, self.seed)
+        said = {
+            verdict(*ends) for ends in zip(beside["more_low"], beside["more_high"], strict=True)
+        }
+        if "below" in said:
+            return "is smaller than that of a control."
+        if said == {"above"}:
             return "is larger than that of every control."
-        return f"is larger than that of every control on average, and not surely so on {more.shape[1]} prompts."
+        return f"is not told apart from that of every control on {more.shape[1]} prompts."
 
 
 def _ends(row: Mapping[Any, Any], name: str, form: str = ".1%") -> str:

@@ -248,10 +248,10 @@ def _cells(
     names = parts.names
     if head.call.position_bias is not None:
         # As above, of the key at the query's own place.
-        here, flat = (
-            torch.zeros_like(own) if sink else bias[row, at] for at in (keys[column], rows[row])
+        there, beside = (
+            torch.zeros_like(own) if sink else bias[row, key] for key in (keys[column], rows[row])
         )
-        found = _with_cell(found, (here, here - (weights * bias).sum(-1)[row], flat))
+        found = _with_cell(found, (there, there - (weights * bias).sum(-1)[row], beside))
         names = ((*names[0], POSITION_BIAS), (*names[1], POSITION_BIAS))
     if head.sink is not None:
         rest = 1 - weights.sum(-1)[row]  # of the sink

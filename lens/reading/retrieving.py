@@ -56,8 +56,8 @@ def retrieval(
     Args:
         model: causal, with an unembedding that heads write into.
         trials: of `lens.tasks.needles`, or your own.
-        question: how many of the prompt's last tokens ask for the needle; in their place stand random ones that
-            the prompt has not got, where QRHead takes "N/A".
+        question: how many of the prompt's last tokens, all behind the needle, ask for it; in their place stand random
+            ones that the prompt has not got, where QRHead takes "N/A".
         needed: trials with a larger recall count.
         masked: how many heads are masked together.
         draws: of random heads.
@@ -69,7 +69,8 @@ def retrieval(
         unembedding, final norm left out, as there).
 
     Raises:
-        LensError: as `lens.heads.retrieval`, numbers that are none, or more heads than half the model's.
+        LensError: no trials, none that succeeded, attention that is not causal, a question that reaches into the
+            needle, numbers that are none, or more heads than half the model's.
 
     Example:
         >>> trials = lens.tasks.needles.copied(small, n=2, length=30)
@@ -87,6 +88,11 @@ def retrieval(
     heads = model.info.every_head
     if masked and 2 * max(masked) > len(heads):
         raise LensError(f"masked must be at most half of the {len(heads)} heads, got {max(masked)}")
+    least = min((len(trial.prompt) - trial.needle[1] for trial in trials), default=question)
+    if question > least:
+        raise LensError(
+            f"question must be at most {least}, the tokens behind the needle of a trial, got {question}"
+        )
     counted, recall = succeeded(model, trials, needed, progress)
     unembedding = layout.unembed_weight().T  # [vocab, d_model]
     outputs = [block.output.float() for block in layout.blocks]

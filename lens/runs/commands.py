@@ -7,7 +7,7 @@ anywhere (docs/schema/run-folder.md).
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +82,11 @@ def task_of(config: Mapping[str, Any], what: str) -> str | None:
     return None if task == "text" and what in _IN_PAIRS else task
 
 
+def _said(commands: Sequence[str]) -> str:
+    *others, last = (f"`lens {one}`" for one in commands)
+    return f"{', '.join(others)} and {last}"
+
+
 def _check(config: Mapping[str, Any], what: str) -> None:
     whose = config.get("what")
     if whose == DIFFUSION:
@@ -93,14 +98,9 @@ def _check(config: Mapping[str, Any], what: str) -> None:
     prompts = config.get("prompts", {})
     labelled = prompts.get("images") or prompts.get("labelled")
     if what not in _OF_LABELS and labelled:
-        *others, last = (f"`lens {one}`" for one in _OF_LABELS)
-        raise LensError(
-            f"`lens {what}` takes no labelled prompts; {', '.join(others)} and {last} do"
-        )
+        raise LensError(f"`lens {what}` takes no labelled prompts; {_said(_OF_LABELS)} do")
     if what not in _OF_PARTS and config.get("model", {}).get("part"):
-        raise LensError(
-            f"`lens {what}` takes no encoder-decoder; `lens heads`, `lens sinks` and `lens generate` do"
-        )
+        raise LensError(f"`lens {what}` takes no encoder-decoder; {_said(_OF_PARTS)} do")
     if what in NEED_TEXT and not labelled and not any(prompts.get(name) for name in _SOURCES):
         raise LensError(
             f"`lens {what}` needs text, and this run has copied prompts alone; make a run with --prompt WORDS, --text FILE or "

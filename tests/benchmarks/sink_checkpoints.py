@@ -45,12 +45,13 @@ def compared(
     out.mkdir(parents=True, exist_ok=True)
     given = out / "prompts.txt"
     given.write_text("\n".join(prompts) + "\n", encoding="utf-8")
-    runs = []
+    runs: list[str] = []
     for step, folder in folders:
+        before = set((out / "runs").glob("*"))
         print(f"step {step}: {folder}", flush=True)
         asked = [words[0], "--model", str(folder), "--prompts", str(given), *words[1:]]
         lens([*asked, "--out", str(out / "runs"), "--quiet"])
-        runs += sorted(map(str, (out / "runs").glob(f"*step-{step}-*")))
+        runs += sorted(map(str, set((out / "runs").glob("*")) - before))
     lens(["compare", *runs, "--out", str(out)])
 
 

@@ -182,6 +182,9 @@ def test_what_cannot_be_scored_is_refused(copying):
         lens.reading.retrieval(model, trials, masked=[5], progress=False)
     with pytest.raises(LensError, match=r"masked\[1\] must be a positive integer, got 0"):
         lens.reading.retrieval(model, trials, masked=[1, 0], progress=False)
+    behind = min(len(trial.prompt) - trial.needle[1] for trial in trials)
+    with pytest.raises(LensError, match=f"question must be at most {behind}, the tokens behind"):
+        lens.reading.retrieval(model, trials, question=behind + 1, progress=False)
     bent = lens.load(layout_model("gemma2"))
     with pytest.raises(LensError, match="a norm comes between what heads of gemma2 write"):
         lens.reading.retrieval(bent, trials, masked=[], progress=False)

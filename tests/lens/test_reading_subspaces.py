@@ -96,7 +96,7 @@ def test_the_contrast_stands_beside_every_control(found):
     assert kinds == ["contrast", "control", "specific"]
     lowest = min(table["mass"].drop("contrast"))
     said = "larger than that of every control" in found.findings()[1]
-    assert said == (table.loc["contrast", "mass"] < lowest)
+    assert said <= (table.loc["contrast", "mass"] < lowest)
 
 
 def test_the_drop_is_said_to_be_larger_only_where_it_is(found):
@@ -110,13 +110,12 @@ def test_the_drop_is_said_to_be_larger_only_where_it_is(found):
         return sentence.rpartition(": the drop alone ")[2]
 
     assert said(0.2) == "is larger than that of every control."
-    assert said(0.5) == "is no larger than that of a control."
-    assert said(0.8) == "is no larger than that of a control."
-    unsure = np.where(np.arange(prompts) == 0, 0.0, 0.5 + 0.1 / prompts)
-    assert (
-        said(unsure)
-        == f"is larger than that of every control on average, and not surely so on {prompts} prompts."
-    )
+    apart = f"is not told apart from that of every control on {prompts} prompts."
+    assert said(0.5) == apart
+    assert said(0.8) == "is smaller than that of a control."
+    first = np.arange(prompts) == 0
+    assert said(np.where(first, 0.0, 0.5 + 0.1 / prompts)) == apart  # larger on average
+    assert said(np.where(first, 1.0, 0.5 - 0.1 / prompts)) == apart  # smaller on average
 
 
 def test_all_directions_that_matter_taken_out_leave_uniform_attention():

@@ -53,9 +53,10 @@ def examples(random=None, prompts=2, refused=None):
     return TopExamples(found, typical, chance, (0,), prompts, refused or {}, 0, "m")
 
 
-def stable(efficiency=0.95, lse_error=0.01, repeat=1.0, units=2):
+def stable(efficiency=0.95, lse_error=0.01, repeat=1.0, prompts=3):
     """Conditions "repeat" and "prompt" of one layer of two heads; `lse_error` is of the first head, that of the other 0."""
-    again, other = np.ones((7, units, 1, 2)), np.full((7, units, 1, 2), efficiency)
+    again = np.ones((7, prompts, 1, 2))
+    other = np.full((7, prompts * (prompts - 1), 1, 2), efficiency)
     again[0], again[5] = repeat, 0
     other[5], other[5, :, :, 0] = 0, lse_error
     return PolicyStability({"repeat": again, "prompt": other}, 0.2, (0,), 0, "m")
@@ -225,7 +226,7 @@ SAID = [
         ],
     ),
     (
-        stable(repeat=0.5, units=1),
+        stable(repeat=0.5, prompts=2),
         [
             "AdaSpa: the pattern varies from input to input: cannot be told here (efficiency 0.950, beside 0.9).",
             "AdaSpa: the LSE varies from input to input: cannot be told here (usable lse 1.000, beside 0.9).",
@@ -277,7 +278,7 @@ SAID = [
         subspace(left=(0.8, 0.5, 0.5, 0.6, 0.7, 0.75)),
         [
             "L1H2 gives 'induction' pairs 80.0%; without 2 of 8 directions of its queries, found by contrast on other prompts, 50.0% [50.0%, 50.0%].",
-            "As many principal components of its queries leave 50.0%, of its keys 60.0%, another head's contrast 70.0%, random directions 75.0% [75.0%, 75.0%]: the drop alone is no larger than that of a control.",
+            "As many principal components of its queries leave 50.0%, of its keys 60.0%, another head's contrast 70.0%, random directions 75.0% [75.0%, 75.0%]: the drop alone is not told apart from that of every control on 2 prompts.",
             "The same removal takes its 'previous' pairs from 50.0% to 40.0%; the loss at these queries changes by +0.5 [+0.5, +0.5] nats, without random directions by +0.1.",
         ],
     ),

@@ -75,11 +75,20 @@ def test_a_policy_is_worse_where_its_interval_is(found, said):
 
 
 def claim(*efficiency):
-    """What is said of another prompt's blocks, by their efficiency on each pair of prompts."""
-    values = np.zeros((7, len(efficiency), 1, 1))
-    values[3, :, 0, 0] = values[6, :, 0, 0] = efficiency
+    """What is said of another prompt's blocks, by the efficiency of each prompt's on the others."""
+    pairs = np.repeat(efficiency, len(efficiency) - 1)
+    values = np.zeros((7, len(pairs), 1, 1))
+    values[3, :, 0, 0] = values[6, :, 0, 0] = pairs
     found = PolicyStability({"repeat": np.ones_like(values), "prompt": values}, 0.2, (0,), 0, "m")
     return found.claims()["verdict"][0], of_kind(found.findings(), "claim")[0]
+
+
+def test_pairs_are_no_units_of_their_own():
+    """Each prompt's value stands in as many pairs as there are others: the interval is that of the prompts."""
+    random = np.random.default_rng(0)
+    found = [claim(*random.normal(0.9, 0.05, 6))[0] for _ in range(100)]
+    assert found.count("not told apart") > 75  # of pairs 57
+    assert claim(0.5, 0.6)[0] == "not told apart"  # one pair in two orders
 
 
 def test_a_claim_holds_or_not_or_is_not_told():
@@ -88,4 +97,4 @@ def test_a_claim_holds_or_not_or_is_not_told():
     verdict, said = claim(0.8, 0.99, 0.97)  # 0.92 on the mean
     assert verdict == "not told apart"
     assert "cannot be told here (efficiency 0.920 [0.800, 0.990], beside 0.9)" in said
-    assert claim(0.95)[0] == "not told apart"  # one prompt
+    assert claim(0.95, 0.95)[0] == "not told apart"  # one pair

@@ -130,23 +130,18 @@ def succeeded(
     if not trials:
         raise LensError("retrieval needs at least one trial")
     with advancing(f"{model.name}: needles", len(trials), progress) as advance:
-        answers = []
-        for trial in trials:
-            answers.append(answered(model, trial))
+        counted, recalls = [], np.zeros(len(trials))
+        for place, trial in enumerate(trials):
+            answer = answered(model, trial)
+            recalls[place] = trial.recall(answer)
+            if recalls[place] > needed:
+                counted.append((trial, answer))
             advance(1)
-    recalls = np.array(
-        [trial.recall(answer) for trial, answer in zip(trials, answers, strict=True)]
-    )
-    if not (recalls > needed).any():
+    if not counted:
         raise LensError(
             f"{model.name} brought back more than {needed:.0%} of the needle in none of {len(trials)} "
             f"trials (at most {max(recalls):.0%}), so there is no retrieval to attribute to heads"
         )
-    counted = [
-        one
-        for one, recall in zip(zip(trials, answers, strict=True), recalls, strict=True)
-        if recall > needed
-    ]
     return counted, recalls
 
 

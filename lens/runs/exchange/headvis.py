@@ -78,7 +78,7 @@ def to_headvis(
     if folder.exists():
         raise LensError(f"{folder} exists already; choose a new folder or delete it")
     if not (is_number(least) and 0 <= least < 1):
-        raise LensError(f"least must be from 0 to below 1, got {least}")
+        raise LensError(f"least must be from 0 to below 1, got {least!r}")
     first = several[0]
     heads = first.every_head
     for trace in several:
