@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import transformers
 from lens_analyses.config import make_config
 from lens_analyses.inputs import plan, read_sources
 from lens_analyses.steps.classes import _agreeing
@@ -143,6 +144,27 @@ def test_heads_of_a_classifier_of_texts_are_measured_by_the_command(
     assert curve["removed"].max() == len(bert.info.every_head)
 
 
+def test_sinks_are_looked_for_in_labelled_texts(lens_command, reviews, bert, tmp_path):
+    flags = ("--edits", "mask", "--amounts", "0,1", "--out", tmp_path)
+    answer = lens_command("sinks", *reviews, *flags)
+    assert answer.code == 0, answer.err
+    found = open_run(answer.json["path"])
+    assert validate(found) == []
+    task = lens.tasks.classification(bert, str(reviews[3]))
+    eager = transformers.AutoModelForSequenceClassification.from_pretrained(
+        reviews[1], attn_implementation="eager"
+    ).eval()
+    with torch.no_grad():
+        maps = eager(task.clean, output_attentions=True).attentions
+    alpha = np.stack([one[..., 0].mean((0, 2)).numpy() for one in maps]).ravel()
+    heads = found.section("detection").tables["heads"].sort_values(["layer", "head"])
+    assert heads["alpha"].to_numpy() == pytest.approx(alpha, abs=1e-5)
+    table = found.section("effects").tables["edits"]
+    own = table[((table["condition"] == "edit") & (table["edit"] == "mask")).to_numpy()]
+    masked = lens.effect(bert, task, lens.edits.Mask("first"), progress=False).table()
+    assert own["delta_loss"].iloc[0] == pytest.approx(masked["delta_loss"].iloc[0], abs=1e-5)
+
+
 def test_a_circuit_is_found_for_labelled_texts(lens_command, reviews, tmp_path):
     flags = ("--edges", "40", "--steps", "1", "--out", tmp_path)
     answer = lens_command("circuit", *reviews, *flags)
@@ -241,6 +263,13 @@ def test_what_does_not_go_together_is_refused_before_any_work(
     answer = lens_command("heads", "--model", "vit-digits", *given, "--out", tmp_path)
     assert answer.code == 2, answer.err
     assert said in answer.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_rule_of_causal_models_is_refused_before_any_work(lens_command, folder, tmp_path):
+    flags = ("--n", "8", "--rule", "act", "--out", tmp_path)
+    answer = lens_command("redistribute", "--model", "vit-digits", "--images", folder, *flags)
+    assert (answer.code, "ACT is defined for causal models" in answer.err) == (2, True)
     assert not list(tmp_path.iterdir())
 
 
