@@ -134,7 +134,10 @@ def tokens_of(prompt: Prompt) -> list[int]:
         LensError: a prompt without any.
     """
     if prompt.ids is None:
-        raise LensError("a mean is taken over prompts of tokens")
+        raise LensError(
+            "a mean is taken over prompts of tokens, and these are none; give another baseline, as in "
+            "Ablate(heads, 'zero')"
+        )
     return prompt.ids
 
 

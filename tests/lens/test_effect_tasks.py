@@ -9,6 +9,7 @@ import torch
 
 import lens
 from lens import edits
+from lens.common.errors import LensError
 from lens.edits.effect_results import Effect
 from lens.tasks.task import Task
 from tests.lens.architectures import build
@@ -166,3 +167,14 @@ def test_a_number_of_controls_is_draws_of_the_usual_ones():
     ):
         with pytest.raises(lens.LensError, match=said):
             lens.effect(*given, **bad)
+
+
+def test_a_mean_over_pictures_is_refused_with_another_baseline():
+    vit = lens.load(build("vit"))
+    pixels = torch.randn(2, 3, 30, 30)
+    ablated = edits.Ablate("L0H0", "mean", over=[{"pixel_values": one[None]} for one in pixels])
+    with (
+        pytest.raises(LensError, match=r"tokens, and these are none; .* Ablate\(heads, 'zero'\)"),
+        lens.edit(vit, ablated),
+    ):
+        pass
