@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import transformers
+from lens_analyses.exporting import export_run
 from lens_dashboards.library import Library
 from lens_dashboards.selection import PAGES
 from lens_dashboards.views import render
@@ -167,6 +168,9 @@ def test_a_model_of_mixers_alone_has_a_run_without_traces(folder, lens_command, 
         ("/mixers", "L0H2"),
     ):
         assert said in str(render(library, f"/run/{run.id}{page}", ""))
+    files = export_run(run, "csv", tmp_path / "tables").files
+    assert {"mixers-heads.csv", "mixers-maps.csv"} <= set(files)
+    assert "heads.csv" not in files
     asked = [*COMMAND.split(), "--model", model]
     other = lens_command(*asked, "--seed", 1, "--out", tmp_path / "runs")
     assert other.code == 0, other.err

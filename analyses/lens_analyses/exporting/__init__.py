@@ -111,12 +111,12 @@ def _write_csv(table: pd.DataFrame, path: Path) -> Path:
 
 def _tables(run: Run, sections: Mapping[str, Section]) -> Iterator[tuple[str, pd.DataFrame]]:
     """Scores, prompts, and every table of a section as `<section>-<table>`."""
-    yield "heads", run.heads
-    yield "prompts", run.prompts
+    every = {"heads": run.heads, "prompts": run.prompts}
     for name, section in sections.items():
-        for part, table in section.tables.items():
-            if len(table):
-                yield f"{name}-{part}", table
+        every |= {f"{name}-{part}": table for part, table in section.tables.items()}
+    if not any(map(len, every.values())):
+        raise LensError(f"{run.id} has no table with a row; there is nothing to write")
+    yield from ((name, table) for name, table in every.items() if len(table))
 
 
 def _graph(run: Run, out: Path) -> list[str]:
