@@ -11,6 +11,7 @@ import pandas as pd
 from lens.common.results import Result, Sentence, ends
 from lens.edits.losses import MEASURES
 from lens.stats import over_units
+from lens.stats.verdicts import APART, verdict
 
 MATCHED = 0.8
 """A control of equal mass is one where its keys held at least this share of the edited keys' mass."""
@@ -151,16 +152,21 @@ class Effect(Result):
         return Sentence(text, kind="gain")
 
     def _doses(self, rows: pd.DataFrame) -> list[Sentence]:
-        """The change at each amount, and whether it grows."""
+        """The change at each amount, and whether each step adds to it, by the interval of the step."""
         if len(rows) < 2:
             return []
         shown = "; ".join(
             f"{row['amount']:g}: {row['delta_loss']:+z.4f}{ends(row['delta_loss_low'], row['delta_loss_high'], '+z.4f')}"
             for row in rows.to_dict("records")
         )
-        steps = rows["delta_loss"].diff().iloc[1:]
-        rises, falls = bool((steps > 0).all()), bool((steps < 0).all())
-        grows = "grows" if rises else "falls" if falls else "does not grow"
+        steps = np.diff(self.values["edit"]["delta_loss"], axis=0).T  # [prompts, steps]
+        told = {
+            verdict(*pair)
+            for pair in zip(*over_units(steps, np.ones_like(steps), self.seed), strict=True)
+        }
+        grows = "grows" if told == {"above"} else "falls" if told == {"below"} else "does not grow"
+        if "not told apart" in told and not told.issuperset(APART):
+            grows = "is not told to grow or to fall"
         dose = f"By amount the loss changes by (nats per {self.per}) {shown}."
         trend = f"The loss {grows} with every step of the amount."
         found = [Sentence(dose, kind="dose"), Sentence(trend, kind="trend")]

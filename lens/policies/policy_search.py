@@ -17,6 +17,7 @@ from lens.policies.per_head import PerHead
 from lens.policies.scores import PolicyScores
 from lens.stats import draws, interval
 from lens.stats.prediction import prediction
+from lens.stats.verdicts import verdict
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -139,10 +140,12 @@ class PolicySearch(Result):
                     kind="controls",
                 ),
             ]
-            if chosen["loss_change"] > self.asked:
+            told = verdict(chosen["loss_change_low"], chosen["loss_change_high"], self.asked)
+            if told != "below":
+                grows = "grows by more than" if told == "above" else "is not told to stay within"
                 said.append(
                     Sentence(
-                        f"On held-out prompts the loss grows by more than the {self.asked:g} nats asked for: "
+                        f"On held-out prompts the loss {grows} the {self.asked:g} nats asked for: "
                         "choose on more prompts.",
                         kind="limit",
                     )

@@ -11,6 +11,7 @@ import pandas as pd
 from lens.common.head_ids import HeadId, all_heads, head_columns
 from lens.common.results import Result, Sentence, ends, few
 from lens.stats.intervals import columns
+from lens.stats.verdicts import rivals
 
 COLUMNS = {
     "density": "kept blocks among those that are seen",
@@ -129,17 +130,25 @@ class PolicyScores(Result):
     def _best(self, rows: pd.DataFrame) -> list[Sentence]:
         """Of several policies with a loss, the one that costs least, beside the references."""
         reference = np.array(self.references)
-        rivals, others = rows[~reference], rows[reference]
-        if len(rivals) < 2 or rows["loss_change"].isna().any():
+        own, others = rows[~reference], rows[reference]
+        if len(own) < 2 or rows["loss_change"].isna().any():
             return []
-        best = rivals.iloc[int(rivals["loss_change"].to_numpy().argmin())]
+        best = own.iloc[int(own["loss_change"].to_numpy().argmin())]
+        which = np.flatnonzero(~reference)
+        changes = (self.sparse_loss - self.dense_loss)[which]
+        alike = rivals(-changes, int(changes.mean(1).argmin()), self.seed)
+        told = (
+            f", not told apart from {few([self.policies[which[at]] for at in alike])}"
+            if alike
+            else ""
+        )
         beside = "; ".join(
             f"{row['policy']} {row['loss_change']:+z.4f} at {row['density']:.1%}"
             for _, row in others.iterrows()
         )
         return [
             Sentence(
-                f"Of {len(rivals)} policies in all heads {best['policy']} costs least: "
+                f"Of {len(own)} policies in all heads {best['policy']} costs least{told}: "
                 f"{best['loss_change']:+z.4f}{_ends(best, 'loss_change', 'z.4f')} nats per token with "
                 f"{best['density']:.1%} of the blocks and {best['recall']:.1%} of the attention"
                 f"{f' (beside it: {beside})' if beside else ''}. They differ in density: the figure has both.",

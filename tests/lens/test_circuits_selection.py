@@ -1,6 +1,7 @@
 """From scores to circuits: what is chosen, what is pruned, and files."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -130,8 +131,11 @@ def test_find_takes_the_smallest_circuit_that_is_faithful_enough():
     enough = tried[tried["faithfulness"] >= 0.85]
     assert found.circuit.n == enough["edges"].min() == tried.loc[tried["chosen"], "edges"].item()
     assert found.circuit.n < found.circuit.graph.n
-    (said,) = of_kind(found.findings(), "enough")
-    assert said == f"It is the smallest of {len(tried)} circuits tried that reaches 0.85."
+    row = tried[tried["chosen"]].iloc[0]
+    smallest = f"It is the smallest of {len(tried)} circuits tried that reaches"
+    for low, ending in ((0.9, "."), (0.5, " on the mean; its interval does not."), (np.nan, ".")):
+        other = replace(found, tried=tried.assign(low=low, faithfulness=row["faithfulness"]))
+        assert of_kind(other.findings(), "enough")[0] == f"{smallest} 0.85{ending}"
     (size,) = of_kind(found.findings(), "circuit")
     assert size.startswith(
         f"The circuit has {found.circuit.n:,} of {found.circuit.graph.n:,} edges"

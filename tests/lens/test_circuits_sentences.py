@@ -149,6 +149,12 @@ def test_parts_of_heads():
     assert one(joined, "none").startswith(
         "L1H0: effect -1 [-3, +1], the interval holds 0; it looks"
     )
+    apart = effects.copy()
+    apart[0, 1:3] = [[3, -1], [0, 6]]  # by the means more through its values
+    assert (
+        "through its pattern or its values, which are not told apart (pattern +1, value +3"
+        in one(replace(joined, effects=apart), "effect")
+    )
     turned = replace(joined, effects=effects[::-1, [0, 2, 1, 3, 4]])
     assert "through its pattern" in " ".join(turned.findings())
     assert [said.kind for said in joined.findings(most=1)] == ["effect"]

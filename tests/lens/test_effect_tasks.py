@@ -126,6 +126,14 @@ def test_a_loss_grows_where_every_step_of_the_amount_adds_to_it(losses, grows):
     ] * 3
 
 
+def test_a_loss_is_not_told_to_grow_by_a_step_whose_interval_holds_0():
+    """By the means it grows with every step."""
+    found = an_effect(np.zeros((3, 3)))
+    found.values["edit"]["delta_loss"] = np.array([[0.1] * 3, [0.5, -0.2, 0.2], [0.6, 0.7, 0.8]])
+    (said,) = [str(one) for one in found.findings() if one.kind == "trend"]
+    assert said == "The loss is not told to grow or to fall with every step of the amount."
+
+
 @pytest.mark.parametrize(
     ("last", "words"),
     [

@@ -182,3 +182,7 @@ def test_findings_of_an_agreement():
         "their orders agree beyond chance, tau 1.00 [1.00, 1.00]."
     )
     assert found.findings(most=2) == (said[0], said[3])
+    noise = np.random.default_rng(0).normal(size=(1, 40, 5))
+    (alike,) = agreement(scores(noise, "zero"), scores(noise[:, ::-1], "mean")).findings()
+    assert alike.kind == "chance"
+    assert "over all heads their orders are not told apart from chance, tau " in alike

@@ -256,6 +256,13 @@ def test_the_cheapest_of_several_is_named_beside_bounds_and_draws(model, prompts
         "Of 2 policies in all heads AShape(first=2"
     )
     assert not of_kind(policies.evaluate(model, prompts, offered, block_size=8).findings(), "best")
+    steady = found.dense_loss + np.array([[0.3], [0.2], [0.0], [0.5]])
+    (told,) = of_kind(dataclasses.replace(found, sparse_loss=steady).findings(), "best")
+    assert "AShape(first=4, last=40) costs least: +0.2" in told
+    steady[0, 0] = found.dense_loss[0] - 1  # cheaper in one prompt, dearer in the others
+    steady[0, 1] = found.dense_loss[1] + 2
+    (alike,) = of_kind(dataclasses.replace(found, sparse_loss=steady).findings(), "best")
+    assert "last=40) costs least, not told apart from AShape(first=2, last=4): +0.2" in alike
 
 
 def test_later_rows_alone_can_count(model, prompts):

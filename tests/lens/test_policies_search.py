@@ -132,6 +132,16 @@ def test_random_blocks_cost_more_and_sentences_follow_the_numbers(found):
     assert f"the mean of 3 others like them should lie in [{low:.4f}, {high:.4f}]" in said["loss"]
     worse = dataclasses.replace(found, asked=-1.0)
     assert any("choose on more prompts" in sentence for sentence in worse.findings())
+    row = found.row("chosen")
+    limits = {
+        asked: of_kind(dataclasses.replace(found, asked=asked).findings(), "limit")[0]
+        for asked in (row["loss_change_low"] - 1, row["loss_change_high"] - 1e-6)
+    }
+    above, unsure = limits.values()
+    assert "the loss grows by more than the" in above
+    assert "the loss is not told to stay within the" in unsure  # it does on the mean
+    safe = dataclasses.replace(found, asked=row["loss_change_high"] + 1)
+    assert not any("choose on more prompts" in sentence for sentence in safe.findings())
     none = dataclasses.replace(found, choices=np.full_like(found.choices, 3), tolerance=0.0)
     assert [sentence.kind for sentence in none.findings()] == ["policy", "limit"]
     assert none.findings()[0].startswith("No candidate keeps the loss within")

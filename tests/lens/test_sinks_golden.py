@@ -176,9 +176,13 @@ def test_bands():
                        "weakest by 0.100 [0.000, 0.200] (2 prompts, BOS added).")  # fmt: skip
     assert said(losses) == [worth, ("limit", LIMIT)]
     assert said(BandLosses(-losses.delta_loss - 0.1, (9, 9), "added", 0))[0] == (
-        "losses", "Without none of 3 bands the loss rises; without the weakest it changes by -0.200 [-0.300, -0.100] nats "
-                  "per token (2 prompts, BOS added).",
+        "losses", "Without none of 3 bands the loss is told to rise; without the weakest it changes by -0.200 [-0.300, "
+                  "-0.100] nats per token (2 prompts, BOS added).",
     )  # fmt: skip
+    by_chance = BandLosses(np.array([[-0.5, 0.9], [-0.6, 0.6], [-0.4, 0.4]]), (9, 9), "added", 0)
+    assert said(by_chance)[0][1].startswith("Without none of 3 bands")  # the highest mean is 0.2
+    alone = BandLosses(losses.delta_loss[:, :1], (9,), "added", 0)
+    assert said(alone)[0][1].startswith("Without band 1 of 3 the loss rises most, by 0.500 nats")
     weights = pd.concat(
         [heads(energy=share).assign(weight="query", band=band)
          for band, share in enumerate(([0.2, 0.4], [0.1, 0.3], [0.7, 0.3]))]

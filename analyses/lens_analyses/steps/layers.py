@@ -1,8 +1,11 @@
 """Which attention and MLP sub-layers the model can do without."""
 
 from lens.common.errors import LensError
+from lens.common.results import ends, few
 from lens.heads import sublayers as measures
+from lens.heads.pruning.sublayer_scores import BlockInfluence, SkipSweep
 from lens.runs.sections import Section
+from lens.stats.verdicts import rivals
 from lens_analyses.steps.columns import defined
 from lens_analyses.steps.headlines import of_highest
 from lens_analyses.steps.subject import Subject
@@ -30,13 +33,7 @@ def layers(subject: Subject) -> Section:
         "influence": influence.table(seed=subject.seed),
     }
     figures = {"sweep": sweep.plot(), "influence": influence.plot()}
-    worst, least = sweep.drops.mean(1).argmax(), influence.per_prompt.mean(1).argmin()
-    said = [
-        f"Missed most on {task.name} is {sweep.names[worst]}: {task.metric} is worse by "
-        f"{sweep.drops[worst].mean():.3g} without it.",
-        f"Layer {least} turns the residual stream least (1 - cosine "
-        f"{influence.per_prompt[least].mean():.3g}).",
-    ]
+    said = [_missed(sweep, subject.seed), _least(influence, subject.seed)]
     limits = ["A sub-layer that is left out adds 0; nothing was trained again."]
     if len(sweep.names) <= _MOST:
         removal = measures.greedy_removal(model, task, progress=subject.progress)
@@ -71,6 +68,30 @@ def layers(subject: Subject) -> Section:
                 whole=float(task.evaluate(model).abs().max()),
             )
         ),
+    )
+
+
+def _missed(sweep: SkipSweep, seed: int) -> str:
+    """The sub-layer that is missed most, beside the median one, and those that it is not told apart from."""
+    table, worst = sweep.table(seed=seed), int(sweep.drops.mean(1).argmax())
+    row = table.iloc[worst]
+    alike = [sweep.names[at] for at in rivals(sweep.drops, worst, seed)]
+    return (
+        f"Missed most on {sweep.task} is {sweep.names[worst]}: {sweep.metric} is worse by {row['drop']:.3g}"
+        f"{ends(row['drop_low'], row['drop_high'])} without it, by {table['drop'].median():.3g} without the median "
+        f"sub-layer{f'; not told apart from {few(alike)}' if alike else ''}."
+    )
+
+
+def _least(influence: BlockInfluence, seed: int) -> str:
+    """The layer that turns the stream least, and those that it is not told apart from."""
+    turns = influence.per_prompt
+    least = int(turns.mean(1).argmin())
+    row = influence.table(seed=seed).iloc[least]
+    alike = [f"L{at}" for at in rivals(-turns, least, seed)]
+    return (
+        f"Layer {least} turns the residual stream least (1 - cosine {row['influence']:.3g}"
+        f"{ends(row['low'], row['high'])}){f'; not told apart from {few(alike)}' if alike else ''}."
     )
 
 

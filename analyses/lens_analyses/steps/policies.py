@@ -237,18 +237,19 @@ _MOST_BLOCKS = 1_000_000  # of all heads, in the table of maps
 
 
 def _worst(runs: PolicyRuns, rows: pd.DataFrame) -> Sentence:
-    """Which policy that could be served changes least, and which most."""
+    """Under which policy that could be served the change is the best, and under which the worst."""
     served = rows[[not name.startswith(("Oracle", "RandomBlocks")) for name in rows["policy"]]]
     better = served.sort_values("change", ascending=runs.sign < 0)
     one = {"text": "Text", "needles": "Needles"}[rows["task"].iloc[0]]
     where = "all rows sparse" if rows["rows"].iloc[0] == "all" else "sparse from the question on"
     said = [
-        f"{row['policy']} {row['change']:+z.4f} at {row['density']:.1%}"
+        f"{row['policy']} {row['change']:+z.4f}{ends(row['change_low'], row['change_high'], '+z.4f')} "
+        f"at {row['density']:.1%}"
         for row in (better.iloc[0], better.iloc[-1])
     ]
     return Sentence(
-        f"{one}, {where}: the {runs.metric} is {rows['dense'].iloc[0]:.4f} dense; it changes least under {said[0]} "
-        f"and most for the worse under {said[1]}.",
+        f"{one}, {where}: the {runs.metric} is {rows['dense'].iloc[0]:.4f} dense; its change is the best under "
+        f"{said[0]} and the worst under {said[1]}.",
         kind="change",
     )
 

@@ -65,7 +65,8 @@ class FoundCircuit(Result):
             f"prompts its faithfulness is {interval}, its KL divergence from the model {row['kl']:.2g} nats."
         )
         enough = (
-            f"It is the smallest of {len(self.tried)} circuits tried that reaches {self.least:g}."
+            f"It is the smallest of {len(self.tried)} circuits tried that reaches {self.least:g}"
+            + (" on the mean; its interval does not." if row["low"] < self.least else ".")
             if row["faithfulness"] >= self.least
             else f"None of {len(self.tried)} circuits tried reaches {self.least:g}; this is the most faithful."
         )

@@ -21,7 +21,9 @@ from lens.heads.behaviour.roles import roles
 from lens.models.loaded import LoadedModel
 from lens.passes.calls import attend
 from lens.passes.head_outputs import read_calls
+from lens.stats import over_units
 from lens.stats.intervals import columns
+from lens.stats.verdicts import verdict
 from lens.tasks.task import Task
 
 ROLES = ("previous_token", "duplicate_token", "induction", "current_token", "sink_mass")
@@ -90,6 +92,24 @@ class JoinedHeads(Result):
         token = first["token"].mode().iloc[0]
         return token, float(first.loc[first["token"] == token, "mass"].mean())
 
+    def _through(self, row: dict) -> str:
+        """Whether pattern or values do more of it, prompt by prompt."""
+        place = [str(head) for head in self.heads].index(row["name"])
+        pattern, value = (
+            np.sign(row[part]) * self.effects[place, PARTS.index(part)]
+            for part in ("pattern", "value")
+        )
+        more = (pattern - value)[:, None]
+        low, high = (float(end[0]) for end in over_units(more, np.ones_like(more), self.seed))
+        told = verdict(low, high)
+        if np.isnan(low):
+            told = "above" if more.mean() > 0 else "below"
+        return {
+            "above": "mostly through its pattern",
+            "below": "mostly through its values",
+            "not told apart": "through its pattern or its values, which are not told apart",
+        }[told]
+
     def _finding(self, row: dict) -> Sentence:
         interval = f"[{row['full_low']:+z.3g}, {row['full_high']:+z.3g}]"
         looks = (
@@ -101,9 +121,9 @@ class JoinedHeads(Result):
             return Sentence(text, kind="none")
         if np.isnan(row["full_low"]):
             interval = "(one prompt, no interval)"
-        through = "its pattern" if abs(row["pattern"]) > abs(row["value"]) else "its values"
+        through = self._through(row)
         text = (
-            f"{row['name']}: effect {row['full']:+z.3g} {interval} {self.metric}, mostly through "
+            f"{row['name']}: effect {row['full']:+z.3g} {interval} {self.metric}, "
             f"{through} (pattern {row['pattern']:+z.3g}, value {row['value']:+z.3g}, interaction "
             f"{row['interaction']:+z.3g}); {looks}; without the first key the effect is "
             f"{row['without_sink']:+z.3g}."

@@ -242,7 +242,7 @@ def _order_in_words(row: Mapping[Hashable, Any]) -> str:
         return f"over all heads their orders agree beyond chance, {shown}"
     if verdict == "opposition":
         return f"over all heads their orders are opposed, {shown}"
-    return f"over all heads their orders agree no better than chance, {shown}"
+    return f"over all heads their orders are not told apart from chance, {shown}"
 
 
 def _check_models(scores: tuple[HeadScores, ...], *, least: int) -> None:

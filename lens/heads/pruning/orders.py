@@ -78,9 +78,17 @@ class PruningOrders(Result):
                 count = len(one.prunable(self.limit))
                 text = f"Going {one.ranking} first, {count} of {total} can."
                 said.append(Sentence(text, kind="order"))
+        table = best.table()
+        step = table[table["removed"] == spared].iloc[0]
+        if spared and step["high"] > self.limit:
+            text = (
+                f"How many can go is not told for sure: of {spared} the interval reaches to {step['high']:.3f}, "
+                f"beyond the {self.limit:.3f} that may be lost."
+            )
+            said.append(Sentence(text, kind="limit"))
         for one in self.curves:
             random, own = _areas(one), float(one.cost[1:-1].mean()) if len(one.cost) > 2 else np.nan
-            if len(random) and own > random.mean():
+            if len(random) and own > random.max():
                 text = (
                     f"Going {one.ranking} first is worse than at random: it costs {own:.3g} on the mean "
                     f"over all steps, {len(random)} random orders {random.mean():.3g} "

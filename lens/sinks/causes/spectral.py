@@ -21,6 +21,7 @@ from lens.models.loaded import LoadedModel
 from lens.passes.inputs import read_prompts
 from lens.passes.replay import proved
 from lens.stats import over_units
+from lens.stats.verdicts import of_many
 
 BANDS = 20
 
@@ -105,10 +106,11 @@ class BandLosses(Result):
             f"the weakest by {dark['delta_loss']:.3f}{ends(dark['low'], dark['high'], '.3f')} "
             f"({len(self.tokens)} prompts, BOS {self.bos})."
         )
-        if most["delta_loss"] <= 0:
+        low, _ = of_many(most["delta_loss"], most["low"], most["high"], len(table))
+        if not low > 0 and not (np.isnan(low) and most["delta_loss"] > 0):
             said = (
-                f"Without none of {len(table)} bands the loss rises; without the weakest it changes by "
-                f"{dark['delta_loss']:.3f}{ends(dark['low'], dark['high'], '.3f')} nats per token "
+                f"Without none of {len(table)} bands the loss is told to rise; without the weakest it changes "
+                f"by {dark['delta_loss']:.3f}{ends(dark['low'], dark['high'], '.3f')} nats per token "
                 f"({len(self.tokens)} prompts, BOS {self.bos})."
             )
         limit = (
