@@ -40,6 +40,10 @@ def test_the_numbers_are_those_of_the_library_over_the_whole_text(folder):
     assert len(section.tables["strips"]) == len(found.strips())
     assert section.summary == found.findings()
     assert {one.against for one in section.headlines} == {"random weights"}
+    for one in section.headlines:
+        assert f"{one.value:.2f} [{one.low:.2f}, {one.high:.2f}] on average" in one.text
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert "<h1>Top activating examples of the heads of text-lm-3l" in page
 
 
 def test_a_corpus_of_its_own_is_read(folder, lens_command, tmp_path):

@@ -35,6 +35,8 @@ def test_the_prompts_hold_what_the_model_wrote(folder):
     assert trace.attrs["prompt_tokens"] == 14
     assert trace.dataset["token_id"].values.tolist() == ids
     assert "prompt" not in set(run.heads["metric"])
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert "<h1>What heads look at while this model writes: text-lm-3l" in page
 
 
 def test_the_section_has_each_step_and_each_head(folder):

@@ -41,6 +41,8 @@ TITLES = {
     "explain": "Why heads attend in",
     "vision": "What was looked at by",
     "circuit": "A circuit of",
+    "examples": "Top activating examples of the heads of",
+    "generate": "What heads look at while this model writes:",
 }
 """What a page is called, with the model's name behind it; other runs are about all heads."""
 

@@ -6,6 +6,7 @@ from typing import Any
 import pandas as pd
 
 from lens import reading
+from lens.common.results import ends
 from lens.figures.columns import column_grid
 from lens.models.vocabulary import around, windows
 from lens.reading.top_examples import WORDS
@@ -70,9 +71,10 @@ def _headlines(heads: pd.DataFrame) -> Iterator[Headline]:
     """By each measure the head whose strongest pair is most above what random weights have."""
     for by, rows in heads.dropna(subset=["random_weights"]).groupby("by", sort=False):
         top: dict[Any, Any] = rows.loc[[rows["typical"].idxmax()]].to_dict("records")[0]
+        interval = ends(top["typical_low"], top["typical_high"], ".2f")
         yield Headline(
-            f"{top['name']} looks hardest by {WORDS[str(by)]}: its strongest pair of a window has {top['typical']:.2f} on "
-            f"average, with random weights at most {top['random_weights']:.2f}; the best is {top['query_token']!r} to "
+            f"{top['name']} looks hardest by {WORDS[str(by)]}: its strongest pair of a window has {top['typical']:.2f}"
+            f"{interval} on average, with random weights at most {top['random_weights']:.2f}; the best is {top['query_token']!r} to "
             f"{top['key_token']!r}.",
             *(
                 float(top[name])
