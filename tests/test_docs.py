@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lens.models import dinov2
+from lens.models import dinov2, whisper
 
 ROOT = Path(__file__).parents[1]
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("tests/benchmarks/*.md")]
@@ -33,13 +33,16 @@ def test_every_example_runs(run_folder_of_examples, capsys):
 
 
 def test_the_readme_runs(run_folder_of_examples):
-    """In a folder with the run and the picture that it names, beside numbers and tensors of the reader's own."""
+    """In a folder with the run, the picture and the sound that it names, beside numbers and tensors of the reader's own."""
     Image.new("RGB", (60, 40), "gray").save("cat.png")
+    Path("a.wav").write_bytes((ROOT / "tests/lens/data/ten_words.wav").read_bytes())
     query, key, value = torch.randn(3, 1, 2, 48, 16)
     names = {"numbers": np.ones((3, 6)), "q": query, "k": key, "v": value}
     notebook, kernels = blocks("README.md")
     if not dinov2.MODEL.available():  # `make models` installs it
         notebook = re.sub(r".*dinov2-small.*\n", "", notebook)
+    if not whisper.MODEL.available():
+        notebook = re.sub(r".*\bheard\b.*\n", "", notebook)
     exec(notebook + kernels, names)
     assert names["table"]["induction"].max() > 0
     assert names["result"].statistics.block_mass.shape[1] == 2

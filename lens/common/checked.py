@@ -76,7 +76,10 @@ def _looking(call: Any, names: Mapping[str, Any]) -> Any:
 
     @functools.wraps(call)
     def calls(*args: Any, **named: Any) -> Any:
-        given = signature.bind(*args, **named).arguments
+        try:
+            given = signature.bind(*args, **named).arguments
+        except TypeError as error:
+            raise TypeError(f"{call.__name__}() {_taken(signature)}: {error}") from None
         given = {n: value for n, value in given.items() if value is not defaults[n]}
         for name, value in given.items():
             _check(name, value, plain.get(name, ()))
@@ -90,6 +93,15 @@ def _looking(call: Any, names: Mapping[str, Any]) -> Any:
             raise
 
     return calls
+
+
+def _taken(signature: inspect.Signature) -> str:
+    """Which arguments there are, in an error."""
+    shown = [one for one in signature.parameters.values() if one.name != "self"]
+    placed = [one.name for one in shown if one.kind != one.KEYWORD_ONLY]
+    named = [one.name for one in shown if one.kind == one.KEYWORD_ONLY]
+    by_name = f"{' and ' if placed else ''}by name {', '.join(named)}" if named else ""
+    return f"takes {', '.join(placed)}{by_name}" if shown else "takes no arguments"
 
 
 def _is_plain(kind: Any) -> bool:

@@ -40,10 +40,35 @@ def attach(
         if not name.startswith("_") and importlib.util.find_spec(f"{module}.{name}"):
             return importlib.import_module(f"{module}.{name}")  # a room that is not advertised
         raise AttributeError(
-            f"module {module!r} has no attribute {name!r}; it has {', '.join(public)}"
+            f"module {module!r} has no attribute {name!r}; {_elsewhere(module, file, name)}it has "
+            f"{', '.join(public)}"
         )
 
     return get, lambda: list(public), public
+
+
+def _elsewhere(module: str, file: str, name: str) -> str:
+    """Which other room of the house advertises a name, in an error."""
+    top, _, room = module.partition(".")
+    house = Path(file).parents[bool(room)]
+    rooms = [
+        one.parent.name
+        for one in sorted(house.glob("*/__init__.pyi"))
+        if name in _advertised(one) + _given(one)
+    ]
+    rooms = [f"{top}.{one}.{name}" for one in rooms if one != room]
+    return f"there is {' and '.join(rooms)}; " if rooms and not name.startswith("_") else ""
+
+
+def _given(stub: Path) -> list[str]:
+    """What a stub without an `__all__` imports."""
+    lines = ast.parse(stub.read_text(encoding="utf-8")).body
+    return [
+        one.asname or one.name
+        for line in lines
+        if isinstance(line, ast.ImportFrom)
+        for one in line.names
+    ]
 
 
 def _advertised(stub: Path) -> list[str]:

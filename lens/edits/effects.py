@@ -300,6 +300,13 @@ class _Run:
 
 def _check_predicts_next(model: LoadedModel) -> None:
     """Raises LensError for a model that predicts no next token of a text; it says which task it has."""
+    reads = getattr(model.model, "main_input_name", "input_ids")
+    if reads != "input_ids" and model.info.vocab is None and not model.is_encoder_decoder:
+        raise LensError(
+            f"{model.info.class_name} reads no tokens, so that there is no loss of a next one to measure; which heads a "
+            "classifier needs says lens.heads.importance(model, lens.tasks.classification(...)), and lens.edit(model, edit) "
+            "runs any model under the edit"
+        )
     check_predicts_tokens(model)
     if fills_masks(model):
         raise LensError(

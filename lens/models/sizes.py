@@ -27,7 +27,13 @@ def describe(model: Any, licence: str = "unknown") -> ModelInfo:
     Raises:
         LensError: the configuration does not say how many layers and heads there are; `NoHeadsError` where it only lacks heads.
     """
-    config = model.config.get_text_config()
+    try:
+        config = model.config.get_text_config()
+    except ValueError as error:  # it has several texts (MusicGen)
+        raise LensError(
+            f"cannot read the sizes of {type(model).__name__}: its configuration holds several models that read tokens; "
+            "load one of them, or give an example of what the whole reads: lens.passes.wrap(model, inputs)"
+        ) from error
     sizes = [_setting(config, name) for name in _SIZES]
     layers, heads, hidden = (size if isinstance(size, int) else 0 for size in sizes)
     if missing := [n for n, size in zip(_SIZES, (layers, heads, hidden), strict=True) if not size]:

@@ -90,11 +90,13 @@ def read_prompts(
     if isinstance(prompts, Mapping):
         found = _from_mapping(model, prompts, whole)
         return found, len(found) == 1
-    heard = reads_sounds(model) and is_sound(prompts)
-    if isinstance(prompts, str) or heard or is_ids(prompts) or _is_pictured(model, prompts):
+    one = _is_pixels(model, prompts) or (reads_sounds(model) and is_sound(prompts))
+    if isinstance(prompts, str) or one or is_ids(prompts) or _is_pictured(model, prompts):
         return [_from_one(model, prompts, whole)], True
     if isinstance(prompts, torch.Tensor) and prompts.dim() == 2 and not prompts.is_floating_point():
         return [_from_one(model, row, whole) for row in prompts], False
+    if _is_batch(model, prompts):  # as a processor makes them
+        return _from_mapping(model, {model_input(model): prompts}, whole), False
     if isinstance(prompts, np.ndarray) and prompts.ndim == 4:
         prompts = list(prompts)
     if isinstance(prompts, Sequence) and not isinstance(prompts, bytes):
@@ -105,6 +107,18 @@ def read_prompts(
         "a prompt must be a text, token ids, a picture, a list of these or a tokenizer's output, got "
         f"{shape_of(prompts)}"
     )
+
+
+def _is_pixels(model: LoadedModel, given: Any) -> bool:
+    """The pixels [channels, height, width] of one picture, as a processor makes them."""
+    pixels = isinstance(given, torch.Tensor) and given.dim() == 3 and given.is_floating_point()
+    return pixels and model_input(model) == "pixel_values"
+
+
+def _is_batch(model: LoadedModel, given: Any) -> bool:
+    """Rows of what a model reads that reads no tokens."""
+    rows = isinstance(given, torch.Tensor) and given.dim() > 1 and given.is_floating_point()
+    return rows and model_input(model) not in ("input_ids", "hidden_states")
 
 
 def _is_pictured(model: LoadedModel, given: Any) -> bool:
@@ -133,6 +147,8 @@ def _from_one(model: LoadedModel, prompt: Any, whole: bool) -> Prompt:
         return _from_features(model, prepared_sound(model, prompt))[0]
     if _is_pictured(model, prompt):
         return _from_picture(model, prompt, whole)
+    if _is_pixels(model, prompt):
+        return _from_mapping(model, {"pixel_values": prompt[None]}, whole)[0]
     if isinstance(prompt, str):
         return _from_text(model, prompt, whole)
     if is_ids(prompt):

@@ -10,9 +10,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from transformers.utils import logging as transformers_logging
 
 from lens.common.errors import LensError, first_line
+from lens.models.ids import shape_of
 from lens.models.loaded import LoadedModel
 from lens.models.stacks import stacks
 from lens.passes.inputs import (
@@ -71,7 +74,7 @@ def read_sources(
 
     Args:
         model: an encoder-decoder.
-        prompts: a text or ids (the source), of a model of sounds a .wav file or samples, of one of pictures a file, an
+        prompts: a text or ids (the source), of a model of sounds a .wav file, samples, or samples and their rate (`read_sound`), of one of pictures a file, an
             array or a picture of PIL; a pair of these (source, target); a mapping of the model's inputs, of one
             prompt (`input_ids`, `input_features` or `pixel_values`, and `decoder_input_ids` or none); or a
             list of such. Token ids of a target are what the decoder reads, its first token included; a target
@@ -82,6 +85,13 @@ def read_sources(
         LensError: none of these, an input that the model does not take, no target for a model that cannot write, or one
             where the model shall write it.
     """
+    if (
+        reads_sounds(model)
+        and isinstance(prompts, list)
+        and prompts
+        and isinstance(prompts[0], float)
+    ):
+        prompts = np.array(prompts)  # samples of one sound
     if isinstance(prompts, list) and not (prompts and isinstance(prompts[0], int)):
         if not prompts:
             raise LensError("no prompts were given; pass a source, a pair, or a list of them")
@@ -91,7 +101,7 @@ def read_sources(
 
 def _one(model: LoadedModel, prompt: Any, asked: Asked | None) -> Prompt:
     source, target = prompt, None
-    if isinstance(prompt, tuple):
+    if isinstance(prompt, tuple) and not (reads_sounds(model) and is_sound(prompt)):
         if len(prompt) != 2:
             raise LensError(f"a pair is (source, target), got {len(prompt)} parts")
         source, target = prompt
@@ -187,7 +197,10 @@ def _inputs(model: LoadedModel, source: Any) -> dict[str, torch.Tensor]:
             )
         model.check_ids(ids[0].tolist())
         return {"input_ids": placed(model, ids)}
-    raise LensError(f"a source must be a text, token ids or a mapping, got {type(source).__name__}")
+    kind = {True: "a .wav file, samples (samples, rate)", False: "a text, token ids"}[
+        reads_sounds(model)
+    ]
+    raise LensError(f"a source must be {kind} or a mapping, got {shape_of(source)}")
 
 
 def _target(model: LoadedModel, target: Any) -> list[int]:
@@ -260,6 +273,8 @@ def _written(model: LoadedModel, inputs: Mapping[str, torch.Tensor], asked: Aske
     if asked.temperature:
         how |= {"do_sample": True, "temperature": float(asked.temperature)}
     hook = base(model).register_forward_pre_hook(reads, with_kwargs=True)
+    loud = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # what it says of settings that it wrote itself
     try:
         with torch.no_grad(), torch.random.fork_rng(enabled=bool(asked.temperature)):
             if asked.temperature:
@@ -270,6 +285,7 @@ def _written(model: LoadedModel, inputs: Mapping[str, torch.Tensor], asked: Aske
             f"{model.info.class_name} cannot write a target ({first_line(error)}); give one: (source, target)"
         ) from error
     finally:
+        transformers_logging.set_verbosity(loud)
         hook.remove()
     if not read:
         raise LensError(

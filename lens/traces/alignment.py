@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -16,18 +17,23 @@ from scipy.stats import kendalltau
 
 from lens.common.choices import check_lists, is_whole
 from lens.common.errors import LensError
-from lens.common.head_ids import head_columns
-from lens.common.results import Result, Sentence
+from lens.common.head_ids import head_columns, head_id, one_or_more
+from lens.common.results import Result, Sentence, ends
 from lens.stats import over_rows, over_units
 from lens.stats.intervals import known_mean
 from lens.stats.verdicts import of_many, verdict
 from lens.traces.parts import TraceParts
 from lens.traces.trace import AttentionTrace
 
-Labels: TypeAlias = Mapping[int, int | Sequence[int]] | Sequence[tuple[int, int]]
-"""Position in the target -> position or positions in the source; or pairs (target, source). Others are not scored."""
+Labels: TypeAlias = (
+    Mapping[int, int | Sequence[int] | tuple[float, float]] | Sequence[tuple[int, int]]
+)
+"""Position in the target -> position or positions in the source; or pairs (target, source). Others are not scored.
+
+Of a sound also position -> (start, end) in seconds, floating numbers.
+"""
 At = Literal["read", "predicted"]
-_MEASURES = ("monotonicity", "confidence", "accuracy", "chance", "error", "mass")
+_MEASURES = ("monotonicity", "confidence", "accuracy", "chance", "shuffled", "error", "mass")
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -40,6 +46,7 @@ class Alignment(Result):
             "confidence", mean of the largest probability of a row;
             "accuracy", share of the labelled rows whose strongest key is a label;
             "chance", the same of a key drawn from all keys;
+            "shuffled", the same against the labels of the other rows: what the head's favourite keys hit in any order;
             "error", mean distance from the strongest key to the nearest label, keys;
             "mass", mean probability on the labels (of traces with q and k).
         hits: of one prompt, [heads, labelled rows] 0 or 1, for its interval; else None.
@@ -47,6 +54,8 @@ class Alignment(Result):
         model: its name.
         seconds: from one key to the next, where keys are moments of a sound.
         at: which row stands for a token of the target, "read" or "predicted".
+        rows: of each prompt, how many queries.
+        known: places in `heads` of those that somebody lists as aligning.
     """
 
     per_prompt: Mapping[str, np.ndarray]
@@ -55,6 +64,20 @@ class Alignment(Result):
     model: str
     seconds: float | None
     at: str
+    rows: tuple[int, ...] = ()
+    known: tuple[int, ...] = ()
+
+    @property
+    def random_order(self) -> float:
+        """The monotonicity that the best of as many heads reaches in one of twenty sets of strongest keys in random order."""
+        scatter = [
+            2 * (2 * n + 5) / (9 * n * (n - 1)) if n > 1 else 1.0 for n in self.rows
+        ]  # of tau
+        return float(
+            NormalDist().inv_cdf(1 - 0.05 / len(self.heads))
+            * np.sqrt(sum(scatter))
+            / max(1, len(scatter))
+        )
 
     @property
     def labelled(self) -> bool:
@@ -66,7 +89,7 @@ class Alignment(Result):
 
         Means over prompts; `_low` and `_high` of monotonicity and accuracy are 95 % bootstrap intervals over
         prompts; of one prompt accuracy has one over blocks of its rows. Without labels the order is by monotonicity.
-        `error_seconds` where keys are moments of a sound; `prompts`.
+        `error_seconds` where keys are moments of a sound; `known`, where heads were listed; `prompts`.
         """
         found: dict[str, Any] = head_columns(self.heads)
         for name in _MEASURES:
@@ -80,6 +103,8 @@ class Alignment(Result):
                 found |= {f"{name}_low": low, f"{name}_high": high}
         if self.seconds is not None:
             found["error_seconds"] = found["error"] * self.seconds
+        if self.known:
+            found["known"] = np.isin(np.arange(len(self.heads)), self.known)
         table = pd.DataFrame(found | {"prompts": self.per_prompt["accuracy"].shape[1]})
         order = "accuracy" if self.labelled else "monotonicity"
         return table.sort_values(order, ascending=False, kind="stable", ignore_index=True)
@@ -90,15 +115,19 @@ class Alignment(Result):
         if self.labelled:
             best = table.iloc[0]
             low, high = best["accuracy_low"], best["accuracy_high"]
-            ends = "" if np.isnan(low) else f"[{low:.0%}, {high:.0%}] "  # one row has no interval
+            others = ""  # of one row there are none
+            if best["shuffled"] >= 0:
+                others = f", its keys against the labels of other rows in {best['shuffled']:.0%}"
             said.append(
                 Sentence(
-                    f"{best['name']} points best: the strongest key is a label in {best['accuracy']:.0%} "
-                    f"{ends}of the labelled rows; "
-                    f"a key at random in {best['chance']:.0%}.",
+                    f"{best['name']} points best: the strongest key is a label in {best['accuracy']:.0%}"
+                    f"{ends(low, high, '.0%')} of the labelled rows; "
+                    f"a key at random in {best['chance']:.0%}{others}.",
                     kind="alignment",
                 )
             )
+        if self.known:
+            said.append(self._of_known())
         ordered = table.dropna(subset=["monotonicity"])
         if len(ordered):
             first = ordered.iloc[int(ordered["monotonicity"].to_numpy().argmax())]
@@ -111,7 +140,8 @@ class Alignment(Result):
             shown = "" if np.isnan(low) else f" [{low:.2f}, {high:.2f}]"
             said.append(
                 Sentence(
-                    f"{told}: Kendall's tau of its strongest keys is {tau:.2f}{shown}; keys in random order have 0.",
+                    f"{told}: Kendall's tau of its strongest keys is {tau:.2f}{shown}; the best of {len(self.heads)} heads whose "
+                    f"keys have a random order reaches {min(1.0, self.random_order):.2f}.",
                     kind="monotonicity",
                 )
             )
@@ -123,12 +153,35 @@ class Alignment(Result):
             )
         return tuple(said)
 
+    def _of_known(self) -> Sentence:
+        """The heads that are listed as aligning, beside the others."""
+        listed = np.isin(np.arange(len(self.heads)), self.known)
+        name = "accuracy" if self.labelled else "monotonicity"
+        values = self.per_prompt[name]
+        if self.labelled and self.hits is not None:
+            values = self.hits
+        gap = known_mean(values[listed].T) - known_mean(values[~listed].T)  # of each prompt, or row
+        if values is self.hits:
+            low, high = over_rows(gap, 0)
+        else:
+            low, high = over_units(np.nan_to_num(gap), (~np.isnan(gap)).astype(float), 0)
+        what = "point at labels in a share of" if self.labelled else "have a mean tau of"
+        means = [
+            float(known_mean(known_mean(self.per_prompt[name][one].T))) for one in (listed, ~listed)
+        ]
+        return Sentence(
+            f"The {listed.sum()} heads that are listed as aligning {what} {means[0]:.2f}, the other {(~listed).sum()} "
+            f"{means[1]:.2f}: {means[0] - means[1]:.2f}{ends(float(low), float(high), '.2f')} more.",
+            kind="known",
+        )
+
 
 def alignment(
     traces: AttentionTrace | TraceParts | Sequence[AttentionTrace | TraceParts],
     labels: Labels | Sequence[Labels] | None = None,
     *,
     at: At = "read",
+    known: Sequence[Any] | None = None,
 ) -> Alignment:
     """How each head of the cross-attention aligns target and source.
 
@@ -138,6 +191,8 @@ def alignment(
             several prompts a list of them. None: order alone.
         at: the row that stands for token t of the target: "read", where the decoder reads it (row t), or
             "predicted", where it is predicted (row t - 1), as in speech.
+        known: heads that somebody lists as aligning ("L3H1" or (3, 1)), to be compared with the others; of Whisper
+            `model.model.generation_config.alignment_heads`.
 
     Raises:
         LensError: traces without cross-attention, of several models, or labels that do not fit.
@@ -162,16 +217,28 @@ def alignment(
         given = [labels] if single else list(labels)
     if len(given) != len(several):
         raise LensError(f"labels must be one for each of {len(several)} prompts, got {len(given)}")
+    every = [(head.layer, head.head) for head in several[0].every_head]
+    listed = (
+        {tuple(head_id(one)) for one in one_or_more("known", known)} if known is not None else set()
+    )
+    if unknown := sorted(listed - set(every)):
+        raise LensError(f"known lists heads that the cross-attention has not got: {unknown}")
+    if known is not None and not 0 < len(listed) < len(every):
+        raise LensError(
+            "known must list some of the heads, and not all: they are compared with the others"
+        )
     measured = [
         _measured(one, _rows(one, own, at)) for one, own in zip(several, given, strict=True)
     ]
     return Alignment(
         per_prompt={name: np.stack([one[name] for one in measured], 1) for name in _MEASURES},
         hits=measured[0]["hits"] if len(measured) == 1 else None,
-        heads=tuple((head.layer, head.head) for head in several[0].every_head),
+        heads=tuple(every),
         model=several[0].model,
         seconds=several[0].attrs.get("seconds_per_position"),
         at=at,
+        rows=tuple(one.queries for one in several),
+        known=tuple(place for place, head in enumerate(every) if head in listed),
     )
 
 
@@ -199,6 +266,8 @@ def _rows(trace: AttentionTrace, labels: Any, at: At) -> dict[int, list[int]]:
             token, keys = (np.asarray(one) for one in pair)
         except (TypeError, ValueError):
             token = keys = np.array(None)
+        if keys.dtype.kind == "f" and (step := trace.attrs.get("seconds_per_position")):
+            keys = _moments(keys, step)
         if (
             token.dtype.kind not in "iu"
             or keys.dtype.kind not in "iu"
@@ -219,6 +288,13 @@ def _rows(trace: AttentionTrace, labels: Any, at: At) -> dict[int, list[int]]:
     return found
 
 
+def _moments(span: np.ndarray, step: float) -> np.ndarray:
+    """The keys from a start to an end in seconds."""
+    if span.shape != (2,) or not 0 <= span[0] <= span[1] < np.inf:
+        raise LensError(f"a label in seconds is (start, end), got {span.tolist()}")
+    return np.arange(int(span[0] / step), int(span[1] / step) + 1)
+
+
 def _measured(trace: AttentionTrace, rows: Mapping[int, Sequence[int]]) -> dict[str, np.ndarray]:
     """name -> [heads], and `hits` [heads, labelled rows]."""
     data = trace.dataset
@@ -235,14 +311,24 @@ def _measured(trace: AttentionTrace, rows: Mapping[int, Sequence[int]]) -> dict[
         distance[:, column] = np.abs(strongest[:, row, None] - keys).min(-1)
     found["hits"] = (distance == 0).astype(float)
     if not places:
-        return found | dict.fromkeys(("accuracy", "chance", "error", "mass"), unknown)
+        return found | dict.fromkeys(("accuracy", "chance", "shuffled", "error", "mass"), unknown)
     chance = np.mean([len(set(keys)) for keys in rows.values()]) / trace.length
     return found | {
         "accuracy": found["hits"].mean(-1),
         "chance": np.full(len(strongest), chance),
+        "shuffled": _against_others(strongest[:, places], [rows[row] for row in places]),
         "error": distance.mean(-1),
         "mass": _mass(trace, rows),
     }
+
+
+def _against_others(strongest: np.ndarray, labels: Sequence[Sequence[int]]) -> np.ndarray:
+    """[heads] share of the pairs of two rows in which the strongest key of one [heads, rows] is a label of the other."""
+    if len(labels) < 2:
+        return np.full(len(strongest), np.nan)
+    hit = np.stack([np.isin(strongest, one) for one in labels], -1)  # [heads, rows, rows]
+    own = np.trace(hit, axis1=1, axis2=2)
+    return (hit.sum((1, 2)) - own) / (len(labels) * (len(labels) - 1))
 
 
 def _mass(trace: AttentionTrace, rows: Mapping[int, Sequence[int]]) -> np.ndarray:

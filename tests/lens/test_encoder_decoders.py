@@ -1,6 +1,7 @@
 """Whole encoder-decoders: three attentions, each equal to `eager`, with two token axes across."""
 
 import itertools
+from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 import lens
-from lens import edits
+from lens import LensError, edits
 from lens.passes.interface import switched
 from lens.traces import alignment
 from lens.traces.parts import TraceParts
@@ -220,6 +221,8 @@ def test_alignment_is_what_its_definition_says():
             mass = [matrix[1, 0], matrix[2, 1] + matrix[2, 3], matrix[4, 6]]
             assert row["mass"] == pytest.approx(np.mean(mass), abs=1e-5)
             assert row["confidence"] == pytest.approx(matrix.max(-1).mean(), abs=1e-5)
+            pairs = [top[1] in (1, 3), top[1] == 6, top[2] == 0, top[2] == 6, top[4] == 0]
+            assert row["shuffled"] == pytest.approx(np.mean([*pairs, top[4] in (1, 3)]))
             error = [abs(top[1] - 0), min(abs(top[2] - 1), abs(top[2] - 3)), abs(top[4] - 6)]
             assert row["error"] == pytest.approx(np.mean(error))
             if len(set(top)) > 1:
@@ -236,6 +239,46 @@ def test_alignment_is_what_its_definition_says():
     assert not alignment(traces).labelled
     assert "[" in found.findings()[0]
     assert "nan" not in alignment(traces, {1: 0}).findings()[0]  # one row has no interval
+    listed = alignment(traces, labels, known=["L0H1", (1, 2)])
+    accuracy = table["accuracy"]
+    means = [accuracy[[(0, 1), (1, 2)]].mean(), accuracy.drop([(0, 1), (1, 2)]).mean()]
+    assert listed.table().set_index("name")["known"].to_dict() == {
+        f"L{layer}H{head}": (layer, head) in [(0, 1), (1, 2)] for layer, head in table.index
+    }
+    (said,) = (one for one in listed.findings() if one.kind == "known")
+    assert (
+        f"a share of {means[0]:.2f}, the other 6 {means[1]:.2f}: {means[0] - means[1]:.2f} ["
+        in said
+    )
+    by_order = alignment([traces, traces], known=[(0, 1)]).findings()[0]
+    assert "have a mean tau of" in by_order
+    for known in ([], [(5, 0)], table.index.tolist()):
+        with pytest.raises(LensError, match="known"):
+            alignment(traces, labels, known=known)
+
+
+def test_the_best_of_random_orders_stays_below_what_is_said():
+    loaded = lens.load(made("marian"))
+    found = alignment(lens.capture(loaded, inputs_of("marian"), progress=False))
+    rows, heads = 12, len(found.heads)
+    draw = np.random.default_rng(0)
+    best = [max(naive_tau(draw.permutation(rows)) for _ in range(heads)) for _ in range(150)]
+    limit = replace(found, rows=(rows,)).random_order
+    assert 0.9 < np.mean(np.array(best) < limit) < 0.995
+    assert replace(found, rows=(rows,) * 4).random_order == pytest.approx(limit / 2)
+
+
+def test_labels_of_a_sound_are_seconds_too():
+    sound = lens.capture(lens.load(made("whisper")), inputs_of("whisper"), progress=False)
+    step = sound.cross.attrs["seconds_per_position"]
+    spans = {1: (0.05, 0.09), 3: (0.1, 0.1)}
+    keys = {
+        one: range(int(start / step), int(end / step) + 1) for one, (start, end) in spans.items()
+    }
+    by_time = alignment(sound, spans, at="predicted").table()
+    assert by_time.equals(alignment(sound, keys, at="predicted").table())
+    with pytest.raises(LensError, match=r"in seconds is \(start, end\), got \[0.2, 0.1\]"):
+        alignment(sound, {1: (0.2, 0.1)})
 
 
 @pytest.mark.parametrize(

@@ -478,6 +478,15 @@ def test_every_public_name_of_lens_is_there():
         AttributeError, match="module 'lens' has no attribute 'profil'; it has capture"
     ):
         _ = lens.profil
+    for room in (lens, lens.heads):
+        with pytest.raises(
+            AttributeError, match=r"'alignment'; there is lens\.traces\.alignment; it has"
+        ):
+            _ = room.alignment
+    with pytest.raises(
+        TypeError, match=r"profile\(\) takes traces.* and by name .*: too many positional"
+    ):
+        lens.profile([], "L0H1", 3, 4)
 
 
 @pytest.mark.parametrize(

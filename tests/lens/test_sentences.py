@@ -81,11 +81,12 @@ def terms():
 
 
 def aligned(accuracy=(0.75, 0.5), tau=(0.2, 0.6)):
-    names = ("monotonicity", "confidence", "accuracy", "chance", "error", "mass")
+    names = ("monotonicity", "confidence", "accuracy", "chance", "shuffled", "error", "mass")
     measures = {name: np.full((2, 2), np.nan) for name in names}
     measures |= {"monotonicity": twice(tau), "accuracy": twice(accuracy)}
     measures["chance"] = twice((0.125, 0.25))
-    return Alignment(measures, None, ((0, 0), (0, 1)), "m", None, "read")
+    measures["shuffled"] = twice((0.25, 0.5))
+    return Alignment(measures, None, ((0, 0), (0, 1)), "m", None, "read", (9, 9))
 
 
 def overlay(*values):
@@ -163,8 +164,10 @@ SAID = {
         "L5H0 rests on position most: without position 60% of its attention lies elsewhere, without content 40%.",
     ],
     aligned: [
-        "L0H0 points best: the strongest key is a label in 75% [75%, 75%] of the labelled rows; a key at random in 12%.",
-        "L0H1 goes on as the target does: Kendall's tau of its strongest keys is 0.60 [0.60, 0.60]; keys in random order have 0.",
+        "L0H0 points best: the strongest key is a label in 75% [75%, 75%] of the labelled rows; a key at random in 12%, "
+        "its keys against the labels of other rows in 25%.",
+        "L0H1 goes on as the target does: Kendall's tau of its strongest keys is 0.60 [0.60, 0.60]; the best of 2 heads whose "
+        "keys have a random order reaches 0.37.",
     ],
     deleted: [
         "Deleting what rollout scores highest costs the answer 0.400 [0.400, 0.400] of probability, random tokens 0.300; 2 prompts.",

@@ -2,7 +2,6 @@
 
 from collections import Counter
 from dataclasses import replace
-from statistics import NormalDist
 
 import numpy as np
 import pandas as pd
@@ -13,6 +12,7 @@ from lens.common.results import ends, of_kind
 from lens.figures.cross import cross_map
 from lens.runs.headlines import Headline
 from lens.runs.sections import Section
+from lens.traces.alignment import Alignment
 from lens.traces.alignment import alignment as aligned
 from lens.traces.trace import AttentionTrace
 from lens_analyses.steps.columns import defined
@@ -50,7 +50,7 @@ def alignment(subject: Subject) -> Section:
         configuration={"prompts": len(traces), "seconds": found.seconds, "seed": subject.seed},
         tables={"heads": table},
         figures={"heads": found.plot()} | _maps(table, traces[0]),
-        headlines=_aligned(table, traces),
+        headlines=_aligned(table, found),
     )
 
 
@@ -65,7 +65,7 @@ def _maps(table: pd.DataFrame, trace: AttentionTrace) -> dict[str, go.Figure]:
     }
 
 
-def _aligned(table: pd.DataFrame, traces: list[AttentionTrace]) -> tuple[Headline, ...]:
+def _aligned(table: pd.DataFrame, found: Alignment) -> tuple[Headline, ...]:
     """The head of the highest monotonicity; strongest keys in random order have 0.
 
     None where the best of as many means of random orders, of targets with as few tokens, would have as much.
@@ -75,10 +75,7 @@ def _aligned(table: pd.DataFrame, traces: list[AttentionTrace]) -> tuple[Headlin
         return ()
     best = ordered.iloc[int(ordered["monotonicity"].to_numpy().argmax())]
     value, low, high = (float(best[f"monotonicity{end}"]) for end in ("", "_low", "_high"))
-    rows = np.array([trace.queries for trace in traces if trace.queries > 1])
-    scatters = 2 * (2 * rows + 5) / (9 * rows * (rows - 1))  # variance of tau, of random orders
-    scatter = scatters.sum() ** 0.5 / len(rows)
-    if value <= NormalDist().inv_cdf(1 - 0.05 / len(ordered)) * scatter:
+    if value <= found.random_order:
         return ()
     return (
         Headline(
