@@ -188,7 +188,8 @@ def _scores(table: pd.DataFrame) -> Iterator[str]:
     shares = [name for name, metric in METRICS.items() if metric.unit == "probability"]
     ends = np.stack([value, low, high])
     outside = ((ends < -_TOLERANCE) | (ends > 1 + _TOLERANCE)).any(0)
-    for metric in dict.fromkeys(table["metric"][table["metric"].isin(shares) & outside]):
+    outside &= table["metric"].isin(shares).to_numpy()
+    for metric in dict.fromkeys(table["metric"][outside]):
         yield f"heads.parquet has {metric} outside of 0 to 1"
 
 

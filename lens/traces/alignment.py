@@ -68,16 +68,18 @@ class Alignment(Result):
     known: tuple[int, ...] = ()
 
     @property
+    def ordered(self) -> int:
+        """How many heads have an order: others look at one key from all rows."""
+        return int(np.isfinite(self.per_prompt["monotonicity"]).any(1).sum())
+
+    @property
     def random_order(self) -> float:
-        """The monotonicity that the best of as many heads reaches in one of twenty sets of strongest keys in random order."""
-        scatter = [
+        """The monotonicity that the best of as many heads with an order reaches in one of twenty sets of random orders; at most 1."""
+        scatter = [  # of tau
             2 * (2 * n + 5) / (9 * n * (n - 1)) if n > 1 else 1.0 for n in self.rows
-        ]  # of tau
-        return float(
-            NormalDist().inv_cdf(1 - 0.05 / len(self.heads))
-            * np.sqrt(sum(scatter))
-            / max(1, len(scatter))
-        )
+        ]
+        best = NormalDist().inv_cdf(1 - 0.05 / max(1, self.ordered))
+        return min(1.0, float(best * np.sqrt(sum(scatter)) / max(1, len(scatter))))
 
     @property
     def labelled(self) -> bool:
@@ -135,13 +137,16 @@ class Alignment(Result):
             told = f"{first['name']} goes on as the target does"
             if np.isnan(low):
                 told = f"{first['name']} goes on most as the target does, of one prompt without an interval"
-            elif verdict(*of_many(tau, low, high, len(ordered))) != "above":
+            elif (
+                tau <= self.random_order
+                or verdict(*of_many(tau, low, high, len(ordered))) != "above"
+            ):
                 told = f"No head is told to go on as the target does, {first['name']} most"
             shown = "" if np.isnan(low) else f" [{low:.2f}, {high:.2f}]"
             said.append(
                 Sentence(
-                    f"{told}: Kendall's tau of its strongest keys is {tau:.2f}{shown}; the best of {len(self.heads)} heads whose "
-                    f"keys have a random order reaches {min(1.0, self.random_order):.2f}.",
+                    f"{told}: Kendall's tau of its strongest keys is {tau:.2f}{shown}; the best of {self.ordered} heads whose "
+                    f"keys have a random order reaches {self.random_order:.2f}.",
                     kind="monotonicity",
                 )
             )

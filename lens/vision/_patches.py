@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -96,7 +97,7 @@ def head_table(layers: Sequence[int], columns: Mapping[str, np.ndarray]) -> pd.D
     """`layer`, `head`, `name` and these columns, each of an array [layers, heads, ...] of one shape: one row per entry."""
     _, heads, *rest = next(iter(columns.values())).shape
     places = all_heads(layers, heads)
-    found = pd.DataFrame(head_columns(np.repeat(places, int(np.prod(rest)), 0)))
+    found = pd.DataFrame(head_columns([one for one in places for _ in range(math.prod(rest))]))
     return found[["layer", "head", "name"]].assign(
         **{name: values.ravel() for name, values in columns.items()}
     )

@@ -4,7 +4,6 @@ import json
 import re
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,6 +23,7 @@ import lens
 from lens.common.errors import LensError
 from lens.runs import open_run
 from lens.runs.validation import _layer, validate
+from lens.traces.alignment import Alignment
 from tests.lens.encoder_decoders import MAKE, SIZES, made
 
 ASSETS = Path(lens.__file__).parent / "assets/models/stories260k"
@@ -438,11 +438,17 @@ def test_one_token_is_told_and_an_end_at_once_is_no_target(folder, tmp_path, len
     assert "before it wrote a token" in run.unsupported["generation"]
 
 
+def aligned(table, *rows):
+    """Alignment of targets of so many tokens; of the heads those with a monotonicity have an order."""
+    values = {"monotonicity": np.tile(table["monotonicity"].to_numpy()[:, None], len(rows))}
+    return Alignment(values, None, ((0, 0),) * len(table), "m", None, "read", rows)
+
+
 def test_the_order_of_a_few_tokens_is_no_headline():
     row = {"name": "L1H1", "monotonicity": 1.0}
     row |= dict.fromkeys(("monotonicity_low", "monotonicity_high"), np.nan)
     table = pd.DataFrame([row, row | {"monotonicity": 0.1}])
-    few, many = (parts._aligned(table, [SimpleNamespace(queries=count)]) for count in (3, 30))
+    few, many = (parts._aligned(table, aligned(table, count)) for count in (3, 30))
     assert (few, many[0].value) == ((), 1.0)
 
 
@@ -450,9 +456,9 @@ def test_the_order_of_a_few_tokens_of_two_prompts_is_no_headline():
     """Of 24 heads that look anywhere the best has a tau of 0.8 over two targets of three tokens, by chance."""
     ends = {"monotonicity_low": 0.82, "monotonicity_high": 0.82}
     rows = [{"name": f"L0H{head}", "monotonicity": 0.82 - head / 30, **ends} for head in range(24)]
-    of_two = [SimpleNamespace(queries=3)] * 2
-    assert parts._aligned(pd.DataFrame(rows), of_two) == ()
-    longer = [SimpleNamespace(queries=30)] * 2
-    assert parts._aligned(pd.DataFrame(rows), longer)[0].value == 0.82
+    table = pd.DataFrame(rows)
+    assert parts._aligned(table, aligned(table, 3, 3)) == ()
+    assert parts._aligned(table, aligned(table, 30, 30))[0].value == 0.82
     blind = [{**row, "monotonicity": np.nan} for row in rows[1:]]  # look at one key: no order
-    assert parts._aligned(pd.DataFrame([rows[0], *blind]), [SimpleNamespace(queries=7)] * 2)
+    table = pd.DataFrame([rows[0], *blind])
+    assert parts._aligned(table, aligned(table, 7, 7))

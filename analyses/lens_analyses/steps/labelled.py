@@ -69,5 +69,6 @@ def redistribution(subject: Subject) -> Section:
 
 
 def _of_labels(section: Section) -> Section:
-    columns = section.columns | {name: _COLUMNS[name] for name in _COLUMNS.keys() & section.columns}
+    known = {name: _COLUMNS[name] for name in _COLUMNS.keys() & section.columns}
+    columns = {**section.columns, **known}
     return replace(section, limits=(_LIMIT, *section.limits), columns=columns)
