@@ -67,7 +67,9 @@ def test_what_was_found_is_said_with_interval_and_baseline(run):
         f"No single token of the residual stream brings back more than {most:.2f} of the answer: it hangs on several "
         "tokens at once."
     )
-    assert {one.figure for one in found.headlines} == {"attention"}  # of many single heads none stands out
+    assert {one.figure for one in found.headlines} == {
+        "attention"
+    }  # of many single heads none stands out
     for one in found.headlines:
         assert one.low <= one.value <= one.high
         assert f"{one.value:.3g} [{one.low:.3g}, {one.high:.3g}]" in one.text
