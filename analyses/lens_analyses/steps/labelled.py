@@ -5,12 +5,10 @@ from dataclasses import replace
 import lens
 from lens import sinks
 from lens.common.given import given_traces
-from lens.common.results import of_kind
 from lens.runs.sections import Section
-from lens_analyses.steps.columns import defined
 from lens_analyses.steps.redistribute import redistribution_of
 from lens_analyses.steps.sink_effects import dose_of, effects_of
-from lens_analyses.steps.sinks import COLUMNS, shown
+from lens_analyses.steps.sinks import PARKED, detected
 from lens_analyses.steps.subject import Subject
 
 _LIMIT = "The loss is that of the label, one a prompt."
@@ -26,30 +24,12 @@ def detection(subject: Subject) -> Section:
     asked = {"statistics": ["received"], "progress": subject.progress}
     traces = given_traces(lens.capture(subject.model, given, **asked))
     rate, keys = sinks.rate(traces, seed=subject.seed), sinks.find(traces)
-    tables, figures = shown(rate, keys)
-    return Section(
-        name="detection",
-        title="Sinks: where attention is parked",
-        summary=(
-            *of_kind(rate.findings(), "rate", "heads"),
-            *of_kind(keys.profile.findings(), "positions"),
-        ),
-        limits=(
-            f"The first position is {traces[0].tokens[0]}; ε = {rate.epsilon}, T = {rate.samples.tokens} positions, "
-            f"n = {rate.samples.n}; rates compare only where these agree.",
-            *of_kind(keys.profile.findings(), "limit"),
-            "Where attention is parked says nothing about what it does: see the edits.",
-        ),
-        columns=defined(tables.values(), COLUMNS),
-        configuration={
-            "epsilon": rate.epsilon,
-            "normalise": rate.normalise,
-            "rate": rate.value,
-            "tokens": rate.samples.tokens,
-            "bos": rate.samples.bos,
-        },
-        tables=tables,
-        figures=figures,
+    return detected(
+        rate,
+        keys,
+        f"The first position is {traces[0].tokens[0]}; ε = {rate.epsilon}, T = {rate.samples.tokens} positions, "
+        f"n = {rate.samples.n}; rates compare only where these agree.",
+        last=(PARKED,),
     )
 
 

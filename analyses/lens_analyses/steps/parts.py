@@ -8,16 +8,15 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from lens import sinks
-from lens.common.results import ends, of_kind
+from lens.common.results import ends
 from lens.figures.cross import cross_map
 from lens.runs.headlines import Headline
 from lens.runs.sections import Section
 from lens.traces.alignment import Alignment
 from lens.traces.alignment import alignment as aligned
 from lens.traces.trace import AttentionTrace
-from lens_analyses.steps.columns import defined
 from lens_analyses.steps.sink_effects import dose_of, effects_of
-from lens_analyses.steps.sinks import COLUMNS, shown
+from lens_analyses.steps.sinks import detected
 from lens_analyses.steps.subject import Subject
 
 _SHOWN, _MOST_CELLS = 3, 1 << 16  # heads whose map a report has, and cells of one
@@ -97,32 +96,16 @@ def detection(subject: Subject) -> Section:
     traces = [subject.run.trace(name) for name in subject.run.traces]
     alike = _of_one_length(traces)
     rate, keys = sinks.rate(alike, seed=subject.seed), sinks.find(alike)
-    tables, figures = shown(rate, keys)
     left = len(traces) - len(alike)
-    return Section(
-        name="detection",
-        title="Sinks: where attention is parked",
-        summary=(
-            *of_kind(rate.findings(), "rate", "heads"),
-            *of_kind(keys.profile.findings(), "positions"),
-        ),
-        limits=(
-            f"These are {_WORDS[subject.model.chosen]}; ε = {rate.epsilon}, {rate.samples.tokens} keys, n = "
-            f"{rate.samples.n}.",
-            *([f"{left} prompts with another number of keys are left out."] if left else []),
-            *of_kind(keys.profile.findings(), "limit"),
+    return detected(
+        rate,
+        keys,
+        f"These are {_WORDS[subject.model.chosen]}; ε = {rate.epsilon}, {rate.samples.tokens} keys, n = "
+        f"{rate.samples.n}.",
+        *([f"{left} prompts with another number of keys are left out."] if left else []),
+        last=(
             "How sinks come with layers and lengths is measured on one row of tokens, not here.",
         ),
-        columns=defined(tables.values(), COLUMNS),
-        configuration={
-            "epsilon": rate.epsilon,
-            "normalise": rate.normalise,
-            "rate": rate.value,
-            "tokens": rate.samples.tokens,
-            "bos": rate.samples.bos,
-        },
-        tables=tables,
-        figures=figures,
     )
 
 

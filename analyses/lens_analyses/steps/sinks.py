@@ -1,8 +1,9 @@
 """Where attention is parked and how a sink works: detection, mechanism, dark directions."""
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
-import plotly.graph_objects as go
 
 import lens
 from lens import sinks
@@ -17,6 +18,7 @@ from lens_analyses.steps.columns import defined
 from lens_analyses.steps.headlines import of_conditions, of_highest
 from lens_analyses.steps.subject import Subject
 
+PARKED = "Where attention is parked says nothing about what it does: see the edits."
 _BANDS, _FEW = 10, 3  # bands of the spectrum, and prompts that each is tried on
 
 
@@ -32,15 +34,28 @@ def detection(subject: Subject) -> Section:
     emergence = sinks.emergence(subject.model, texts, **asked)
     growth = sinks.emergence(subject.model, texts, over="length", **asked)
     differ = not np.allclose(rate.alphas, published.alphas)
-    tables, figures = shown(rate, keys)
-    tables["heads"] = tables["heads"].assign(
+    section = detected(
+        rate,
+        keys,
+        f"Every number is for ε = {rate.epsilon}, T = {rate.samples.tokens} tokens, BOS "
+        f"{rate.samples.bos}, n = {rate.samples.n}; rates compare only where these agree.",
+        "α is the mean over the queries that see the key. Gu et al. take all queries from it on: "
+        + ("layers have windows, so that rate stands beside it." if differ else "the same here."),
+        last=(
+            "Sinks hang on what comes first: another first token, or a chat template, can move them. Whether "
+            "it must be the BOS token is measured with and without it, below.",
+            PARKED,
+        ),
+    )
+    heads = section.tables["heads"].assign(
         rate_all=published.by_head.ravel(), alpha_all=published.alpha.ravel()
     )
-    tables |= {"layers": emergence.table(), "lengths": growth.table()}
-    figures |= {"layers": emergence.plot(), "lengths": growth.plot()}
-    return Section(
-        name="detection",
-        title="Sinks: where attention is parked",
+    tables = {**section.tables, "heads": heads} | {
+        "layers": emergence.table(),
+        "lengths": growth.table(),
+    }
+    return replace(
+        section,
         summary=(
             *of_kind(rate.findings(), "rate"),
             *(of_kind(published.findings(), "rate") if differ else ()),
@@ -49,31 +64,10 @@ def detection(subject: Subject) -> Section:
             *of_kind(emergence.findings(), "rate"),
             *of_kind(growth.findings(), "rate"),
         ),
-        limits=(
-            f"Every number is for ε = {rate.epsilon}, T = {rate.samples.tokens} tokens, BOS "
-            f"{rate.samples.bos}, n = {rate.samples.n}; rates compare only where these agree.",
-            "α is the mean over the queries that see the key. Gu et al. take all queries from it on: "
-            + (
-                "layers have windows, so that rate stands beside it."
-                if differ
-                else "the same here."
-            ),
-            *of_kind(keys.profile.findings(), "limit"),
-            "Sinks hang on what comes first: another first token, or a chat template, can move them. Whether "
-            "it must be the BOS token is measured with and without it, below.",
-            "Where attention is parked says nothing about what it does: see the edits.",
-        ),
         columns=defined(tables.values(), COLUMNS),
-        configuration={
-            "epsilon": rate.epsilon,
-            "normalise": rate.normalise,
-            "rate": rate.value,
-            "rate_over_all_queries": published.value,
-            "tokens": rate.samples.tokens,
-            "bos": rate.samples.bos,
-        },
+        configuration={**section.configuration, "rate_over_all_queries": published.value},
         tables=tables,
-        figures=figures,
+        figures={**section.figures, "layers": emergence.plot(), "lengths": growth.plot()},
         headlines=tuple(
             of_conditions(
                 tables["layers"],
@@ -88,13 +82,27 @@ def detection(subject: Subject) -> Section:
     )
 
 
-def shown(rate: SinkRate, keys: SinkKeys) -> tuple[dict[str, pd.DataFrame], dict[str, go.Figure]]:
-    """Tables and figures of which keys are sinks, and in how many heads."""
-    curve, profile = rate.curve(), keys.profile
-    found = {"keys": keys, "positions": profile, "epsilon": curve}
+def detected(rate: SinkRate, keys: SinkKeys, *limits: str, last: tuple[str, ...]) -> Section:
+    """Which keys are sinks, and in how many heads; limits of the keys come before the `last` ones."""
+    found = {"keys": keys, "positions": keys.profile, "epsilon": rate.curve()}
     tables = {"heads": rate.table()} | {name: one.table() for name, one in found.items()}
-    figures = {"grid": rate.plot()} | {name: one.plot() for name, one in found.items()}
-    return tables, figures
+    said = keys.profile.findings()
+    return Section(
+        name="detection",
+        title="Sinks: where attention is parked",
+        summary=(*of_kind(rate.findings(), "rate", "heads"), *of_kind(said, "positions")),
+        limits=(*limits, *of_kind(said, "limit"), *last),
+        columns=defined(tables.values(), COLUMNS),
+        configuration={
+            "epsilon": rate.epsilon,
+            "normalise": rate.normalise,
+            "rate": rate.value,
+            "tokens": rate.samples.tokens,
+            "bos": rate.samples.bos,
+        },
+        tables=tables,
+        figures={"grid": rate.plot()} | {name: one.plot() for name, one in found.items()},
+    )
 
 
 def mechanism(subject: Subject) -> Section:
