@@ -210,9 +210,9 @@ class Mixed:
 
     def _whole(self, number: int, heads: Tensor) -> Tensor:
         """[rows, tokens, d_model] that a part gives, with its bias."""
-        output = self._parts[number].output
-        bias = None if output is None else matrix(output, self.model)[1]
-        return self.written(number, heads).sum(1) + (0 if bias is None else bias)
+        part, whole = self._parts[number], self.written(number, heads).sum(1)
+        bias = None if part.output is None else matrix(part.output, self.model)[1]
+        return whole if bias is None else whole + bias * part.scale
 
 
 def _off(read: Tensor, stream: Tensor) -> float:
@@ -281,10 +281,8 @@ def _sublayers(model: LoadedModel) -> list[_SubLayer]:
     layers = blocks(model)
     found: list[_SubLayer] = []
     for number, (layer, ran) in enumerate(zip(layers, _ran(model, layers), strict=True)):
-        children, behind = (
-            set(layer.children()),
-            [],
-        )  # norms of this layer, each with what reads through it
+        children = set(layer.children())
+        behind: list[tuple[nn.Module, list[nn.Module]]] = []  # norms, with what reads through each
         for child in (one for one in ran if one in children):
             if _is_norm(child):
                 behind.append((child, []))
@@ -292,10 +290,9 @@ def _sublayers(model: LoadedModel) -> list[_SubLayer]:
                 behind[-1][1].append(child)
         for norm, modules in (one for one in behind if one[1]):
             mixing = [one for one in modules if any(id(part) in mixers for part in one.modules())]
-            attends = number in model.info.attending and not any(
-                one.name == f"a{number}" for one in found
-            )
-            softmax = [one for one in modules if one not in mixing][:attends]
+            first = all(one.name != f"a{number}" for one in found)
+            attends = number in model.info.attending and first
+            softmax = [one for one in modules if one not in mixing][:1] if attends else []
             name = f"{'a' if mixing or softmax else 'm'}{number}"
             parts = []
             for module in [one for one in modules if one in mixing or one in softmax]:
