@@ -49,6 +49,8 @@ def attach(
 
 def _elsewhere(module: str, file: str, name: str) -> str:
     """Which other room of the house advertises a name, in an error."""
+    if name.startswith("_"):  # asked for by Python, often
+        return ""
     top, _, room = module.partition(".")
     house = Path(file).parents[bool(room)]
     rooms = [
@@ -57,7 +59,7 @@ def _elsewhere(module: str, file: str, name: str) -> str:
         if name in _advertised(one) + _given(one)
     ]
     rooms = [f"{top}.{one}.{name}" for one in rooms if one != room]
-    return f"there is {' and '.join(rooms)}; " if rooms and not name.startswith("_") else ""
+    return f"there is {' and '.join(rooms)}; " if rooms else ""
 
 
 def _given(stub: Path) -> list[str]:
