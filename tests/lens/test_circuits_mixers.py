@@ -43,7 +43,7 @@ def read_of(module, model, ids):
 
 
 MORE = {  # outputs that are multiplied before they are added
-    "falcon_h1": {"ssm_out_multiplier": 0.6, "attention_out_multiplier": 1.4, "mlp_multipliers": [0.5, 0.8]},
+    "falcon_h1": {"ssm_out_multiplier": 0.6, "attention_out_multiplier": 1.4, "mlp_multipliers": [0.5, 0.8], "initializer_range": 0.04},
     "granitemoehybrid": {"residual_multiplier": 0.7},
 }  # fmt: skip
 SCALES = {"falcon_h1": (0.6, 1.4), "granitemoehybrid": (0.7, 0.7)}  # of mixers, of softmax heads
@@ -78,7 +78,7 @@ def test_an_edge_of_a_mixer_head_is_replaced_where_one_reader_reads(kind):
     hook.remove()
     score = found.per_prompt[:, found.graph.find([edge])[0]]
     assert score == pytest.approx(expected.numpy(), abs=1e-6)
-    assert np.abs(score).max() > 5e-5
+    assert np.abs(score).max() > 1e-4
     attention = found.graph.find(["a1.h3->logits"])[
         0
     ]  # and of a softmax head, whose last reader is the last norm

@@ -53,7 +53,7 @@ def test_positions_that_come_with_the_ids_are_run_and_are_another_prompt():
 
     def loss():
         with torch.no_grad():
-            logits = network(**inputs).logits[0, :-1]
+            logits = network(**inputs).logits[0, :-1].double()
         return torch.nn.functional.cross_entropy(logits, IDS[0, 1:])
 
     before = loss()

@@ -37,7 +37,7 @@ def losses_with(network, ids, to: str | None) -> float:
     if to is not None:
         hooks.append(attention.o_proj.register_forward_pre_hook(replace))
     with torch.no_grad():
-        logits = network(ids[None]).logits[0, :-1]
+        logits = network(ids[None]).logits[0, :-1].double()
     for hook in hooks:
         hook.remove()
     return float(torch.nn.functional.cross_entropy(logits, ids[1:]))

@@ -47,7 +47,7 @@ SIZES = {
 @pytest.fixture(scope="module")
 def masked():
     torch.manual_seed(0)
-    config = BertConfig(**SIZES, initializer_range=0.3)  # edits then do more than rounding does
+    config = BertConfig(**SIZES, initializer_range=0.2)  # edits then do more than rounding does
     return lens.load(BertForMaskedLM(config).eval(), tokenizer=Tokenizer())
 
 
@@ -96,11 +96,11 @@ def test_effects_are_measured_on_the_masked_tokens(masked):
     base, edited = (one.log_softmax(-1)[rows, task.positions] for one in (before, after))
     loss = (base - edited).gather(-1, task.correct[..., None]).mean((1, 2))
     values = {name: one[0] for name, one in found.values["edit"].items()}
-    assert values["delta_loss"] == pytest.approx(loss.numpy(), rel=1e-3, abs=1e-5)
+    assert values["delta_loss"] == pytest.approx(loss.numpy(), rel=1e-4, abs=1e-6)
     kl = (base.exp() * (base - edited)).sum(-1).mean(1)
-    assert values["kl"] == pytest.approx(kl.numpy(), rel=1e-2, abs=1e-6)
+    assert values["kl"] == pytest.approx(kl.numpy(), rel=1e-3, abs=1e-7)
     gain = task.sign * (task.measure(after, torch.arange(3)) - task.evaluate(masked))
-    assert values["gain"] == pytest.approx(gain.numpy(), rel=1e-3, abs=1e-5)
+    assert values["gain"] == pytest.approx(gain.numpy(), rel=1e-4, abs=1e-6)
 
 
 def test_effects_on_next_tokens_are_refused(masked):
