@@ -60,8 +60,8 @@ def pytest_xdist_make_scheduler(config, log):
 
 
 @pytest.fixture(scope="session")
-def browser():
-    """Debian's Chromium, or whichever is there."""
+def chromium():
+    """Debian's, or whichever is there."""
     path = next((found for name in _NAMES if (found := shutil.which(name))), None)
     if path is None:
         reason = "no Chromium on this machine; `make browser` installs one where apt is"
@@ -71,6 +71,14 @@ def browser():
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=path, args=_FLAGS)
-        yield chromium
-        chromium.close()
+        launched = playwright.chromium.launch(executable_path=path, args=_FLAGS)
+        yield launched
+        launched.close()
+
+
+@pytest.fixture
+def browser(chromium):
+    """The browser, whose pages end with the test: those that a failed one left took the time of all that follow."""
+    yield chromium
+    for context in chromium.contexts:
+        context.close()

@@ -11,6 +11,12 @@ pytestmark = pytest.mark.browser
 GRID = """[id='{"points":"grid"}']"""
 
 
+@pytest.mark.parametrize("test", ["one", "the next"])
+def test_pages_that_a_test_leaves_open_end_with_it(browser, test):
+    assert browser.contexts == []
+    browser.new_page()
+
+
 def ready(page):
     """Wait until the map shows what its address says."""
     page.wait_for_selector("#map[data-ready]")
