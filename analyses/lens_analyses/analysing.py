@@ -13,12 +13,18 @@ from lens.common.errors import LensError
 from lens.runs.folders import CIRCUITS
 from lens.runs.writer import RunWriter
 from lens_analyses.console import log, one_line, told_each_minute
+from lens_analyses.estimate import Pace
 from lens_analyses.steps import Step, steps_of
 from lens_analyses.steps.subject import Subject
 
 
-def analyse(subject: Subject, writer: RunWriter) -> LensError | None:
+def analyse(subject: Subject, writer: RunWriter, pace: Pace) -> LensError | None:
     """Make the sections of this kind of run that are not there.
+
+    Args:
+        subject: the run with its profile.
+        writer: of its folder.
+        pace: of the run so far.
 
     Returns:
         What failed, by section; None where nothing did.
@@ -35,13 +41,14 @@ def analyse(subject: Subject, writer: RunWriter) -> LensError | None:
             continue
         if step.name in subject.run.sections:
             log.info("%s was finished before", step.name)
+            pace.took(step.name, None)
         elif step.needs in failed:
             failed[step.name] = f"needs the section {step.needs}, which failed"
         elif step.needs in writer.meta["unsupported"]:
             _leave_out(step, f"needs the section {step.needs}, which is unsupported", writer)
         else:
             try:
-                _make(step, subject, writer)
+                _make(step, subject, writer, pace)
             except OSError:
                 raise
             except LensError as reason:
@@ -57,12 +64,21 @@ def analyse(subject: Subject, writer: RunWriter) -> LensError | None:
     return LensError("; ".join(told)) if told else None
 
 
-def _make(step: Step, subject: Subject, writer: RunWriter) -> None:
+def _make(step: Step, subject: Subject, writer: RunWriter, pace: Pace) -> None:
     start = time.monotonic()
-    log.info("%s", step.name)
+    log.info("%s%s", step.name, pace.words())
     before = _circuits(writer.path)
-    with told_each_minute(subject.output, step.name):
-        section = step.run(subject)
+
+    def left() -> str:
+        return pace.words(step.name, time.monotonic() - start)
+
+    try:
+        with told_each_minute(subject.output, step.name, left):
+            section = step.run(subject)
+    except Exception:
+        pace.took(step.name, None)
+        raise
+    pace.took(step.name, time.monotonic() - start)
     made = [name for name, state in _circuits(writer.path).items() if before.get(name) != state]
     writer.record(*made, *section.save(writer.path))
     log.debug("%s took %.1f s", step.name, time.monotonic() - start)

@@ -29,6 +29,8 @@ SLOWDOWN = 3.0  # of a whole model against one large matrix product, measured
 PASS_OF_A_LAYER = 0.004  # seconds, where one prompt passes alone: Python and edited attention
 MOST_PROMPTS = 100_000  # that one run makes; more is a slip of the keyboard
 MOST_TOKENS = 100_000_000  # of the copied prompts that it makes
+_ENOUGH = 0.05  # of everything that was expected, from which on the speed is known
+_WORTH_WORDS = 60.0  # seconds that are left
 _TASK_TOKENS = 51  # of a prompt of a task that was not made yet
 _ROW_VARIABLES = 10  # with the dimensions layer, head, query
 _MATCH_RULES = 4
@@ -82,6 +84,46 @@ class Estimate:
     def as_json(self) -> dict[str, Any]:
         """For `--json`."""
         return asdict(self)
+
+
+class Pace:
+    """What is left of a run while it goes on: what was expected, at the speed that was seen so far.
+
+    Args:
+        expected: seconds of each step, of `Estimate.steps`.
+    """
+
+    def __init__(self, expected: dict[str, float]) -> None:
+        self._left = dict(expected)
+        self._all = sum(expected.values())
+        self._expected = self._taken = 0.0
+
+    def took(self, step: str, seconds: float | None) -> None:
+        """A step is over after so many seconds; None: it was finished before, or had no work to do."""
+        expected = self._left.pop(step, 0.0)
+        if seconds is not None:
+            self._expected += expected
+            self._taken += seconds
+
+    def left(self, step: str = "", seconds: float = 0.0) -> float:
+        """Seconds that everything still takes, with a step that has run for so many.
+
+        The speed is known once a twentieth of everything is behind; a step that goes on longer than was expected
+        slows down what comes after it.
+        """
+        now, before = self._left.get(step, 0.0), self._slower(0.0, 0.0)
+        slower = max(before, self._slower(now, seconds))
+        return slower * sum(self._left.values()) - min(seconds, slower * now)
+
+    def words(self, step: str = "", seconds: float = 0.0) -> str:
+        """The same to follow what is said of a step; nothing for less than a minute."""
+        left = self.left(step, seconds)
+        return f", about {_time(left)} of the run left" if left >= _WORTH_WORDS else ""
+
+    def _slower(self, expected: float, seconds: float) -> float:
+        """How many times longer than expected all took so far, with a step of which so much was expected."""
+        expected += self._expected
+        return (self._taken + seconds) / expected if expected > _ENOUGH * self._all else 1.0
 
 
 def estimate(config: RunConfig) -> Estimate:

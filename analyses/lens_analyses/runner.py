@@ -27,7 +27,7 @@ from lens_analyses.analysing import analyse
 from lens_analyses.config import RunConfig
 from lens_analyses.config.analyses import GenerateSettings
 from lens_analyses.console import Output, log, progress_bar, refused_as_usage
-from lens_analyses.estimate import expect, refuse_excess, work
+from lens_analyses.estimate import Estimate, Pace, expect, refuse_excess, work
 from lens_analyses.inputs import load_model, plan, read_sources
 from lens_analyses.making import Making, check_place, check_writable, making, prompt_row
 from lens_analyses.planned import PlannedPrompt
@@ -152,7 +152,7 @@ def execute(
     if expected.seconds > _WORTH_AN_ESTIMATE:
         log.info("%s on this machine", expected.duration())
     with making(runs, mapping, _meta(config, model, planned), again=again) as made:
-        _Execution(config, model, planned, made, output).run()
+        _Execution(config, model, planned, made, output, expected).run()
     return Finished(made.run, made.headline)
 
 
@@ -190,6 +190,7 @@ class _Execution:
         planned: list[PlannedPrompt],
         made: Making,
         output: Output,
+        expected: Estimate,
     ) -> None:
         self._config = config
         self._model = model
@@ -197,6 +198,7 @@ class _Execution:
         self._made = made
         self._writer = made.writer
         self._output = output
+        self._expected = expected
         self._rows = [
             prompt_row(
                 number,
@@ -211,12 +213,15 @@ class _Execution:
 
     def run(self) -> None:
         """All steps."""
+        pace, start = Pace(self._expected.steps), time.monotonic()
         self._reuse()
+        begun = self._writer.meta["prompts"]["done"]
         self._capture_all()
         self._score()
+        pace.took("profile", None if begun else time.monotonic() - start)
         run, given = open_run(self._writer.path), tuple(one.prompt for one in self._planned)
         subject = Subject(self._model, run, self._config, self._output, given)
-        self._made.error = analyse(subject, self._writer)
+        self._made.error = analyse(subject, self._writer, pace)
         status = "success" if self._made.error is None else "partial"
         report = render(open_run(self._writer.path), status=status)
         report.write(self._writer)

@@ -14,6 +14,7 @@ from lens_analyses.console import (
     to_json,
     told_each_minute,
 )
+from lens_analyses.estimate import Pace
 
 from lens.common.errors import LensError
 
@@ -107,3 +108,20 @@ def test_outside_a_terminal_a_line_now_and_then_says_what_is_going_on(capsys):
             time.sleep(0.3)
         said = capsys.readouterr().err
         assert ("roles: 0 min so far, 50%" in said) is not quiet
+
+
+def test_what_is_left_follows_the_speed_that_was_seen():
+    pace = Pace({"profile": 10.0, "roles": 100.0, "importance": 300.0, "layers": 90.0})
+    assert pace.left() == 500.0
+    pace.took("profile", 100.0)  # too little of the whole to tell a speed
+    assert pace.left() == 490.0
+    pace.took("roles", 230.0)  # 330 s where 110 were expected
+    assert pace.left() == pytest.approx(3 * 390)
+    assert pace.left("importance", 600.0) == pytest.approx(3 * 390 - 600)
+    # 930 s for 110, and 300 more were expected: the rest takes as much longer
+    assert pace.left("importance", 1200.0) == pytest.approx((330 + 1200) / 410 * 90)
+    assert pace.words("importance", 600.0) == ", about 10 min of the run left"
+    pace.took("importance", None)  # finished before: it tells no speed
+    assert pace.left() == pytest.approx(3 * 90)
+    pace.took("layers", 1.0)
+    assert (pace.left(), pace.words()) == (0.0, "")

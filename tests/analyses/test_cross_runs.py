@@ -70,7 +70,7 @@ def runs(folder, tmp_path_factory, lens_command):
 def test_a_part_that_is_not_whole_makes_the_whole_partial(
     folder, tmp_path, lens_command, monkeypatch, end
 ):
-    def analyse(subject, writer):
+    def analyse(subject, writer, pace):
         if subject.model.chosen != "encoder":
             return None
         if end == "stopped":

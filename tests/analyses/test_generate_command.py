@@ -1,5 +1,7 @@
 """`lens generate`: prompt and written text as one trace in a run folder, step by step on the page of a head."""
 
+import re
+
 import pandas as pd
 import pytest
 import torch
@@ -17,8 +19,12 @@ COMMAND = (
 
 @pytest.fixture(scope="module")
 def folder(lens_command, tmp_path_factory):
-    answer = lens_command(*COMMAND.split(), "--out", tmp_path_factory.mktemp("made"), "--json")
+    out = tmp_path_factory.mktemp("made")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lens_analyses.estimate._WORTH_WORDS", 0.0)
+        answer = lens_command(*COMMAND.split(), "--out", out, "--json")
     assert answer.code == 0, answer.err
+    assert re.search(r"generation, about \d+ s of the run left", answer.err)
     return open_run(answer.json["path"]).path
 
 
