@@ -55,6 +55,11 @@ def ends(low: float, high: float, form: str = ".3g") -> str:
     return "" if math.isnan(low) or math.isnan(high) else f" [{low:{form}}, {high:{form}}]"
 
 
+def told(row: Any, name: str, form: str = ".3g") -> str:
+    """A number of a row of a table with its interval: `0.5 [0.4, 0.6]` of the columns `name`, `name_low` and `name_high`."""
+    return f"{row[name]:{form}}{ends(row[f'{name}_low'], row[f'{name}_high'], form)}"
+
+
 def few(names: Sequence[object], most: int = 6, joint: str = ", ") -> str:
     """The first names and how many more there are: `L0H1, L0H2 and 3 more`."""
     more = f" and {len(names) - most} more" if len(names) > most else ""

@@ -59,6 +59,7 @@ class BlockScores(Result):
 
     def findings(self) -> tuple[Sentence, ...]:
         """The blocks that score highest ("best"), and what the numbers are ("limit")."""
+        median = float(np.median(self.values))
         best = ", ".join(
             f"{place} (from token {place * self.block}) {self.values[place]:.3g}"
             for place in np.argsort(-self.values, kind="stable")[:3]
@@ -71,7 +72,10 @@ class BlockScores(Result):
             else "exact: the sum of its tokens' scores"
         )
         return (
-            Sentence(f"By {self.method} the blocks {best} score highest.", kind="best"),
+            Sentence(
+                f"By {self.method} the blocks {best} score highest; the median block has {median:.3g}.",
+                kind="best",
+            ),
             Sentence(f"The score of a block of {self.block} tokens is {kind}.", kind="limit"),
         )
 

@@ -33,7 +33,7 @@ from lens.reading._rows import row_at
 from lens.reading._written import written_shares
 from lens.reading.circuit_readings import LOOKS, CircuitReading
 from lens.reading.explaining import explain_pairs
-from lens.stats.intervals import columns
+from lens.stats.intervals import columns, over_units
 from lens.tasks.task import Task
 
 _INPUT = ("embedding", "position", "embedding bias")
@@ -141,8 +141,13 @@ def circuit(
         **columns("drop", drops, seed),
     }
     rows = pd.DataFrame(table)
-    gap = float((outcome.full - outcome.empty).mean())
+    gaps = outcome.full - outcome.empty
+    gap = float(gaps.mean())
     rows["of_effect"] = rows["drop"] / gap if gap else np.nan
+    rows[["of_effect_low", "of_effect_high"]] = np.nan
+    if (gaps > 0).all():
+        low, high = over_units(drops.T, np.tile(gaps[:, None], len(drops)), seed)
+        rows["of_effect_low"], rows["of_effect_high"] = low, high
     rows["holds"] = rows["drop_low" if task.n > 1 else "drop"] > _ROUNDING * abs(gap)
     return CircuitReading(
         rows=rows,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from lens.common.head_ids import HeadId
-from lens.common.results import Result, Sentence, ends
+from lens.common.results import Result, Sentence, told
 from lens.stats.intervals import columns
 from lens.stats.verdicts import verdict
 
@@ -69,23 +68,23 @@ class SubspaceRemovals(Result):
         said = [
             Sentence(
                 f"{self.head} gives {self.pairs!r} pairs {own['clean']:.1%}; without {self.rank} of {self.width} directions "
-                f"of its queries, found by contrast on other prompts, {own['mass']:.1%}{_ends(own, 'mass')}.",
+                f"of its queries, found by contrast on other prompts, {told(own, 'mass', '.1%')}.",
                 kind="contrast",
             ),
             Sentence(
-                f"As many principal components of its queries leave {rows['queries']['mass']:.1%}, of its keys "
-                f"{rows['keys']['mass']:.1%}, another head's contrast {rows['other head']['mass']:.1%}, random "
-                f"directions {chance['mass']:.1%}{_ends(chance, 'mass')}: the drop alone "
-                + self._beside(),
+                f"As many principal components of its queries leave {told(rows['queries'], 'mass', '.1%')}, of its keys "
+                f"{told(rows['keys'], 'mass', '.1%')}, another head's contrast {told(rows['other head'], 'mass', '.1%')}, random "
+                f"directions {told(chance, 'mass', '.1%')}: the drop alone " + self._beside(),
                 kind="control",
             ),
         ]
         if np.isfinite(own["other"]):
             said.append(
                 Sentence(
-                    f"The same removal takes its {self.beside!r} pairs from {own['clean_other']:.1%} to {own['other']:.1%}; "
-                    f"the loss at these queries changes by {own['loss_change']:+z.3g}{_ends(own, 'loss_change', '+z.3g')} nats, without "
-                    f"random directions by {chance['loss_change']:+z.3g}.",
+                    f"The same removal takes its {self.beside!r} pairs from {own['clean_other']:.1%} to "
+                    f"{told(own, 'other', '.1%')}, random directions to {told(chance, 'other', '.1%')}; "
+                    f"the loss at these queries changes by {told(own, 'loss_change', '+z.3g')} nats, without "
+                    f"random directions by {told(chance, 'loss_change', '+z.3g')}.",
                     kind="specific",
                 )
             )
@@ -105,7 +104,3 @@ class SubspaceRemovals(Result):
         if said == {"above"}:
             return "is larger than that of every control."
         return f"is not told apart from that of every control on {more.shape[1]} prompts."
-
-
-def _ends(row: Mapping[Any, Any], name: str, form: str = ".1%") -> str:
-    return ends(row[f"{name}_low"], row[f"{name}_high"], form)

@@ -110,6 +110,7 @@ def explain(
         average=float(cells.average[0]),
         against=against,
         mass=float(cells.mass[0]),
+        even=float(cells.even[0]),
         slope=float(cells.slope[0]),
         sources=(_looks(parts, tokens, 0), _looks(parts, tokens, 1)),
         error=cells.error,
@@ -193,6 +194,7 @@ class Cells(NamedTuple):
     logit: np.ndarray
     average: np.ndarray
     mass: np.ndarray
+    even: np.ndarray
     slope: np.ndarray
     error: float
 
@@ -243,6 +245,7 @@ def _cells(
     contrast = values - average
     own = logits[row, keys[column]]
     mass = attention[row, keys[column]]
+    even = 1 / (head.call.mask.seen_by(rows, head.tokens).sum(-1)[row] + (head.sink is not None))
     mean = (weights * logits).sum(-1)[row]
     found = [values, contrast, content]
     names = parts.names
@@ -266,8 +269,10 @@ def _cells(
     cap = head.call.softcap
     slope = torch.ones_like(own) if cap is None or sink else 1 - (own / cap).tanh() ** 2
     values, contrast, content = (one.cpu().numpy() for one in found)
-    logit, average, mass, slope = (one.cpu().numpy() for one in (own, mean, mass, slope))
-    return Cells(names, values, contrast, content, logit, average, mass, slope, error)
+    logit, average, mass, even, slope = (
+        one.double().cpu().numpy() for one in (own, mean, mass, even, slope)
+    )
+    return Cells(names, values, contrast, content, logit, average, mass, even, slope, error)
 
 
 def _with_cell(found: list[Tensor], cells: tuple[Tensor, ...]) -> list[Tensor]:
@@ -295,7 +300,8 @@ class _Gathered:
             some = np.array([one == group for one in groups])
             arrays = (cells.values, cells.contrast, cells.content, np.abs(cells.contrast))
             sums = [array[some].sum(0) for array in arrays]
-            sums += [cells.mass[some].sum(), (cells.logit - cells.average)[some].sum(), some.sum()]
+            above = cells.logit - cells.average
+            sums += [one[some].sum() for one in (cells.mass, cells.even, above)] + [some.sum()]
             found = self._sums.setdefault((group, prompt), [np.zeros_like(one) for one in sums])
             self._sums[group, prompt] = [one + more for one, more in zip(found, sums, strict=True)]
 
@@ -318,7 +324,7 @@ class _Gathered:
             for mean, total in zip(means[:-1], sums[:-1], strict=True):
                 mean[at] = total / sums[-1]
             means[-1][at] = sums[-1]
-        values, contrast, content, size, mass, above, count = means
+        values, contrast, content, size, mass, even, above, count = means
         return PairExplanation(
             groups=tuple(groups),
             pairs=pairs,
@@ -328,6 +334,7 @@ class _Gathered:
             content=content,
             size=size,
             mass=mass,
+            even=even,
             above=above,
             count=count.astype(int),
             error=self._error,

@@ -11,8 +11,8 @@ import pandas as pd
 
 from lens.common.choices import check_choice
 from lens.common.head_ids import HeadId
-from lens.common.results import Result, Sentence, ends, few
-from lens.stats.intervals import columns, over_units
+from lens.common.results import Result, Sentence, few, told
+from lens.stats.intervals import columns, mean_told, over_units
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -38,7 +38,7 @@ class Explanation(Result):
         average: of the logits that it is held against.
         against: "keys": those of all keys that the query sees; "attention": the same, weighted by what it
             attends to them; a number: that key's.
-        mass: what the query attends to the key.
+        mass: what the query attends to the key; even: what it would if it attended to all that it sees alike.
         slope: of the softcap there, 1 without one: how much of a small change of `logit` gets through.
         sources: for each side, head -> where that earlier head looks most from that place, in words.
         error: largest difference of a sum of parts from what the model computed, nats.
@@ -57,6 +57,7 @@ class Explanation(Result):
     average: float
     against: str | int
     mass: float
+    even: float
     slope: float
     sources: tuple[Mapping[str, str], Mapping[str, str]]
     error: float
@@ -110,8 +111,8 @@ class Explanation(Result):
         above = self.logit - self.average
         said = [
             Sentence(
-                f"{self.head}: {self.tokens[0]!r} at {self.query} gives {where} {self.mass:.1%} of its attention; the "
-                f"logit is {self.logit:.3g}, {above:+z.3g} against {_against(self.against)}.",
+                f"{self.head}: {self.tokens[0]!r} at {self.query} gives {where} {self.mass:.1%} of its attention (even attention "
+                f"{self.even:.1%}); the logit is {self.logit:.3g}, {above:+z.3g} against {_against(self.against)}.",
                 kind="pair",
             )
         ]
@@ -163,7 +164,8 @@ class PairExplanation(Result):
         values, contrast, content: [group, prompt, query part, key part] as in `Explanation`; NaN where a
             prompt has no pair of that group.
         size: mean of the absolute contrast of each pair: where it is far above that of the mean, signs cancel.
-        mass, above: [group, prompt], attention to the keys, and their logits less what they are held against.
+        mass, even, above: [group, prompt], attention to the keys, what even attention would give them, and their logits less
+            what they are held against.
         count: [group, prompt] pairs.
         error: largest difference of a sum from what the model computed, nats.
         seed: of the bootstrap.
@@ -181,6 +183,7 @@ class PairExplanation(Result):
     content: Float[np.ndarray, "groups prompts query_parts key_parts"]
     size: Float[np.ndarray, "groups prompts query_parts key_parts"]
     mass: Float[np.ndarray, "groups prompts"]
+    even: Float[np.ndarray, "groups prompts"]
     above: Float[np.ndarray, "groups prompts"]
     count: np.ndarray
     error: float
@@ -300,7 +303,7 @@ class PairExplanation(Result):
         best = rows["part"].mode()[0]
         own, others = rows[rows["part"] == best], rows[rows["part"] != best]
         least, most = (
-            f"{row['share']:.0%}{ends(row['share_low'], row['share_high'], '.0%')} ({row['group']})"
+            f"{told(row, 'share', '.0%')} ({row['group']})"
             for row in own.sort_values("share").iloc[[0, -1]].to_dict("records")
         )
         span = least if len(own) == 1 else f"{least} to {most}"
@@ -342,21 +345,24 @@ class PairExplanation(Result):
                 text = f"{self.head}: all pairs are of one group, {group}."
                 said.append(Sentence(text, kind="groups"))
             some = self.count[number] > 0
+            mass = mean_told(self.mass[number, some], self.seed, ".1%")
+            above = mean_told(self.above[number, some], self.seed, "+z.3g")
             said.append(
                 Sentence(
                     f"{self.head} on {self.pairs}: {int(self.count[number].sum())} pairs in {int(some.sum())} "
-                    f"prompt{'s' * int(some.sum() != 1)} get {self.mass[number, some].mean():.1%} of their row's attention; logits are "
-                    f"{self.above[number, some].mean():+z.3g} against {_against(self.against)}.",
+                    f"prompt{'s' * int(some.sum() != 1)} get {mass} of their row's attention (even "
+                    f"attention {self.even[number, some].mean():.1%}); logits are {above} "
+                    f"against {_against(self.against)}.",
                     kind="pairs",
                 )
             )
             for side in ("key", "query"):
                 rows = self.side(side)
-                best = rows[rows["group"] == group].iloc[0]
-                interval = ends(best["share_low"], best["share_high"], ".0%")
+                shares = [told(row, "share", ".0%") for row in rows.head(2).to_dict("records")]
+                second = f", the next, {rows['part'][1]}, {shares[1]}" if len(rows) > 1 else ""
                 said.append(
                     Sentence(
-                        f"{self.head}: on the {side} side {best['part']} carries {best['share']:.0%}{interval} of that.",
+                        f"{self.head}: on the {side} side {rows['part'][0]} carries {shares[0]} of that{second}.",
                         kind=side,
                     )
                 )

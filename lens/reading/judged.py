@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from lens.common.results import Result, Sentence, ends, few
+from lens.common.results import Result, Sentence, few, told
 from lens.stats.intervals import columns
 from lens.stats.verdicts import rivals
 
@@ -93,32 +93,20 @@ class Faithfulness(Result):
         if len(others):
             ranked = others["comprehensiveness"].sort_values(ascending=False)
             best = others.loc[ranked.index[0]]
-            oracle = (
-                f" (leave-one-out {table.loc[ORACLE, 'comprehensiveness']:.3f})"
-                if ORACLE in table.index
-                else ""
-            )
             said.append(
                 Sentence(
-                    f"Deleting what {ranked.index[0]} scores highest costs the answer {best['comprehensiveness']:.3f}"
-                    f"{ends(best['comprehensiveness_low'], best['comprehensiveness_high'], '.3f')} of probability, random tokens "
-                    f"{chance['comprehensiveness']:.3f}{oracle}{self._beside('comprehensiveness', str(ranked.index[0]), 1)}; "
+                    f"Deleting what {ranked.index[0]} scores highest costs the answer {told(best, 'comprehensiveness', '.3f')} of "
+                    f"probability, random tokens {told(chance, 'comprehensiveness', '.3f')}{_oracle(table, 'comprehensiveness')}{self._beside('comprehensiveness', str(ranked.index[0]), 1)}; "
                     f"{int(best['n'])} prompts.",
                     kind="best",
                 )
             )
             ranked = others["sufficiency"].sort_values()
             best = others.loc[ranked.index[0]]
-            oracle = (
-                f" (leave-one-out {table.loc[ORACLE, 'sufficiency']:.3f})"
-                if ORACLE in table.index
-                else ""
-            )
             said.append(
                 Sentence(
-                    f"With what {ranked.index[0]} scores highest alone the answer loses {best['sufficiency']:.3f}"
-                    f"{ends(best['sufficiency_low'], best['sufficiency_high'], '.3f')}, with random tokens alone "
-                    f"{chance['sufficiency']:.3f}{oracle}{self._beside('sufficiency', str(ranked.index[0]), -1)}.",
+                    f"With what {ranked.index[0]} scores highest alone the answer loses {told(best, 'sufficiency', '.3f')}, with "
+                    f"random tokens alone {told(chance, 'sufficiency', '.3f')}{_oracle(table, 'sufficiency')}{self._beside('sufficiency', str(ranked.index[0]), -1)}.",
                     kind="sufficiency",
                 )
             )
@@ -154,3 +142,10 @@ class Faithfulness(Result):
             )
         )
         return tuple(said)
+
+
+def _oracle(table: pd.DataFrame, measure: str) -> str:
+    """What leave-one-out does, where it was asked for."""
+    if ORACLE not in table.index:
+        return ""
+    return f" (leave-one-out {told(table.loc[ORACLE], measure, '.3f')})"

@@ -11,7 +11,7 @@ import pandas as pd
 from lens.common.head_ids import HeadId, head_columns
 from lens.common.results import Result, Sentence
 from lens.stats import over_units
-from lens.stats.intervals import columns
+from lens.stats.intervals import columns, mean_told
 from lens.stats.verdicts import by_chance, of_many, verdict
 
 if TYPE_CHECKING:
@@ -92,6 +92,7 @@ class LogitTerms(Result):
                 low.size,
             )
         )
+        without = [mean_told(one, self.seed, ".0%") for one in self.change[layer, head]]
         unlike = "" if np.isnan(low[layer, head]) or told == "above" else ", not told apart"
         return (
             Sentence(
@@ -100,8 +101,8 @@ class LogitTerms(Result):
                 kind="position",
             ),
             Sentence(
-                f"{name} rests on position most: without {term} {position.max():.0%} of its attention lies elsewhere, "
-                f"without {self.terms[0]} {change[layer, head, 0]:.0%}{unlike}.",
+                f"{name} rests on position most: without {term} {without[best[layer, head]]} of its attention lies "
+                f"elsewhere, without {self.terms[0]} {without[0]}{unlike}.",
                 kind="head",
             ),
         )

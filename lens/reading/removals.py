@@ -9,9 +9,9 @@ import numpy as np
 import pandas as pd
 
 from lens.common.head_ids import HeadId
-from lens.common.results import Result, Sentence, ends
-from lens.stats.intervals import columns
-from lens.stats.orders import spearman
+from lens.common.results import Result, Sentence, told
+from lens.stats.intervals import columns, mean_told
+from lens.stats.orders import spearman, spearman_by_chance
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -72,19 +72,28 @@ class Removals(Result):
         """The part without which the attention falls most ("part"), and how far predictions are off ("agreement")."""
         table = self.table()
         least = table.iloc[int(np.argmin(table["measured"]))]
-        interval = ends(least["measured_low"], least["measured_high"], ".1%")
+        others = table.drop(index=least.name)["measured"]
+        beside = (
+            f"; without one of the others {others.median():.1%} (median)" if len(others) else ""
+        )
         said = [
             Sentence(
                 f"{self.head} gives {self.pairs} {self.clean.mean():.1%}; without what {least['part']} wrote on the "
-                f"{self.side} side {least['measured']:.1%}{interval} (predicted {least['predicted']:.1%}).",
+                f"{self.side} side {told(least, 'measured', '.1%')} (predicted {told(least, 'predicted', '.1%')}){beside}.",
                 kind="part",
             )
         ]
         worst = table.iloc[int(np.argmax(table["error"]))]
-        ranks = "" if np.isnan(self.agreement) else f", rank correlation {self.agreement:.2f}"
+        off = mean_told(np.abs(self.predicted - self.measured).mean(0), self.seed, ".1%")
+        ranks = ""
+        if not np.isnan(self.agreement):
+            chance = spearman_by_chance(len(self.parts))
+            ranks = (
+                f", rank correlation {self.agreement:.2f} (orders at random: within ±{chance:.2f})"
+            )
         said.append(
             Sentence(
-                f"Over {len(self.parts)} parts predictions are off by {table['error'].mean():.1%} of a row on average"
+                f"Over {len(self.parts)} parts predictions are off by {off} of a row on average"
                 f"{ranks}; most for {worst['part']} ({worst['predicted']:.1%} predicted, {worst['measured']:.1%} measured).",
                 kind="agreement",
             )

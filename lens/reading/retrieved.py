@@ -11,9 +11,9 @@ import pandas as pd
 
 from lens.common.choices import check_choice
 from lens.common.head_ids import HeadId, all_heads, head_columns
-from lens.common.results import Result, Sentence, ends
-from lens.stats.intervals import columns
-from lens.stats.orders import spearman
+from lens.common.results import Result, Sentence, told
+from lens.stats.intervals import columns, mean_told
+from lens.stats.orders import spearman, spearman_by_chance
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -91,26 +91,28 @@ class RetrievalKinds(Result):
 
     def findings(self) -> tuple[Sentence, ...]:
         """The first heads of each kind ("heads"), recall without them ("masked"), and how far they agree ("agreement")."""
-        said = [
-            Sentence(
-                f"Retrieval heads {_WORDS[kind]} ({kind}): {', '.join(map(str, self.heads(kind, 3)))} come first.",
-                kind="heads",
+        table = self.table().set_index("name")
+        said = []
+        for kind in KINDS:
+            first = table.loc[[str(head) for head in self.heads(kind, 3)]].to_dict("index")
+            named = ", ".join(f"{name} {told(row, kind, '.2g')}" for name, row in first.items())
+            said.append(
+                Sentence(
+                    f"Retrieval heads {_WORDS[kind]} ({kind}): {named} come first; the median head has {table[kind].median():.2g}.",
+                    kind="heads",
+                )
             )
-            for kind in KINDS
-        ]
+        clean = mean_told(self.clean, self.seed, ".2f")
         rows = {(row["by"], row["masked"]): row for row in self.recall().to_dict("records")}
         for count in self.masked:
             parts, random = [], rows["random", count]
             for kind in KINDS:
                 row = rows[kind, count]
-                parts.append(
-                    f"{kind} {row['recall']:.2f}{ends(row['recall_low'], row['recall_high'], '.2f')}"
-                )
+                parts.append(f"{kind} {told(row, 'recall', '.2f')}")
             said.append(
                 Sentence(
-                    f"Recall is {self.clean.mean():.2f} over {len(self.clean)} trials; without the first {count}: "
-                    f"{', '.join(parts)}; without random others {random['recall']:.2f}"
-                    f"{ends(random['recall_low'], random['recall_high'], '.2f')}.",
+                    f"Recall is {clean} over {len(self.clean)} trials; without the first {count}: "
+                    f"{', '.join(parts)}; without random others {told(random, 'recall', '.2f')}.",
                     kind="masked",
                 )
             )
@@ -118,5 +120,11 @@ class RetrievalKinds(Result):
             f"{row['a']} and {row['b']} {row['correlation']:.2f}"
             for _, row in self.agreement().iterrows()
         ]
-        said.append(Sentence(f"Rank correlations: {', '.join(pairs)}.", kind="agreement"))
+        chance = spearman_by_chance(len(table)) if len(table) > 1 else np.nan
+        said.append(
+            Sentence(
+                f"Rank correlations of {len(table)} heads: {', '.join(pairs)}; orders at random: within ±{chance:.2f}.",
+                kind="agreement",
+            )
+        )
         return tuple(said)

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from lens.common.head_ids import HeadId, head_columns
-from lens.common.results import Result, Sentence, ends, few
+from lens.common.results import Result, Sentence, ends, few, told
 from lens.stats.intervals import columns
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ class Adversaries(Result):
             Sentence(
                 f"{row['name']}: a row of attention that differs by {row['divergence']:.2g}"
                 f"{ends(row['divergence_low'], row['divergence_high'], '.2g')} nats (at most {np.log(2):.2f}) writes the same, "
-                f"and changes the answer's loss by {_rounded(row['change'])}; even attention differs by {row['uniform']:.2g} and "
+                f"and changes the answer's loss by {_rounded(row)}; even attention differs by {told(row, 'uniform', '.2g')} and "
                 f"changes it by {row['uniform_change']:+z.2g}{ends(row['uniform_change_low'], row['uniform_change_high'], '.2g')}.",
                 kind="same",
             )
@@ -157,6 +157,6 @@ def _largest(rows: pd.DataFrame, column: str) -> list[dict]:
     return rows.sort_values(column, ascending=False, kind="stable").head(_NAMED).to_dict("records")
 
 
-def _rounded(change: float) -> str:
-    """Without the rounding of single precision."""
-    return "0.0000" if abs(change) < 5e-5 else f"{change:+z.4f}"
+def _rounded(row: dict) -> str:
+    """The change with its interval, without the rounding of single precision."""
+    return "0.0000" if abs(row["change"]) < 5e-5 else told(row, "change", "+z.4f")

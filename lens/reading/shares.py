@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 
 from lens.common.head_ids import HeadId
-from lens.common.results import Result, Sentence
-from lens.stats.intervals import columns
+from lens.common.results import Result, Sentence, ends, told
+from lens.stats.intervals import columns, draws, interval, over_units
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -49,13 +49,17 @@ class ComponentShares(Result):
         """One row per component of both maps.
 
         Columns: `map` ("query-key", "value-output"), `component` from 0, `singular_value`; `carried` (nats, or
-        share of the square) with `_low`, `_high`; `share` of all that is carried; `n` prompts.
+        share of the square) with `_low`, `_high`; `share` of all that is carried with `_low`, `_high` (NaN where it is not above
+        0 in every prompt); `n` prompts.
         """
         tables = []
         for name, values, carried in zip(
             MAPS, self.values, (self.logits, self.energy), strict=True
         ):
-            mean = carried.mean(1)
+            mean, whole = carried.mean(1), carried.sum(0)
+            low, high = np.full((2, len(mean)), np.nan)
+            if (whole > 0).all():
+                low, high = over_units(carried.T, np.tile(whole[:, None], len(mean)), self.seed)
             tables.append(
                 pd.DataFrame(
                     {
@@ -64,6 +68,8 @@ class ComponentShares(Result):
                         "singular_value": values,
                         **columns("carried", carried, self.seed),
                         "share": mean / mean.sum(),
+                        "share_low": low,
+                        "share_high": high,
                         "n": carried.shape[1],
                     }
                 )
@@ -73,19 +79,27 @@ class ComponentShares(Result):
     @property
     def participation(self) -> tuple[float, float]:
         """Of each map, how many components of one size would share as these do: (sum |share|)² / sum share²."""
-        found = (self.logits.mean(1), self.energy.mean(1))
-        one, other = (float(np.abs(share).sum() ** 2 / (share**2).sum()) for share in found)
+        one, other = (float(_participation(found.mean(1))) for found in (self.logits, self.energy))
         return one, other
+
+    def _around(self) -> list[str]:
+        """The interval of each of these, over prompts."""
+        prompts = self.logits.shape[1]
+        if prompts < 2:
+            return ["", ""]
+        drawn = draws(prompts, self.seed)
+        found = (interval(_participation(drawn @ one.T)) for one in (self.logits, self.energy))
+        return [ends(*one, ".1f") for one in found]
 
     def findings(self) -> tuple[Sentence, ...]:
         """How many components carry each map ("participation"), and the first of them ("component")."""
-        table, of = self.table(), self.participation
+        table, of, around = self.table(), self.participation, self._around()
         where = "" if self.distance is None else f" at distance {self.distance}"
         said = [
             Sentence(
-                f"{self.head} on {self.count} {self.pairs}{where}: about {of[0]:.1f} of {len(self.values[0])} components "
-                f"of its query-key map carry the logits, {of[1]:.1f} of {len(self.values[1])} of its value-output map "
-                "what it writes.",
+                f"{self.head} on {self.count} {self.pairs}{where}: about {of[0]:.1f}{around[0]} of "
+                f"{len(self.values[0])} components of its query-key map carry the logits, {of[1]:.1f}{around[1]} of "
+                f"{len(self.values[1])} of its value-output map what it writes.",
                 kind="participation",
             )
         ]
@@ -95,8 +109,13 @@ class ComponentShares(Result):
             said.append(
                 Sentence(
                     f"{name}: component {best['component']} (singular value {best['singular_value']:.3g}) carries "
-                    f"{best['share']:.0%}.",
+                    f"{told(best, 'share', '.0%')}; all alike would {1 / len(rows):.0%}.",
                     kind="component",
                 )
             )
         return tuple(said)
+
+
+def _participation(carried: np.ndarray) -> np.ndarray:
+    """[...] of what components [..., components] carry."""
+    return np.abs(carried).sum(-1) ** 2 / (carried**2).sum(-1)

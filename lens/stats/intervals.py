@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Shaped
 
 _MOST = 2**27  # numbers of a drawing
+_AT_ONCE = 2**24  # means of draws that are held at a time
 LEVEL = 0.95  # of every interval: this share of the draws lies inside
 _ENDS = ((1 - LEVEL) / 2, (1 + LEVEL) / 2)
 _RESAMPLES = 1000
@@ -124,12 +125,22 @@ def over_units(
     units, shape = len(sums), sums.shape[1:]
     sums, counts = sums.reshape(units, -1), counts.reshape(units, -1).astype(float)
     drawn = draws(units, seed)
+    step = max(1, _AT_ONCE // len(drawn))
+    ends = [
+        _drawn_ends(drawn, sums[:, start : start + step], counts[:, start : start + step])
+        for start in range(0, max(1, sums.shape[1]), step)
+    ]
+    low, high = np.concatenate(ends, -1)
+    return low.reshape(shape), high.reshape(shape)
+
+
+def _drawn_ends(drawn: np.ndarray, sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """[2, columns]: ends of the interval of each column of `sums / counts` [units, columns]."""
     few = (counts > 0).sum(0) < 2
     total = drawn @ np.where(few, 1, counts)
     some = total > 0  # a resample may miss every unit that has a count
     means = np.where(some, drawn @ sums / np.where(some, total, 1), np.nan)
-    low, high = np.where(few, np.nan, interval(means))
-    return low.reshape(shape), high.reshape(shape)
+    return np.where(few, np.nan, interval(means))
 
 
 def of_share(share: float, units: int) -> tuple[float, float]:
@@ -177,6 +188,18 @@ def columns(
         f"{start}low": np.ravel(low),
         f"{start}high": np.ravel(high),
     }
+
+
+def mean_told(values: Shaped[np.ndarray, " units"], seed: int, form: str = ".3g") -> str:
+    """The mean over units (such as prompts) with its interval, in words.
+
+    Example:
+        >>> from lens.stats.intervals import mean_told
+        >>> mean_told(np.array([1.0, 2.0, 3.0, 2.0]), seed=0, form=".1f")
+        '2.0 [1.2, 2.8]'
+    """
+    (mean,), (low,), (high,) = columns("", values[None], seed).values()
+    return f"{mean:{form}}" + ("" if np.isnan(low) else f" [{low:{form}}, {high:{form}}]")
 
 
 def known_mean(values: Shaped[np.ndarray, "..."], axis: int = -1) -> Float[np.ndarray, "..."]:

@@ -5,14 +5,15 @@
 
 from __future__ import annotations
 
+from statistics import NormalDist
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from lens.common.choices import is_whole
+from lens.common.choices import check_counts, is_whole
 from lens.common.errors import LensError
-from lens.stats.intervals import numbers
+from lens.stats.intervals import LEVEL, numbers
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -55,6 +56,21 @@ def spearman(a: ArrayLike, b: ArrayLike) -> float:
     left, right = (one - one.mean() for one in ranks(np.stack([x[both], y[both]])))
     norm = np.sqrt((left @ left) * (right @ right))
     return float(left @ right / norm) if norm else float("nan")
+
+
+def spearman_by_chance(items: int) -> float:
+    """The size that Spearman's correlation of two orders drawn at random exceeds in 5 of 100 draws.
+
+    Args:
+        items: that are put in order, at least 2. The normal approximation, at most 1.
+
+    Example:
+        >>> from lens.stats.orders import spearman_by_chance
+        >>> [round(spearman_by_chance(count), 2) for count in (3, 6, 270)]
+        [1.0, 0.88, 0.12]
+    """
+    check_counts(2, items=items)
+    return min(1.0, NormalDist().inv_cdf((1 + LEVEL) / 2) / (items - 1) ** 0.5)
 
 
 def kendall(values: ArrayLike) -> Float[np.ndarray, "*rest measures measures"]:

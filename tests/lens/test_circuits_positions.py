@@ -13,7 +13,7 @@ from lens.circuits.graph.nodes import find_nodes
 from lens.circuits.graph.spans import find_spans
 from lens.circuits.graph.ways import Ways, calls_of
 from lens.circuits.known import induction_transformer
-from lens.circuits.scores import positions
+from lens.circuits.scores import position_scores, positions
 from lens.circuits.scores.attribution import head_slopes
 from lens.common.errors import LensError
 from lens.passes.calls import attend
@@ -284,6 +284,28 @@ def test_the_known_circuit_shows_where_it_works_and_nowhere_else(name):
     assert judged.findings()[0].kind == "size"
     figure = found.plot(top=6)
     assert sum(len(trace.y) for trace in figure.data) == 6
+
+
+def test_what_is_said_draws_of_what_it_names_alone(exact, monkeypatch):
+    """Not of every edge at every place, of which a real model has hundreds of thousands."""
+    sizes = []
+    own = position_scores.columns
+
+    def seen(name, values, *args, **options):
+        sizes.append(len(values))
+        return own(name, values, *args, **options)
+
+    monkeypatch.setattr(position_scores, "columns", seen)
+    scores = exact[2]
+    said = {one.kind: one for one in scores.findings()}
+    assert sizes == [3, 3]
+    table = scores.table()
+    best = table[table["key_span"] == ""].iloc[0]
+    start = f"Largest within spans: {best['edge']} at {best['span']} {best['value']:.3g} ["
+    assert said["within"].startswith(start)
+    median = np.median(np.abs(scores.within.mean(0)))
+    assert said["within"].endswith(f"the median size of {scores.within[0].size:,} is {median:.2g}.")
+    assert " from " in said["across"]
 
 
 def test_masks_in_spans_are_masks_everywhere_where_they_are_alike(case):

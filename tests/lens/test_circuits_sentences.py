@@ -43,7 +43,9 @@ def test_overlap(overlap):
         "ioi and induction share 2 of 3 heads (Jaccard 0.67; heads of the same layers at random 0.25 "
         "[0.20, 0.30], p 0.25)."
     )
-    assert one(overlap, "orders") == "All scores put in order agree to 0.50 (Spearman; p 0.5)."
+    assert one(overlap, "orders") == (
+        "All scores put in order agree to 0.50 (Spearman; 0.30 [0.11, 0.58] by chance, p 0.5)."
+    )
     swapped = replace(
         overlap, null={**overlap.null, "heads": np.array([0.9, 0.8, 0.7])}, kind="all"
     )
@@ -108,7 +110,7 @@ def test_sink_check():
     assert kinds(check) == ["excluded", "redistributed"]
     assert one(check, "excluded") == (
         "With the first key excluded in 2 heads, ioi goes from 3 to 2 (-1 [-1, -1] logit_difference, more is "
-        "better); in 1 others of the same layers by -0.5."
+        "better); in 1 others of the same layers by -0.5 [-0.5, -0.5]."
     )
     assert "redistributed in 2 heads, ioi goes from 3 to 3.5 (+0.5" in one(check, "redistributed")
     alone = replace(check, others={name: np.empty((0, 2)) for name in check.others})
@@ -121,8 +123,8 @@ def test_codes():
     scores = CodeScores(counts, 7, settings, "ioi", "m")
     assert kinds(scores) == ["codes", "limit"]
     assert one(scores, "codes") == (
-        "Most codes that clean prompts alone use: L0H0 4, L1H0 0.5, L0H1 0 (7 held-out pairs of prompts of "
-        "ioi, 2 seeds); 2 of 4 heads have none."
+        "Most codes that clean prompts alone use: L0H0 4 (± 1.4 over seeds), L1H0 0.5 (± 0.71 over seeds), L0H1 0 "
+        "(± 0 over seeds), the median head 0.25 (7 held-out pairs of prompts of ioi, 2 seeds); 2 of 4 heads have none."
     )
     nothing = replace(scores, per_seed=counts * 0)
     assert kinds(nothing) == ["codes"]

@@ -125,7 +125,11 @@ def test_the_core_is_in_every_view_and_more_views_never_grow_it():
     assert table.loc[names[2], ["share", "part"]].tolist() == [1.0, "core"]
     assert table.loc[names[1], "share"] == pytest.approx(2 / 3)
     assert [one.kind for one in three.findings()] == ["core", "chance"]
-    assert "All 3 views keep 2 of the 7 edges" in three.findings()[0]
+    assert three.by_chance == pytest.approx(5 * 5 * 3 / GRAPH.n**2)
+    assert three.findings()[0].startswith(
+        "All 3 views keep 2 of the 7 edges that any keeps; of random circuits of these sizes "
+    )
+    assert "Jaccard; the pairs 33% to 60%), random" in three.findings()[1]
 
 
 def test_edges_whose_sign_hangs_on_the_prompts_are_left_out():

@@ -42,7 +42,24 @@ def test_the_induction_transformer_says_what_it_was_built_to_do(known):
     assert (
         "on the key side L0H0, which looks at the token before, carries 100% of the logit" in said
     )
-    assert "cut off, 100% of the effect is lost" in said
+    assert "cut off, 100% of the effect is lost" in said  # one prompt has no interval
+
+
+def test_what_a_cut_costs_is_a_share_of_the_effect_with_its_interval():
+    """Of the mean effect over prompts; prompts with a large effect count for more."""
+    model = lens.load("induction-2l")
+    task = lens.tasks.induction(model, 4, seed=2)
+    graph = lens.circuits.score_edges(model, task, progress=False).graph
+    made = lens.circuits.make_circuit(graph, ["a0.h1->a1.h0<k>", "a1.h0->logits"])
+    found = lens.reading.circuit(model, task, made, progress=False)
+    for row in found.rows.to_dict("records"):
+        assert row["of_effect_low"] <= row["of_effect"] <= row["of_effect_high"]
+    row = found.rows.set_index("writer").loc["L1H0"]
+    interval = f"{row['of_effect']:.0%} [{row['of_effect_low']:.0%}, {row['of_effect_high']:.0%}]"
+    said = [one for one in found.findings() if one.kind == "logits"]
+    assert said == [
+        f"L1H0 writes the answer: cutting it off the logits takes {interval} of the effect."
+    ]
 
 
 @pytest.mark.parametrize("name", ["first token", "last token", "successor"])

@@ -380,6 +380,9 @@ def test_many_pairs_are_the_mean_of_single_ones(models, monkeypatch):
         size = np.mean([np.abs(one.contrast) for one in singles], 0)
         np.testing.assert_allclose(found.size[0, number], size, atol=1e-9)
         assert found.mass[0, number] == pytest.approx(np.mean([one.mass for one in singles]))
+        even = np.mean([1 / (1 + query) for query, _ in pairs])  # a causal row sees so many keys
+        assert found.even[0, number] == pytest.approx(even)
+        assert found.even[0, number] == pytest.approx(np.mean([one.even for one in singles]))
     assert found.count.tolist() == [[3, 1]]
     assert set(found.table(top=None)["pairs"]) == {4}
 

@@ -128,12 +128,15 @@ def segments():
 
 SAID = {
     sizes: [
-        "Share of the edges' tokens that circuits of a faithfulness of 0.85 keep: at places 10.00%, everywhere 50.00%, "
-        "random at places none; with as large a share of the ways across spans and the others cut 50.00%, random ones none."
+        "Share of the edges' tokens that the smallest circuits of a faithfulness of 0.85 keep, with theirs: at places "
+        "10.00% (0.90 [0.90, 0.90]), everywhere 50.00% (0.86 [0.86, 0.86]), random at places none; with as large a share "
+        "of the ways across spans and the others cut 50.00% (0.90 [0.90, 0.90]), random ones none."
     ],
     at_places: [
-        "Largest within spans: a0.h0->logits at rest 2, input->a0.h0<q> at name 0.5, input->a0.h0<q> at rest -0.5.",
-        "Largest across spans: a0.h0<v> at rest from name 1.25, a0.h0<q> at name from name 0, a0.h0<q> at name from rest 0.",
+        "Largest within spans: a0.h0->logits at rest 2 [2, 2], input->a0.h0<q> at name 0.5 [0.5, 0.5], input->a0.h0<q> at"
+        " rest -0.5 [-0.5, -0.5]; the median size of 10 is 0.",
+        "Largest across spans: a0.h0<v> at rest from name 1.25 [1.25, 1.25], a0.h0<q> at name from name 0 [0, 0], "
+        "a0.h0<q> at name from rest 0 [0, 0]; the median size of 12 is 0.",
         "Summed over 2 spans, 33% of the size of the edges' scores cancels.",
     ],
     mixer: [
@@ -142,26 +145,32 @@ SAID = {
         "Phi v is the layer's own output to 2e-07 of its largest value.",
     ],
     blocks: [
-        "By rollout the blocks 1 (from token 4) 0.5, 3 (from token 12) 0.3, 0 (from token 0) 0.1 score highest.",
+        "By rollout the blocks 1 (from token 4) 0.5, 3 (from token 12) 0.3, 0 (from token 0) 0.1 score highest; the "
+        "median block has 0.2.",
         "The score of a block of 4 tokens is approximate: maps of layers are multiplied as means over blocks.",
     ],
     components: [
-        "L1H2 on 7 pairs at distance 3: about 1.6 of 2 components of its query-key map carry the logits, 1.5 of 2 of its "
-        "value-output map what it writes.",
-        "query-key: component 0 (singular value 2) carries 75%.",
-        "value-output: component 1 (singular value 3) carries 80%.",
+        "L1H2 on 7 pairs at distance 3: about 1.6 [1.6, 1.6] of 2 components of its query-key map carry the logits, 1.5 "
+        "[1.5, 1.5] of 2 of its value-output map what it writes.",
+        "query-key: component 0 (singular value 2) carries 75% [75%, 75%]; all alike would 50%.",
+        "value-output: component 1 (singular value 3) carries 80% [80%, 80%]; all alike would 50%.",
     ],
     retrieval: [
-        "Retrieval heads by where they look while the needle is written (literal): L0H1, L0H2, L0H0 come first.",
-        "Retrieval heads by how much more the question looks at it (query): L0H0, L0H2, L0H1 come first.",
-        "Retrieval heads by what they bring from it to the answer (output): L0H2, L0H0, L0H1 come first.",
-        "Recall is 0.75 over 2 trials; without the first 1: literal 0.50 [0.50, 0.50], query 0.25 [0.25, 0.25], output 0.00 [0.00, 0.00]; "
-        "without random others 0.70 [0.70, 0.70].",
-        "Rank correlations: literal and query -1.00, literal and output -0.50, query and output 0.50.",
+        "Retrieval heads by where they look while the needle is written (literal): L0H1 0.9 [0.9, 0.9], L0H2 0.5 [0.5, "
+        "0.5], L0H0 0.1 [0.1, 0.1] come first; the median head has 0.5.",
+        "Retrieval heads by how much more the question looks at it (query): L0H0 0.9 [0.9, 0.9], L0H2 0.5 [0.5, 0.5], "
+        "L0H1 0.1 [0.1, 0.1] come first; the median head has 0.5.",
+        "Retrieval heads by what they bring from it to the answer (output): L0H2 0.9 [0.9, 0.9], L0H0 0.5 [0.5, 0.5], "
+        "L0H1 0.1 [0.1, 0.1] come first; the median head has 0.5.",
+        "Recall is 0.75 [0.50, 1.00] over 2 trials; without the first 1: literal 0.50 [0.50, 0.50], query 0.25 [0.25, "
+        "0.25], output 0.00 [0.00, 0.00]; without random others 0.70 [0.70, 0.70].",
+        "Rank correlations of 3 heads: literal and query -1.00, literal and output -0.50, query and output 0.50; orders "
+        "at random: within ±1.00.",
     ],
     terms: [
         "2 of 4 heads of m change more without a term of position than without content, 2 of them beyond the interval (0.1 of all by chance).",
-        "L5H0 rests on position most: without position 60% of its attention lies elsewhere, without content 40%.",
+        "L5H0 rests on position most: without position 60% [60%, 60%] of its attention lies elsewhere, without content "
+        "40% [40%, 40%].",
     ],
     aligned: [
         "L0H0 points best: the strongest key is a label in 75% [75%, 75%] of the labelled rows; a key at random in 12%, "
@@ -170,8 +179,10 @@ SAID = {
         "keys have a random order reaches 0.37.",
     ],
     deleted: [
-        "Deleting what rollout scores highest costs the answer 0.400 [0.400, 0.400] of probability, random tokens 0.300; 2 prompts.",
-        "With what rollout scores highest alone the answer loses 0.100 [0.100, 0.100], with random tokens alone 0.250.",
+        "Deleting what rollout scores highest costs the answer 0.400 [0.400, 0.400] of probability, random tokens 0.300 "
+        "[0.300, 0.300]; 2 prompts.",
+        "With what rollout scores highest alone the answer loses 0.100 [0.100, 0.100], with random tokens alone 0.250 "
+        "[0.250, 0.250].",
         "Deleted, no better than random order, as far as 2 prompts tell: raw.",
         "flow is not scored: too long.",
         "A deleted token is the mean embedding at its place, which the model was not trained on.",
@@ -274,7 +285,10 @@ def test_a_method_is_best_where_it_is_told_apart():
     """Rollout costs most on the mean, and less than random tokens on one of two prompts."""
     one = deleted()
     one.comprehensiveness[1, :, 0] = [0.7, 0.1]
-    assert "random tokens 0.300, not told apart from random, raw; 2 prompts" in one.findings()[0]
+    assert (
+        "random tokens 0.300 [0.300, 0.300], not told apart from random, raw; 2 prompts"
+        in one.findings()[0]
+    )
 
 
 def test_a_head_rests_on_position_where_it_does_on_every_prompt():
@@ -284,4 +298,4 @@ def test_a_head_rests_on_position_where_it_does_on_every_prompt():
     first, second = one.findings()
     assert "2 of 4 heads" in first
     assert "0 of them beyond the interval" in first
-    assert second.endswith("without content 40%, not told apart.")
+    assert second.endswith("without content 40% [40%, 40%], not told apart.")

@@ -106,7 +106,7 @@ def explained(key=3, turned=0.5, slope=1.0, looks=True, error=1e-6, against="key
     sources = ({"a": "' cat' at 1"} if looks else {}, {})
     return Explanation(
         HeadId(1, 2), 7, key, (" the", " dog"), (("a", "b"), ("c", "d")), values, contrast, content,
-        4.0, 2.5, against, 0.75, slope, sources, error, "m",
+        4.0, 2.5, against, 0.75, 0.125, slope, sources, error, "m",
     )  # fmt: skip
 
 
@@ -116,7 +116,7 @@ def pairs(groups=("all",), by="", shares=((0.75, 0.25),), above=2.0, prompts=2):
     flat = np.ones((len(groups), prompts))
     return PairExplanation(
         HeadId(1, 2), "induction pairs", groups, "keys", (("a",), ("c", "d")), contrast, contrast,
-        contrast, np.abs(contrast), 0.5 * flat, above * flat, np.full(flat.shape, 4), 0.0, 0, "m", by,
+        contrast, np.abs(contrast), 0.5 * flat, 0.125 * flat, above * flat, np.full(flat.shape, 4), 0.0, 0, "m", by,
     )  # fmt: skip
 
 
@@ -270,36 +270,36 @@ SAID = [
         subspace(),
         [
             "L1H2 gives 'induction' pairs 80.0%; without 2 of 8 directions of its queries, found by contrast on other prompts, 10.0% [10.0%, 10.0%].",
-            "As many principal components of its queries leave 50.0%, of its keys 60.0%, another head's contrast 70.0%, random directions 75.0% [75.0%, 75.0%]: the drop alone is larger than that of every control.",
-            "The same removal takes its 'previous' pairs from 50.0% to 40.0%; the loss at these queries changes by +0.5 [+0.5, +0.5] nats, without random directions by +0.1.",
+            "As many principal components of its queries leave 50.0% [50.0%, 50.0%], of its keys 60.0% [60.0%, 60.0%], another head's contrast 70.0% [70.0%, 70.0%], random directions 75.0% [75.0%, 75.0%]: the drop alone is larger than that of every control.",
+            "The same removal takes its 'previous' pairs from 50.0% to 40.0% [40.0%, 40.0%], random directions to 50.0% [50.0%, 50.0%]; the loss at these queries changes by +0.5 [+0.5, +0.5] nats, without random directions by +0.1 [+0.1, +0.1].",
         ],
     ),
     (
         subspace(left=(0.8, 0.5, 0.5, 0.6, 0.7, 0.75)),
         [
             "L1H2 gives 'induction' pairs 80.0%; without 2 of 8 directions of its queries, found by contrast on other prompts, 50.0% [50.0%, 50.0%].",
-            "As many principal components of its queries leave 50.0%, of its keys 60.0%, another head's contrast 70.0%, random directions 75.0% [75.0%, 75.0%]: the drop alone is not told apart from that of every control on 2 prompts.",
-            "The same removal takes its 'previous' pairs from 50.0% to 40.0%; the loss at these queries changes by +0.5 [+0.5, +0.5] nats, without random directions by +0.1.",
+            "As many principal components of its queries leave 50.0% [50.0%, 50.0%], of its keys 60.0% [60.0%, 60.0%], another head's contrast 70.0% [70.0%, 70.0%], random directions 75.0% [75.0%, 75.0%]: the drop alone is not told apart from that of every control on 2 prompts.",
+            "The same removal takes its 'previous' pairs from 50.0% to 40.0% [40.0%, 40.0%], random directions to 50.0% [50.0%, 50.0%]; the loss at these queries changes by +0.5 [+0.5, +0.5] nats, without random directions by +0.1 [+0.1, +0.1].",
         ],
     ),
     (
         subspace(other=np.nan),
         [
             "L1H2 gives 'induction' pairs 80.0%; without 2 of 8 directions of its queries, found by contrast on other prompts, 10.0% [10.0%, 10.0%].",
-            "As many principal components of its queries leave 50.0%, of its keys 60.0%, another head's contrast 70.0%, random directions 75.0% [75.0%, 75.0%]: the drop alone is larger than that of every control.",
+            "As many principal components of its queries leave 50.0% [50.0%, 50.0%], of its keys 60.0% [60.0%, 60.0%], another head's contrast 70.0% [70.0%, 70.0%], random directions 75.0% [75.0%, 75.0%]: the drop alone is larger than that of every control.",
         ],
     ),
     (
         removals(),
         [
-            "L1H2 gives induction pairs 75.0%; without what L0H0 wrote on the key side 10.0% [10.0%, 10.0%] (predicted 20.0%).",
-            "Over 3 parts predictions are off by 8.3% of a row on average, rank correlation 1.00; most for L0H0 (20.0% predicted, 10.0% measured).",
+            "L1H2 gives induction pairs 75.0%; without what L0H0 wrote on the key side 10.0% [10.0%, 10.0%] (predicted 20.0% [20.0%, 20.0%]); without one of the others 62.5% (median).",
+            "Over 3 parts predictions are off by 8.3% [8.3%, 8.3%] of a row on average, rank correlation 1.00 (orders at random: within ±1.00); most for L0H0 (20.0% predicted, 10.0% measured).",
         ],
     ),
     (
         removals(parts=2, prompts=1),
         [
-            "L1H2 gives induction pairs 75.0%; without what L0H0 wrote on the key side 10.0% (predicted 20.0%).",
+            "L1H2 gives induction pairs 75.0%; without what L0H0 wrote on the key side 10.0% (predicted 20.0%); without one of the others 60.0% (median).",
             "Over 2 parts predictions are off by 10.0% of a row on average; most for L0H0 (20.0% predicted, 10.0% measured).",
         ],
     ),
@@ -320,7 +320,7 @@ SAID = [
     (
         explained(),
         [
-            "L1H2: ' the' at 7 gives ' dog' at 3 75.0% of its attention; the logit is 4, +1.5 against the mean over the keys that it sees.",
+            "L1H2: ' the' at 7 gives ' dog' at 3 75.0% of its attention (even attention 12.5%); the logit is 4, +1.5 against the mean over the keys that it sees.",
             "On the key side c carries +2, 133% of it.",
             "On the query side a (from there it looks at ' cat' at 1) carries +1.25, 83% of it.",
             "The largest product is a × c: +1.5.",
@@ -330,7 +330,7 @@ SAID = [
     (
         explained(key=None, turned=0, slope=0.5, looks=False, error=2, against="attention"),
         [
-            "L1H2: ' the' at 7 gives its learned sink 75.0% of its attention; the logit is 4, +1.5 against the mean over the keys that it sees, weighted by its attention.",
+            "L1H2: ' the' at 7 gives its learned sink 75.0% of its attention (even attention 12.5%); the logit is 4, +1.5 against the mean over the keys that it sees, weighted by its attention.",
             "On the key side c carries +2.",
             "On the query side a carries +1.25.",
             "The largest product is a × c: +1.5.",
@@ -340,7 +340,7 @@ SAID = [
     (
         explained(against=0),
         [
-            "L1H2: ' the' at 7 gives ' dog' at 3 75.0% of its attention; the logit is 4, +1.5 against the key at 0.",
+            "L1H2: ' the' at 7 gives ' dog' at 3 75.0% of its attention (even attention 12.5%); the logit is 4, +1.5 against the key at 0.",
             "On the key side c carries +2, 133% of it.",
             "On the query side a (from there it looks at ' cat' at 1) carries +1.25, 83% of it.",
             "The largest product is a × c: +1.5.",
@@ -350,24 +350,24 @@ SAID = [
     (
         pairs(),
         [
-            "L1H2 on induction pairs: 8 pairs in 2 prompts get 50.0% of their row's attention; logits are +2 against the mean over the keys that it sees.",
-            "L1H2: on the key side c carries 75% [75%, 75%] of that.",
+            "L1H2 on induction pairs: 8 pairs in 2 prompts get 50.0% [50.0%, 50.0%] of their row's attention (even attention 12.5%); logits are +2 [+2, +2] against the mean over the keys that it sees.",
+            "L1H2: on the key side c carries 75% [75%, 75%] of that, the next, d, 25% [25%, 25%].",
             "L1H2: on the query side a carries 100% [100%, 100%] of that.",
         ],
     ),
     (
         pairs(prompts=1),
         [
-            "L1H2 on induction pairs: 4 pairs in 1 prompt get 50.0% of their row's attention; logits are +2 against the mean over the keys that it sees.",
-            "L1H2: on the key side c carries 75% of that.",
+            "L1H2 on induction pairs: 4 pairs in 1 prompt get 50.0% of their row's attention (even attention 12.5%); logits are +2 against the mean over the keys that it sees.",
+            "L1H2: on the key side c carries 75% of that, the next, d, 25%.",
             "L1H2: on the query side a carries 100% of that.",
         ],
     ),
     (
         pairs(above=-2.0),
         [
-            "L1H2 on induction pairs: 8 pairs in 2 prompts get 50.0% of their row's attention; logits are -2 against the mean over the keys that it sees.",
-            "L1H2: on the key side c carries 75% of that.",
+            "L1H2 on induction pairs: 8 pairs in 2 prompts get 50.0% [50.0%, 50.0%] of their row's attention (even attention 12.5%); logits are -2 [-2, -2] against the mean over the keys that it sees.",
+            "L1H2: on the key side c carries 75% of that, the next, d, 25%.",
             "L1H2: on the query side a carries 100% of that.",
         ],
     ),
@@ -375,8 +375,8 @@ SAID = [
         pairs(by="class"),
         [
             "L1H2: all pairs are of one group, all.",
-            "L1H2 on induction pairs: 8 pairs in 2 prompts get 50.0% of their row's attention; logits are +2 against the mean over the keys that it sees.",
-            "L1H2: on the key side c carries 75% [75%, 75%] of that.",
+            "L1H2 on induction pairs: 8 pairs in 2 prompts get 50.0% [50.0%, 50.0%] of their row's attention (even attention 12.5%); logits are +2 [+2, +2] against the mean over the keys that it sees.",
+            "L1H2: on the key side c carries 75% [75%, 75%] of that, the next, d, 25% [25%, 25%].",
             "L1H2: on the query side a carries 100% [100%, 100%] of that.",
         ],
     ),
@@ -433,15 +433,15 @@ SAID = [
     (
         adversaries(),
         [
-            "L0H0: a row of attention that differs by 0.3 [0.3, 0.3] nats (at most 0.69) writes the same, and changes the answer's loss by 0.0000; even attention differs by 0.2 and changes it by +0.5 [0.5, 0.5].",
+            "L0H0: a row of attention that differs by 0.3 [0.3, 0.3] nats (at most 0.69) writes the same, and changes the answer's loss by 0.0000; even attention differs by 0.2 [0.2, 0.2] and changes it by +0.5 [0.5, 0.5].",
             "No row that differs by 0.01 nats and writes the same was found for L0H1: there are no more keys than values and the sum leave free.",
         ],
     ),
     (
         adversaries(divergence=(0.3, 0.2), change=0.25),
         [
-            "L0H0: a row of attention that differs by 0.3 [0.3, 0.3] nats (at most 0.69) writes the same, and changes the answer's loss by +0.2500; even attention differs by 0.2 and changes it by +0.5 [0.5, 0.5].",
-            "L0H1: a row of attention that differs by 0.2 [0.2, 0.2] nats (at most 0.69) writes the same, and changes the answer's loss by +0.2500; even attention differs by 0.2 and changes it by +0.5 [0.5, 0.5].",
+            "L0H0: a row of attention that differs by 0.3 [0.3, 0.3] nats (at most 0.69) writes the same, and changes the answer's loss by +0.2500 [+0.2500, +0.2500]; even attention differs by 0.2 [0.2, 0.2] and changes it by +0.5 [0.5, 0.5].",
+            "L0H1: a row of attention that differs by 0.2 [0.2, 0.2] nats (at most 0.69) writes the same, and changes the answer's loss by +0.2500 [+0.2500, +0.2500]; even attention differs by 0.2 [0.2, 0.2] and changes it by +0.5 [0.5, 0.5].",
         ],
     ),
     (

@@ -21,13 +21,20 @@ class Consensus(Result):
         core: circuit of the edges that every view keeps.
         union: circuit of those that any keeps.
         stability: overlaps of the views, with the share of each edge.
-        views: what each was made by.
+        views: what each was made by; sizes: edges that each keeps.
     """
 
     core: Circuit
     union: Circuit
     stability: Stability = field(repr=False)
     views: tuple[str, ...]
+    sizes: tuple[int, ...]
+
+    @property
+    def by_chance(self) -> float:
+        """Edges of the graph that random circuits of these sizes would have in common, on average."""
+        every = self.core.graph.n
+        return every * float(np.prod([size / every for size in self.sizes]))
 
     def table(self) -> pd.DataFrame:
         """One row per edge that any view keeps: `edge`, `share` of the views, `part` ("core", "contingent")."""
@@ -46,10 +53,14 @@ class Consensus(Result):
     def findings(self) -> tuple[Sentence, ...]:
         """How many edges every view keeps, of how many that any keeps (`core`), and what edges drawn at random would
         have in common (`chance`)."""
-        core = f"All {len(self.views)} views keep {self.core.n:,} of the {self.union.n:,} edges that any keeps."
+        core = (
+            f"All {len(self.views)} views keep {self.core.n:,} of the {self.union.n:,} edges that any keeps; of "
+            f"random circuits of these sizes {self.by_chance:.2g} would be in all."
+        )
+        shared = self.stability.values
         chance = (
-            f"Two views share {self.stability.mean:.0%} of their edges (Jaccard), random circuits of these sizes "
-            f"{self.stability.chance:.0%}."
+            f"Two views share {shared.mean():.0%} of their edges (Jaccard; the pairs {shared.min():.0%} to "
+            f"{shared.max():.0%}), random circuits of these sizes {self.stability.chance:.0%}."
         )
         return Sentence(core, kind="core"), Sentence(chance, kind="chance")
 
@@ -81,4 +92,5 @@ def consensus(circuits: Sequence[Circuit]) -> Consensus:
         union=replace(circuits[0], kept=kept.any(0), made=f"union {made}"),
         stability=overlap,
         views=tuple(one.made for one in circuits),
+        sizes=tuple(one.n for one in circuits),
     )

@@ -20,7 +20,7 @@ from lens.circuits.graph.spans import REST, Given, find_spans
 from lens.circuits.scores.position_scores import PositionScores
 from lens.common.choices import Seed, check_between
 from lens.common.errors import LensError
-from lens.common.results import Result, Sentence
+from lens.common.results import Result, Sentence, ends
 from lens.models.loaded import LoadedModel
 from lens.tasks.task import Task
 
@@ -82,14 +82,17 @@ class PositionEvaluation(Result):
 
     def findings(self) -> tuple[Sentence, ...]:
         """Sizes of the smallest circuits that do most of the task ("size")."""
-        sizes = {
-            kind: "none" if np.isnan(size) else format(size, ".2%")
-            for kind, size in self.smallest().items()
-        }
+        table = self.table()
+        sizes: dict[str, str] = dict.fromkeys(KINDS, "none")
+        for kind, size in self.smallest().items():
+            is_it = (table["by"] == kind) & (table["kept"] == size)
+            for row in table[is_it & (table["faithfulness"] >= ENOUGH)].head(1).to_dict("records"):
+                around = ends(row["low"], row["high"], ".2f")
+                sizes[kind] = f"{size:.2%} ({row['faithfulness']:.2f}{around})"
         said = ", ".join(f"{kind} {sizes[kind]}" for kind in KINDS[:3])
         return (
             Sentence(
-                f"Share of the edges' tokens that circuits of a faithfulness of {ENOUGH} keep: {said}; with as large a share of "
+                f"Share of the edges' tokens that the smallest circuits of a faithfulness of {ENOUGH} keep, with theirs: {said}; with as large a share of "
                 f"the ways across spans and the others cut {sizes[KINDS[3]]}, random ones {sizes[KINDS[4]]}.",
                 kind="size",
             ),

@@ -21,7 +21,7 @@ from lens.circuits.known.circuit import KnownCircuit
 from lens.common.choices import Count, Seed
 from lens.common.head_ids import AnyHead, HeadId
 from lens.common.progress import advancing
-from lens.common.results import Result, Sentence
+from lens.common.results import Result, Sentence, told
 from lens.edits.attention import Drop, Move
 from lens.edits.base import selected_heads
 from lens.edits.running import edit
@@ -83,16 +83,14 @@ class SinkCheck(Result):
         found = []
         for name, rows in self.table().groupby("edit", sort=False):
             row = rows.iloc[0]
-            interval = f"[{row['change_low']:+z.3g}, {row['change_high']:+z.3g}]"
             words = (
                 f"With the first key {name} in {len(self.heads)} heads, {self.task} goes from "
-                f"{self.plain.mean():.3g} to {row['value']:.3g} ({row['change']:+z.3g} {interval} {self.metric}, "
+                f"{self.plain.mean():.3g} to {row['value']:.3g} ({told(row, 'change', '+z.3g')} {self.metric}, "
                 "more is better)"
             )
             if len(rows) > 1:
-                words += (
-                    f"; in {self.drawn} others of the same layers by {rows.iloc[1]['change']:+z.3g}"
-                )
+                other = told(rows.iloc[1], "change", "+z.3g")
+                words += f"; in {self.drawn} others of the same layers by {other}"
             found.append(Sentence(f"{words}.", kind=str(name)))
         return tuple(found)
 

@@ -112,11 +112,15 @@ class CodeScores(Result):
         if silent == self.values.size:
             none = f"No head has a code that clean prompts alone use ({what})."
             return (Sentence(none, kind="codes"),)
-        best = self.table().head(3)
-        shown = ", ".join(f"{row['name']} {row['value']:.3g}" for row in best.to_dict("records"))
+        several = len(self.per_seed) > 1
+        shown = ", ".join(
+            f"{row['name']} {row['value']:.3g}"
+            + (f" (± {row['std']:.2g} over seeds)" if several else "")
+            for row in self.table().head(3).to_dict("records")
+        )
         most = (
-            f"Most codes that clean prompts alone use: {shown} ({what}); {silent} of "
-            f"{self.values.size} heads have none."
+            f"Most codes that clean prompts alone use: {shown}, the median head {np.median(self.values):.3g} "
+            f"({what}); {silent} of {self.values.size} heads have none."
         )
         limit = "Codes differ where outputs differ, which is no proof that the task uses them."
         return Sentence(most, kind="codes"), Sentence(limit, kind="limit")

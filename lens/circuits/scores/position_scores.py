@@ -13,8 +13,10 @@ from lens.circuits.graph.graph import Graph
 from lens.circuits.graph.ways import PARTS
 from lens.common.choices import is_whole
 from lens.common.errors import LensError
-from lens.common.results import Result, Sentence
+from lens.common.results import Result, Sentence, ends
 from lens.stats.intervals import columns
+
+_NAMED = 3  # scores that a sentence names
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -81,16 +83,23 @@ class PositionScores(Result):
         Columns: `edge` (across spans the head's part, such as "a1.h0<k>"), `span` (where it is read; across spans of the query),
         `key_span` ("" within a span), `value` with `low` and `high` (95 % bootstrap over prompts), `n` prompts.
         """
-        units = np.concatenate(
-            [self.within.reshape(len(self.within), -1), self.across.reshape(len(self.within), -1)],
-            1,
+        units = self._units()
+        return self._rows(np.argsort(-np.abs(units.mean(0)), kind="stable")[:count], seed)
+
+    def _units(self) -> np.ndarray:
+        """[prompts, scores], those within spans before those across."""
+        return np.concatenate(
+            [one.reshape(len(self.within), -1) for one in (self.within, self.across)], 1
         )
-        chosen = np.argsort(-np.abs(units.mean(0)), kind="stable")[:count]
+
+    def _rows(self, chosen: np.ndarray, seed: int = 0) -> pd.DataFrame:
+        """The table of these numbers of scores."""
+        units = self._units()[:, chosen]
         names = [self._name(int(place)) for place in chosen]
         return pd.DataFrame(
             {
                 **dict(zip(("edge", "span", "key_span"), zip(*names, strict=True), strict=True)),
-                **columns("value", units[:, chosen].T, seed, plain=True),
+                **columns("value", units.T, seed, plain=True),
                 "n": len(units),
             }
         )
@@ -104,18 +113,19 @@ class PositionScores(Result):
         return f"a{layer}.h{head}<{PARTS[part]}>", self.spans[query], self.spans[key]
 
     def findings(self) -> tuple[Sentence, ...]:
-        """The largest edges at a place ("within"), the largest ways between places ("across"), and what sums over places
-        hide ("cancelled")."""
-        table = self.table()
+        """The largest edges at a place ("within") and the largest ways between places ("across"), each beside the median size
+        of all of its kind, and what sums over places hide ("cancelled")."""
+        sizes, inside = np.abs(self._units().mean(0)), self.within[0].size
         said = []
-        inside = table["key_span"] == ""
-        for kind, own in (("within", table[inside]), ("across", table[~inside])):
+        for kind, first, own in (("within", 0, sizes[:inside]), ("across", inside, sizes[inside:])):
+            rows = self._rows(first + np.argsort(-own, kind="stable")[:_NAMED])
             best = ", ".join(
-                f"{row['edge']} at {row['span']}" + (f" from {row['key_span']}" if kind == "across" else "")
-                + f" {row['value']:.3g}"
-                for row in own.head(3).to_dict("records")
+                f"{row['edge']} at {row['span']}" + (f" from {row['key_span']}" if row["key_span"] else "")
+                + f" {row['value']:.3g}{ends(row['low'], row['high'])}"
+                for row in rows.to_dict("records")
             )  # fmt: skip
-            said.append(Sentence(f"Largest {kind} spans: {best}.", kind=kind))
+            median = f"the median size of {own.size:,} is {np.median(own):.2g}"
+            said.append(Sentence(f"Largest {kind} spans: {best}; {median}.", kind=kind))
         said.append(
             Sentence(
                 f"Summed over {len(self.spans)} spans, {self.cancelled:.0%} of the size of the edges' scores cancels.",

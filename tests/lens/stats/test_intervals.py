@@ -5,6 +5,7 @@ import pytest
 
 from lens import stats
 from lens.common.errors import LensError
+from lens.stats import intervals
 from lens.stats.intervals import known_mean, of_share
 
 Z = 1.959964  # of a normal: 2.5 % lie above it
@@ -46,6 +47,20 @@ def test_quantiles_are_those_of_numpy():
     assert np.array(stats.interval(np.moveaxis(values, 0, 1), axis=1)) == pytest.approx(expected)
     assert stats.quantile(values, 0.99, axis=0) == pytest.approx(np.quantile(values, 0.99, axis=0))
     assert stats.quantile([4, 1, 3, 2], 0.5) == 2.5
+
+
+def test_many_values_are_drawn_a_few_at_a_time(monkeypatch):
+    """123,211 edges at six places took 6 GB of draws at once."""
+    sums = np.random.default_rng(0).normal(size=(7, 3, 67))
+    counts = np.ones_like(sums)
+    whole = stats.over_units(sums, counts, seed=0)
+    held = []
+    middle = intervals.interval
+    monkeypatch.setattr(intervals, "_AT_ONCE", 10_000)
+    monkeypatch.setattr(intervals, "interval", lambda one: held.append(one.size) or middle(one))
+    assert np.array(stats.over_units(sums, counts, seed=0)) == pytest.approx(np.array(whole))
+    assert max(held) <= 10_000
+    assert sum(held) == 3 * 67 * 1000
 
 
 def test_draws_that_could_not_be_computed_are_left_out():

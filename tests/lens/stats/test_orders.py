@@ -6,6 +6,7 @@ from scipy.stats import kendalltau
 
 from lens import stats
 from lens.common.errors import LensError
+from lens.stats.orders import spearman_by_chance
 
 
 def naive_tau(a, b):
@@ -19,6 +20,13 @@ def naive_tau(a, b):
             ties_b += y == 0
             agree += int(x * y > 0) - int(x * y < 0)
     return agree / np.sqrt((pairs - ties_a) * (pairs - ties_b))
+
+
+@pytest.mark.parametrize("items", [9, 40])
+def test_one_of_20_orders_at_random_agrees_more_than_by_chance(items):
+    random = np.random.default_rng(0)
+    found = [stats.spearman(np.arange(items), random.permutation(items)) for _ in range(2000)]
+    assert np.mean(np.abs(found) > spearman_by_chance(items)) == pytest.approx(0.05, abs=0.015)
 
 
 def tau(a, b):
