@@ -58,6 +58,9 @@ HEADS = {  # kind -> (its mixer's output projection in layer 0, columns of head 
     "granitemoehybrid": (
         lambda m: m.model.layers[0].mamba.out_proj, slice(64, 96), lambda m: m.model.layers[2].post_attention_layernorm
     ),
+    "olmo_hybrid": (
+        lambda m: m.model.layers[0].linear_attn.o_proj, slice(32, 48), lambda m: m.model.layers[2].post_attention_layernorm
+    ),
 }  # fmt: skip
 
 
@@ -90,6 +93,10 @@ def test_an_edge_of_a_mixer_head_is_replaced_where_one_reader_reads(kind):
     clean, corrupt = (read_of(output, model, ids) for ids in (CLEAN, CORRUPT))
     width = output.in_features // 4
     change = of_softmax * (corrupt - clean)[..., 3 * width :] @ output.weight[:, 3 * width :].T
+    if kind == "olmo_hybrid":  # a norm comes between heads and stream
+        between = model.model.layers[1].post_attention_layernorm
+        whole = clean @ output.weight.T
+        change = between(whole + change) - between(whole)
     last = next(m for n, m in model.model.named_children() if "norm" in n)
     hook = last.register_forward_pre_hook(lambda _, args: (args[0] + change,))
     assert found.per_prompt[:, attention] == pytest.approx((losses(model) - own).numpy(), abs=1e-6)
@@ -145,6 +152,27 @@ def test_gradients_are_slopes_of_the_replacement():
             slope = (moved[0] - moved[1]) / 0.02  # less is better of a loss
             score = found.per_prompt[:, found.graph.find([edge])[0]]
             assert score == pytest.approx(slope.numpy(), rel=1e-2, abs=1e-4)
+
+
+def test_slopes_pass_the_norm_between_heads_and_stream():
+    """Softmax layers of OLMo-hybrid norm the sum of their heads before they add it, and their MLPs read without a norm."""
+    loaded = lens.load(hybrid("olmo_hybrid").double())
+    found = score_edges(loaded, task_of(), method="eap", progress=False)
+    mixed, edges = Mixed(loaded), ["a1.h3->m2", "a1.h0->logits", "a0.h2->a1", "m1->a2", "a1.h1->m1"]
+    with torch.no_grad():
+        reference = mixed.run(CORRUPT)
+        for edge, number in zip(edges, mixed.graph.find(edges), strict=True):
+            masks = torch.zeros(2, len(mixed.graph.readers), len(mixed.graph.writers))
+            masks[:, mixed.graph.ends[0][number], mixed.graph.ends[1][number]] = torch.tensor(
+                [-0.01, 0.01]
+            )
+            moved = [
+                -one[:, 11].log_softmax(-1).gather(1, ANSWERS)[:, 0]
+                for one in mixed.masked(CLEAN, reference, masks)
+            ]
+            slope = (moved[1] - moved[0]) / 0.02  # less is better of a loss
+            assert found.per_prompt[:, number] == pytest.approx(slope.numpy(), rel=1e-2, abs=1e-4)
+            assert slope.abs().max() > 1e-3, edge
 
 
 def test_integrated_gradients_add_up_to_the_effect_of_the_input():
@@ -218,7 +246,9 @@ def test_edges_left_out_of_a_pass_are_those_replaced_by_hand():
     )
 
 
-@pytest.mark.parametrize(("kind", "edges"), [("bamba", 40), ("falcon_h1", 120)])
+@pytest.mark.parametrize(
+    ("kind", "edges"), [("bamba", 40), ("falcon_h1", 120), ("olmo_hybrid", 40)]
+)
 def test_circuits_are_found_saved_evaluated_and_drawn(kind, edges, tmp_path):
     loaded, task = lens.load(hybrid(kind, **MORE.get(kind, {}))), task_of()
     found = lens.circuits.find(loaded, task, method="eap", edges=edges, progress=False)
@@ -283,7 +313,7 @@ def test_what_has_no_such_graph_is_refused():
     loaded = lens.load(hybrid("bamba"))
     for run, said in [
         (lambda: score_edges(loaded, task_of(), method="atp*", progress=False), "exact, eap, eap-ig"),
-        (lambda: score_edges(lens.load(hybrid("olmo_hybrid")), task_of(), method="eap", progress=False), "does not read the sum"),
+        (lambda: score_edges(lens.load(hybrid("minimax")), task_of(), method="eap", progress=False), "does not read the sum"),
         (lambda: lens.circuits.find(loaded, task_of(), edges=106, progress=False), "edges must be 1 to 105"),
     ]:  # fmt: skip
         with pytest.raises(lens.LensError, match=said):

@@ -5,11 +5,13 @@ gate and norm, which belong to the node. Heads of a layer read as one, since pro
 group are theirs together; where softmax attention and a mixer read one norm side by side (Falcon-H1) they are one reader
 too, and the heads of the mixer are `a0.s1`. That each sub-layer reads the sum of what was written before, through its
 norm, is proved on the model's own pass before anything is scored; numbers that outputs are multiplied by before they are
-added are measured there.
+added are measured there. Where a norm comes between heads and the stream (softmax layers of OLMo-hybrid) a replaced
+head goes through it with the others, as in `lens.circuits.graph.nodes`, and the norm behind an MLP belongs to its node.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -46,21 +48,23 @@ class _Part:
         names: of its writers.
         modules: of an MLP those whose outputs are added (experts, and those that all share).
         output: of heads the projection that they write through, else None.
+        after: the norm that the sum of the heads goes through before it is added, or None.
         scale: what is written is multiplied by it.
     """
 
     names: list[str]
     modules: list[nn.Module]
     output: nn.Module | None
+    after: nn.Module | None = None
     scale: float = 1.0
 
 
 @dataclass(frozen=True, eq=False)
 class _SubLayer:
-    """One norm and what reads through it, as `a0` or `m0`."""
+    """What reads the stream as one, as `a0` or `m0`: the norm that it reads through, or what reads without one."""
 
     name: str
-    norm: nn.Module
+    reader: nn.Module
     parts: list[_Part]
 
 
@@ -73,7 +77,7 @@ class Written(Activations):
         heads: of each part of a sub-layer [rows, heads, tokens, width], what its output projection read, or what an
             MLP, which is one head, wrote.
         logits: [rows, tokens, vocab].
-        read: of each reader what entered its norm.
+        read: of each reader what it reads of the stream.
     """
 
     logits: Tensor = field(default_factory=lambda: torch.empty(0))
@@ -137,9 +141,16 @@ class Mixed:
             for one in range(len(differences) - 1, len(found.heads)):
                 own = of_rows(reference.heads[one]) - found.heads[one]
                 differences.append(self.written(one, own))
-            before = torch.cat(differences, 1)
-            alpha = alphas[:, number, : before.shape[1]].to(before)
-            return read + torch.einsum("rw,rwtd->rtd", alpha, before)
+            start = 0
+            for one, own in enumerate(differences, -1):  # what entered, then each part
+                alpha = alphas[:, number, start : start + own.shape[1]].to(own)
+                change = torch.einsum("rw,rwtd->rtd", alpha, own)
+                start += own.shape[1]
+                if one >= 0 and (norm := self._parts[one].after) is not None:
+                    whole = self._whole(one, found.heads[one])
+                    change = norm(whole + change) - norm(whole)
+                read = read + change
+            return read
 
         with self._listening(found, change, None):
             logits = logits_of(self.model, ids.repeat(copies, 1))
@@ -152,6 +163,14 @@ class Mixed:
             return heads * one.scale
         weight = matrix(one.output, self.model)[0].to(heads) * one.scale
         return torch.einsum("rhtw,hwd->rhtd", heads, weight.unflatten(0, (len(one.names), -1)))
+
+    def slope(self, number: int, heads: Tensor, slope: Tensor) -> Tensor:
+        """Gradient [rows, tokens, d_model] by the sum of a part's `heads`, of that by what it adds to the stream."""
+        if (norm := self._parts[number].after) is None:
+            return slope
+        with torch.enable_grad():
+            whole = self._whole(number, heads.detach()).detach().requires_grad_()
+            return torch.autograd.grad(norm(whole), whole, slope)[0]
 
     @contextmanager
     def _listening(
@@ -173,7 +192,7 @@ class Mixed:
 
             hooks.before(self._first, "enter", enter)
             for number, one in enumerate(self._layers):
-                hooks.before(one.norm, "read", reads(number))
+                hooks.before(one.reader, "read", reads(number))
                 for part in one.parts:
                     if part.output is not None:
                         hooks.before(part.output, "write", _keeping(found, len(part.names)))
@@ -191,7 +210,12 @@ class Mixed:
         for number, (one, read) in enumerate(zip([None, *self._layers], found.read, strict=True)):
             if one is not None:
                 own = [self._whole(at + n, found.heads[at + n]) for n in range(len(one.parts))]
-                if not _off(read, stream + sum(own)) <= _TOLERANCE:
+                norms = [part.after for part in one.parts]
+                own = [
+                    part if norm is None else norm(part)
+                    for part, norm in zip(own, norms, strict=True)
+                ]
+                if not _off(read, stream + sum(own)) <= _TOLERANCE and norms == [None] * len(own):
                     for part, scale in zip(one.parts, _scales(own, read - stream), strict=True):
                         part.scale = scale
                     own = [part * step.scale for part, step in zip(own, one.parts, strict=True)]
@@ -209,7 +233,7 @@ class Mixed:
                 )
 
     def _whole(self, number: int, heads: Tensor) -> Tensor:
-        """[rows, tokens, d_model] that a part gives, with its bias."""
+        """[rows, tokens, d_model] that a part gives, with its bias, before a norm behind it."""
         part, whole = self._parts[number], self.written(number, heads).sum(1)
         bias = None if part.output is None else matrix(part.output, self.model)[1]
         return whole if bias is None else whole + bias * part.scale
@@ -274,6 +298,11 @@ def _is_norm(module: nn.Module) -> bool:
     return type(module).__name__.endswith("Norm")
 
 
+def _has_a_say(module: nn.Module) -> bool:
+    """Whether a module is a norm or has weights."""
+    return _is_norm(module) or any(True for _ in module.parameters())
+
+
 def _sublayers(model: LoadedModel) -> list[_SubLayer]:
     """Norms of the layers with what runs behind each, in the order of a pass."""
     mixers = {id(module) for _, module in mixers_of(transformer(model))}
@@ -282,13 +311,8 @@ def _sublayers(model: LoadedModel) -> list[_SubLayer]:
     found: list[_SubLayer] = []
     for number, (layer, ran) in enumerate(zip(layers, _ran(model, layers), strict=True)):
         children = set(layer.children())
-        behind: list[tuple[nn.Module, list[nn.Module]]] = []  # norms, with what reads through each
-        for child in (one for one in ran if one in children):
-            if _is_norm(child):
-                behind.append((child, []))
-            elif behind and any(True for _ in child.parameters()):
-                behind[-1][1].append(child)
-        for norm, modules in (one for one in behind if one[1]):
+        steps = [one for one in ran if one in children and _has_a_say(one)]
+        for reader, modules, after in _read_as_one(steps):
             mixing = [one for one in modules if any(id(part) in mixers for part in one.modules())]
             first = all(one.name != f"a{number}" for one in found)
             attends = number in model.info.attending and first
@@ -299,9 +323,29 @@ def _sublayers(model: LoadedModel) -> list[_SubLayer]:
                 heads = counts[number] if module in mixing else model.info.heads
                 letter = "s" if module in mixing and softmax else "h"
                 names = [f"{name}.{letter}{head}" for head in range(heads)]
-                parts.append(_Part(names, [module], _output(module, heads, ran)))
-            found.append(_SubLayer(name, norm, parts or [_Part([name], modules, None)]))
+                parts.append(_Part(names, [module], _output(module, heads, ran), after))
+            if not parts:
+                parts = [_Part([name], modules if after is None else [after], None)]
+            found.append(_SubLayer(name, reader, parts))
     return found
+
+
+def _read_as_one(
+    steps: list[nn.Module],
+) -> list[tuple[nn.Module, list[nn.Module], nn.Module | None]]:
+    """Of the modules of a layer in their order: what reads the stream, what runs behind it, and a norm behind that."""
+    found: list[tuple[nn.Module, list[nn.Module], nn.Module | None]] = []
+    if steps and not _is_norm(steps[0]):  # each module, then its norm
+        for module, norm in itertools.pairwise(steps):
+            if _is_norm(norm) and not _is_norm(module):
+                found.append((module, [module], norm))
+        return found
+    for one in steps:
+        if _is_norm(one):
+            found.append((one, [], None))
+        else:
+            found[-1][1].append(one)
+    return [one for one in found if one[1]]
 
 
 def _ran(model: LoadedModel, layers: list[nn.Module]) -> list[list[nn.Module]]:

@@ -100,11 +100,8 @@ def _attributed(
     """[rows, edges]: differences of writers times mean gradients at readers, over inputs between reference and clean."""
     change = clean.minus(reference)
     written = [mixed.written(number, heads) for number, heads in enumerate(change.heads)]
-    differences = torch.cat(
-        [change.input[:, None], *written], 1
-    )  # [rows, writers, tokens, d_model]
     total = torch.zeros(len(ids), len(mixed.graph.readers), len(mixed.graph.writers))
-    total = total.to(differences)
+    total = total.to(change.input)
     for fraction in fractions:
         read: list[Tensor] = []
 
@@ -116,11 +113,15 @@ def _attributed(
 
         entered = (reference.input + fraction * change.input).expand_as(clean.input)
         with torch.enable_grad():
-            logits = mixed.run(ids, reads, entered.detach().requires_grad_()).logits
-            values = measure(logits)
+            own = mixed.run(ids, reads, entered.detach().requires_grad_())
+            values = measure(own.logits)
             if not values.requires_grad:
                 raise LensError("the metric has no gradient; use 'logit_difference' or 'loss'")
             slopes = torch.autograd.grad(values.sum(), read, materialize_grads=True)
         for number, slope in enumerate(slopes):
-            total[:, number] += torch.einsum("rwtd,rtd->rw", differences, slope) / len(fractions)
+            found = [torch.einsum("rtd,rtd->r", change.input, slope)[:, None]]
+            for part, (heads, output) in enumerate(zip(own.heads, written, strict=True)):
+                back = mixed.slope(part, heads, slope)
+                found.append(torch.einsum("rwtd,rtd->rw", output, back))
+            total[:, number] += torch.cat(found, 1) / len(fractions)
     return total[:, torch.as_tensor(mixed.graph.allowed, device=total.device)]
