@@ -6,6 +6,10 @@ take 17 GB.
 
     python tests/benchmarks/long_prompt.py [--tokens 16384]
     python tests/benchmarks/long_prompt.py --tokens 131072 --chunk 4096 --block 128    (minutes; under 3 GiB)
+    python tests/benchmarks/long_prompt.py --explain [smollm2-135m --tokens 8000]
+
+With `--explain` it is one pair of far tokens that is taken apart (`lens.reading.explain`), of the shape above or of a model that is named, and
+what a plain pass of that prompt takes stands beside.
 """
 
 from __future__ import annotations
@@ -66,6 +70,30 @@ def measure(tokens: int, chunk: int | None = None, block: int = 64) -> dict[str,
     return figures | {"peak_mb": round(peak_mb())}
 
 
+def explained(tokens: int, name: str = "") -> dict[str, Any]:
+    """Seconds of taking one pair apart, and megabytes after a plain pass and after it; `error` of the sum of its parts, nats."""
+    import torch
+
+    import lens
+    from lens.passes.sessions import run
+
+    if name:
+        model = lens.load(name)
+        ids = model.encode(lens.tasks.text("moby-dick"))[:tokens]
+    else:
+        model, ids = random_llama(512, tokens)
+    with torch.no_grad():
+        run(model, {"input_ids": torch.tensor([ids])})
+    figures: dict[str, Any] = {"tokens": len(ids), "plain_pass_mb": round(peak_mb())}
+    head = f"L{model.info.layers - 1}H1"
+    start, worked = time.perf_counter(), time.process_time()
+    found = lens.reading.explain(model, ids, head, len(ids) - 1, len(ids) // 2, progress=False)
+    seconds, worked = time.perf_counter() - start, time.process_time() - worked
+    figures |= {"seconds": round(seconds, 2), "processor_seconds": round(worked, 2)}
+    figures |= {"peak_mb": round(peak_mb()), "parts": len(found.parts[1]), "error": found.error}
+    return figures
+
+
 def peak_mb() -> float:
     """Megabytes of this process at its highest point.
 
@@ -83,5 +111,11 @@ if __name__ == "__main__":
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--chunk", type=int, help="tokens of a piece; whole if not given")
     parser.add_argument("--block", type=int, default=64, help="tokens of a block of the maps")
+    parser.add_argument(
+        "--explain", nargs="?", const="", metavar="MODEL", help="take a pair apart instead"
+    )
     given = parser.parse_args()
-    print(json.dumps(measure(given.tokens, given.chunk, given.block)))
+    if given.explain is None:
+        print(json.dumps(measure(given.tokens, given.chunk, given.block)))
+    else:
+        print(json.dumps(explained(given.tokens, given.explain)))

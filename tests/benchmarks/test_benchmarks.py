@@ -394,6 +394,14 @@ def test_an_unknown_case_is_a_usage_error(capsys):
     assert "no case contains 'nonsense'; there are: causal 1,024" in capsys.readouterr().err
 
 
+def test_a_pair_of_a_long_prompt_is_taken_apart_in_small():
+    figures = long_prompt.explained(300)
+    assert figures["tokens"] == 300
+    assert figures["parts"] == 10  # embedding, eight heads, an MLP
+    assert figures["error"] < 1e-5
+    assert figures["peak_mb"] >= figures["plain_pass_mb"] > 0
+
+
 def test_the_long_prompt_is_measured_in_small():
     assert long_prompt.measure(300, chunk=128)["chunk"] == 128
     figures = long_prompt.measure(300)
