@@ -1,6 +1,7 @@
 """The layout that every figure shares."""
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, TypedDict
 
@@ -31,6 +32,7 @@ class Look(TypedDict, total=False):
 
 BARE = "attention-lens-bare"  # a template that says nothing, of figures whose page has one for all
 pio.templates[BARE] = go.layout.Template(layout={"meta": BARE})
+_LAYERS = re.compile(r"(after )?layer\b|first of \d+ layers", re.IGNORECASE)  # titles of axes
 _MARKUP = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;"})
 _FONT = "Inter, 'Helvetica Neue', Arial, sans-serif"
 
@@ -153,7 +155,35 @@ def style(
     set_layout(figure.layout, layout)
     axis = {"gridcolor": grid, "zerolinecolor": grid, "linecolor": grid, "ticks": ""}
     set_axes(figure, axis, axis)
+    _whole_layers(figure)
     return figure
+
+
+def _whole_layers(figure: go.Figure) -> None:
+    """Axes and colour bars of layers count by whole numbers: plotly puts halves between few."""
+    drawn: Any = figure.data
+    axes: Any
+    for side, axes in (("x", figure.select_xaxes()), ("y", figure.select_yaxes())):
+        for axis in axes:
+            if not _LAYERS.match(axis.title.text or "") or axis.dtick or axis.tickvals is not None:
+                continue
+            name = axis.plotly_name.replace("axis", "")
+            own = [one[side] for one in drawn if (one[f"{side}axis"] or side) == name]
+            axis.dtick = _step([one for one in own if one is not None])
+    for one in drawn:
+        shade = one.marker if one.type == "scatter" else None
+        if shade is not None and shade.colorbar.title.text == "layer":
+            shade.colorbar.dtick = _step([shade.color])
+
+
+def _step(several: Sequence[Any]) -> int | None:
+    """Between the ticks of these layers; None where they are no numbers."""
+    try:
+        numbers = np.concatenate([np.asarray(one, dtype=float).ravel() for one in several])
+    except ValueError:
+        return None
+    numbers = numbers[np.isfinite(numbers)]
+    return tick_step(int(np.ptp(numbers)) + 1) if numbers.size else None
 
 
 def band(x: Any, low: Any, high: Any, color: str, *, opacity: float | None = None) -> go.Scatter:

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 from lens_dashboards.library import Library
-from lens_dashboards.pages import maps
+from lens_dashboards.pages import heads, maps
 from lens_dashboards.selection import Selection, read_url
 
 
@@ -86,6 +86,14 @@ def test_full_screen_fills_the_screen(page, address, run):
     assert canvas.bounding_box()["height"] == before
 
 
+def test_heads_of_a_profile_stand_by_two_usual_scores(runs, run):
+    parts = heads.page(Library(runs), Selection(page="heads", run=run.id))
+    said = json.dumps(
+        [part.to_plotly_json() for part in parts], default=lambda one: one.to_plotly_json()
+    )
+    assert "column_scatter(rows, 'induction', 'previous_token', None" in said
+
+
 def _ready(page):
     """What the maps show: the level and the rectangle of each."""
     return {one.get_attribute("data-ready") for one in page.locator("#maps .map").all()}
@@ -103,20 +111,23 @@ def test_what_is_not_there_is_said_and_nine_are_the_most(runs, run):
 
 
 def test_two_runs_are_shown_on_the_prompt_that_both_have(runs, run, tmp_path):
-
     shutil.copytree(run.path, tmp_path / run.id)
-    other = tmp_path / "other"
+    other = tmp_path / f"{run.id[:-2]}zz"
     shutil.copytree(run.path, other)
     index = json.loads((other / "run.json").read_text())
-    (other / "run.json").write_text(json.dumps(index | {"id": "other"}))
+    (other / "run.json").write_text(json.dumps(index | {"id": other.name}))
     (other / "manifest.json").unlink(missing_ok=True)
-    view = Selection(page="maps", run=run.id).where(heads="L1H3", vs="other", others="L0H1,L1H3")
+    view = Selection(page="maps", run=run.id).where(heads="L1H3", vs=other.name, others="L0H1,L1H3")
     config, said = _told(Library(tmp_path), view)
     assert [(one["run"], one["layer"], one["head"]) for one in config["maps"]] == [
         (run.id, 1, 3),
-        ("other", 0, 1),
-        ("other", 1, 3),
+        (other.name, 0, 1),
+        (other.name, 1, 3),
     ]
+    a, b = (one.rpartition("-")[2] for one in (run.id, other.name))  # the model is one
+    titles = [f"L1H3 of {a}", f"L0H1 of {b}", f"L1H3 of {b}"]
+    assert [one["title"] for one in config["maps"]] == titles
+    assert all(f"Remove {title}" in said for title in titles[1:])
     assert {one["prompt"] for one in config["maps"]} == {"p000"}
     nothing, said = _told(Library(tmp_path), view.where(vs="missing"))
     assert len(nothing["maps"]) == 1

@@ -6,6 +6,7 @@ from typing import Unpack
 
 import numpy as np
 import pandas as pd
+import plotly.graph_objects as go
 import pytest
 from plotly.subplots import make_subplots
 
@@ -15,7 +16,7 @@ from lens.common.errors import LensError
 from lens.figures.heads import plain_grids
 from lens.figures.reading import pair_products
 from lens.figures.roles import share_grid
-from lens.figures.style import Look, set_axes, set_layout
+from lens.figures.style import Look, set_axes, set_layout, style
 from lens.traces.profiles import prompt_table
 from tests.lens.traces import LENGTH, probabilities, trace_of
 
@@ -127,6 +128,18 @@ def test_scatter_and_layers_hold_every_head(table):
     layers = figures.metric_by_layer(table, "locality")
     rows = table[(table.metric == "locality") & (table.variant == "raw")]
     np.testing.assert_allclose(layers.data[1].y, rows.groupby("layer").value.mean())
+
+
+def test_layers_are_whole_numbers_on_every_axis(table):
+    heads = pd.DataFrame({"layer": [0, 0, 2], "head": [0, 1, 0], "a": [0.1, 0.2, 0.3], "b": 1.0})
+    (points,) = figures.columns.column_scatter(heads, "a", "b").data
+    assert points.marker.colorbar.dtick == 1
+    figure = go.Figure(go.Scatter(x=[-1, 0, 1, 40], y=[3, 4, 5, 6]))
+    figure.update_xaxes(title="After layer (-1: embedding)").update_yaxes(title="layers of heads")
+    style(figure, "", {})
+    assert (figure.layout.xaxis.dtick, figure.layout.yaxis.dtick) == (3, None)
+    named = go.Figure(go.Scatter(x=["L0", "L1"], y=[3, 4])).update_xaxes(title="Layer")
+    assert style(named, "", {}).layout.xaxis.dtick is None
 
 
 def test_wrong_calls_say_what_would_be_right(trace, table):

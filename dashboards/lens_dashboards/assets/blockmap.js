@@ -567,7 +567,7 @@
         for (const strip of strips) strip.replaceChildren(element("p", "small", `Rows cannot be shown: ${error.message}`));
         return;
       }
-      const name = this.group.length > 1 ? `${this.root.dataset.head}: query` : "Query";
+      const name = this.group.length > 1 ? `${this.config.title || this.root.dataset.head}: query` : "Query";
       const choose = (q) => this.shade(q);
       for (const strip of strips) {
         if (this.config.queries) drawTwo(strip, this.queries, this.tokens, values, query, choose, name, this.config.seconds);

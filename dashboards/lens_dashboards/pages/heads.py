@@ -47,7 +47,8 @@ def page(library: Library, view: Selection) -> list[Any]:
     measures = [name for name in numbers if name.startswith("importance: ")]
     effect = next((name for name in measures if "ablation" in name), next(iter(measures), None))
     x = choice(view, "x", numbers, next(n for n in (*_USUAL, *numbers) if n in numbers), notes)
-    y = choice(view, "y", numbers, effect or next(n for n in numbers[::-1] if n != x), notes)
+    other = next((n for n in (*_USUAL, *numbers) if n in numbers and n != x), x)
+    y = choice(view, "y", numbers, effect or other, notes)
     color = choice(view, "color", ["", *numbers, *columns.classes], "", notes)
     shown = choice(view, "show", ["scatter", "grid"], "scatter", notes)
     rows, query = _filtered(view, columns.table, notes)

@@ -45,12 +45,14 @@ def page(library: Library, view: Selection) -> list[Any]:
         run_b, prompt_b, trace_b = other
         given = view.option("others") or ",".join(heads)
         theirs = _heads(trace_b, given, MOST_MAPS - len(heads), notes)
+        a, b = _apart((trace.model, trace_b.model), (run.id, run_b.id))
+        maps = [one | {"title": f"{name} of {a}"} for one, name in zip(maps, heads, strict=True)]
         maps += [
-            map_config(view, run_b, prompt_b, trace_b, name)
-            | {"title": f"{name} of {trace_b.model}"}
+            map_config(view, run_b, prompt_b, trace_b, name) | {"title": f"{name} of {b}"}
             for name in theirs
         ]
-        chosen += [_chip(view, "others", theirs, name, f" of {trace_b.model}") for name in theirs]
+        chosen = [_chip(view, "heads", heads, name, f" of {a}") for name in heads]
+        chosen += [_chip(view, "others", theirs, name, f" of {b}") for name in theirs]
     return [
         crumbs(run, view),
         html.H1(f"Heads of {trace.model} side by side"),
@@ -92,6 +94,16 @@ def _heads(trace: AttentionTrace, words: str, most: int, notes: list[str]) -> li
             f"At most {MOST_MAPS} maps are shown; {', '.join(list(found)[most:])} left out."
         )
     return list(found)[:most]
+
+
+def _apart(models: tuple[str, str], ids: tuple[str, str]) -> tuple[str, str]:
+    """Short names of two runs: their models, or of one model what their ids do not share."""
+    if models[0] != models[1]:
+        return models
+    words = [one.split("-") for one in ids]
+    first = next((at for at, (a, b) in enumerate(zip(*words, strict=False)) if a != b), 0)
+    a, b = ("-".join(one[first:]) for one in words)
+    return a, b
 
 
 def _chip(view: Selection, option: str, heads: list[str], name: str, words: str) -> html.Span:
