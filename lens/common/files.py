@@ -111,7 +111,7 @@ def as_path(what: str, given: Any) -> Path:
     Raises:
         LensError: `a task must be the path of a file or folder, got ['x']`
     """
-    if not isinstance(given, str | os.PathLike) or not str(given):
+    if not isinstance(given, str | os.PathLike) or not str(given) or "\0" in str(given):
         raise LensError(f"{what} must be the path of a file or folder, got {given!r}"[:200])
     return Path(given)
 

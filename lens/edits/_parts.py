@@ -14,7 +14,7 @@ from lens.common.errors import LensError
 from lens.edits.base import AttentionEdit, queries_at
 from lens.models.loaded import LoadedModel
 from lens.passes.calls import LayerCall, attend, first_of
-from lens.passes.head_outputs import FEWEST, mean_heads, tokens_of
+from lens.passes.head_outputs import FEWEST, mean_heads
 from lens.passes.inputs import read_prompts
 from lens.passes.keys import KeysAt
 from lens.passes.sessions import base
@@ -111,7 +111,7 @@ class Means:
 
     Attributes:
         heads: per layer [heads, positions | 1, value_dim].
-        sublayers: [width] of each sub-layer, over all tokens.
+        sublayers: [width] of each sub-layer, over all positions.
     """
 
     heads: list[Tensor]
@@ -128,7 +128,7 @@ class Means:
         """Of all heads, or none, and of these sub-layers.
 
         Raises:
-            LensError: no position that `FEWEST` prompts reach, or prompts without tokens.
+            LensError: no position that `FEWEST` prompts reach.
         """
         return Means(
             mean_heads(model, prompts, baseline == "mean") if heads else [],
@@ -139,21 +139,21 @@ class Means:
 def mean_sublayers(
     model: LoadedModel, prompts: Any, modules: Mapping[str, nn.Module]
 ) -> dict[str, Float[Tensor, "width"]]:
-    """Of each sub-layer the mean of what it returns, over all tokens of the prompts."""
+    """Of each sub-layer the mean of what it returns, over all positions of the prompts."""
     sums: dict[str, Tensor] = {}
-    tokens = 0
+    rows = dict.fromkeys(modules, 0)
     with ExitStack() as stack, torch.no_grad():
         for name, module in modules.items():
 
             def hook(_: nn.Module, __: Any, output: Any, name: str = name) -> None:
-                total = first_of(output)[0].double().sum(0)
-                sums[name] = sums[name] + total if name in sums else total
+                given = first_of(output).double().flatten(0, -2)  # [positions, width]
+                sums[name] = sums.get(name, 0.0) + given.sum(0)
+                rows[name] += len(given)
 
             stack.callback(module.register_forward_hook(hook).remove)
         for prompt in read_prompts(model, prompts)[0]:
             base(model)(**prompt.inputs)
-            tokens += len(tokens_of(prompt))
-    return {name: total / tokens for name, total in sums.items()}
+    return {name: total / rows[name] for name, total in sums.items()}
 
 
 @contextmanager

@@ -48,6 +48,16 @@ def selected_heads(
     return chosen
 
 
+def check_edited(edits: Sequence[AttentionEdit]) -> None:
+    """Raises LensError where rows were looked at and every one had to be left as it was."""
+    if any(one.skipped_rows for one in edits) and not any(one.edited_rows for one in edits):
+        named = " and ".join(dict.fromkeys(one.word for one in edits))
+        raise LensError(
+            f"{named} changed nothing: every key that a query of this prompt sees is one of those that lose their "
+            "attention, and such rows are left as they are; edit fewer keys"
+        )
+
+
 class AttentionEdit(ABC):
     """One edit of a model's attention, and what it has done so far.
 

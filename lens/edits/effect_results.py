@@ -40,14 +40,15 @@ class Effect(Result):
         edit: what was done, in words.
         amounts: how much of it, ascending.
         scope: the heads that were edited, in words.
-        tokens: [prompts], T of each.
-        bos: "added", "absent" or "mixed".
+        tokens: [prompts], T of each: tokens, of a picture its patches with the positions beside them.
+        bos: "added", "absent" or "mixed"; "" of prompts that are no tokens.
         seed: of controls and bootstrap.
         missing: control -> why there is none.
         part: of an encoder-decoder whose heads were edited; `tokens` are those of the targets then.
         metric, task: names, of a task.
         held: where the attention lay that `mass` counts, in words.
         per: what has one loss: "token"; of a model that fills in masks "answer", of a classifier "prompt".
+        patches: [prompts], of pictures whose patches are known how many each has.
     """
 
     values: dict[str, dict[str, np.ndarray]] = field(repr=False)
@@ -65,6 +66,7 @@ class Effect(Result):
     task: str = ""
     held: str = "lay there"
     per: str = "token"
+    patches: tuple[int, ...] = ()
 
     def table(self) -> pd.DataFrame:
         """A row per condition and amount: means over prompts, 95 % bootstrap intervals over prompts.
@@ -124,14 +126,18 @@ class Effect(Result):
         for control, row in whole.drop(index="edit").iterrows():
             sentences.append(self._beside(str(control), row, edited))
         sentences += self._moved()
-        shortest, longest = min(self.tokens), max(self.tokens)
+        sizes = self.patches or self.tokens
+        shortest, longest = min(sizes), max(sizes)
         lengths = str(longest) if shortest == longest else f"{shortest} to {longest}"
-        s = "s" * (len(self.tokens) > 1)
+        s = "s" * (len(sizes) > 1)
+        unit = "picture" if self.patches else "prompt"
         what = f"prompt{s} of {lengths} tokens, BOS {self.bos}"
         if self.part:
             what = f"target{s} of {lengths} tokens, heads of the {self.part} part"
-        text = f"Measured on {len(self.tokens)} {what}; intervals are 95 % over prompts" + (
-            ", and there is none for one prompt." if len(self.tokens) == 1 else "."
+        elif not self.bos:
+            what = f"{unit}{s} of {lengths} {'patches' if self.patches else 'positions'}"
+        text = f"Measured on {len(sizes)} {what}; intervals are 95 % over {unit}s" + (
+            f", and there is none for one {unit}." if len(sizes) == 1 else "."
         )
         return (*sentences, Sentence(text, kind="limit"))
 

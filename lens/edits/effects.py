@@ -16,8 +16,10 @@ from torch import Tensor
 from lens.common.choices import Count, Seed, check_choice, check_counts, check_lists, is_number
 from lens.common.errors import LensError
 from lens.common.progress import advancing
+from lens.edits.base import check_edited
 from lens.edits.clean_runs import CleanRuns, clean_runs, looks_ahead, of_layers
 from lens.edits.controls import CONTROLS, DRAWN, Case, Control, Kind, Trial, kinds_of
+from lens.edits.effect_refusals import check_predicts_next, refuse_scored, refuse_stages
 from lens.edits.effect_results import Effect
 from lens.edits.freezing import Freeze
 from lens.edits.language import Edit
@@ -26,10 +28,11 @@ from lens.edits.watching import Watch
 from lens.models.loaded import LoadedModel
 from lens.passes.inputs import Prompt
 from lens.passes.keys import Keys
-from lens.passes.logits import check_predicts_tokens, fills_masks, predicts_next
+from lens.passes.logits import fills_masks, predicts_next
 from lens.passes.sources import read_any
 from lens.stats.controls import drawing
 from lens.tasks.task import Task
+from lens.traces.naming import patches_of
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
@@ -108,11 +111,11 @@ def effect(
     if isinstance(model, LoadedModel):
         model.check_part()
     if task is None:
-        _check_predicts_next(model)
+        check_predicts_next(model)
     else:
         task.check(model)
-        _refuse_stages(model, task)
-        _refuse_scored(model, scored)
+        refuse_stages(model, task)
+        refuse_scored(model, scored)
         task.refuse_lengths("lens.effect")
     whole = prompts if task is None else task.as_prompts
     read = read_any(model, whole)[0]
@@ -149,7 +152,7 @@ def effect(
         amounts=tuple(several[0]),
         scope=", ".join(dict.fromkeys(kind.scope for kind in kinds)),
         tokens=tuple(run.lengths),
-        bos=bos_policy(model, ids) if ids else "absent",
+        bos=bos_policy(model, ids) if ids else "",
         seed=seed,
         missing=missing,
         held=" or ".join(dict.fromkeys(kind.held for kind in kinds)),
@@ -157,6 +160,7 @@ def effect(
         metric="" if task is None else task.metric,
         task="" if task is None else task.name,
         per="token" if predicts_next(model) else "answer" if fills_masks(model) else "prompt",
+        patches=() if ids else patches_of(model, read, run.lengths),
     )
 
 
@@ -265,6 +269,7 @@ class _Run:
             for one in running:
                 stack.enter_context(one.hooks)
             after = predictions(self._model, case.prompt, watch.on_layer, parts=True)
+        check_edited(attention)
         if record:
             alpha = case.before.alpha
             if rows is not None:
@@ -296,41 +301,6 @@ class _Run:
         for (condition, name), rows in self._found.items():
             found[condition][name] = np.stack(rows, 1)
         return found
-
-
-def _check_predicts_next(model: LoadedModel) -> None:
-    """Raises LensError for a model that predicts no next token of a text; it says which task it has."""
-    reads = getattr(model.model, "main_input_name", "input_ids")
-    if reads != "input_ids" and model.info.vocab is None and not model.is_encoder_decoder:
-        raise LensError(
-            f"{model.info.class_name} reads no tokens, so that there is no loss of a next one to measure; which heads a "
-            "classifier needs says lens.heads.importance(model, lens.tasks.classification(...)), and lens.edit(model, edit) "
-            "runs any model under the edit"
-        )
-    check_predicts_tokens(model)
-    if fills_masks(model):
-        raise LensError(
-            f"{model.info.class_name} fills in masked tokens and predicts no next token; give a task, such as "
-            "lens.tasks.language_modelling(model, texts)"
-        )
-
-
-def _refuse_stages(model: LoadedModel, task: Task) -> None:
-    """Raises LensError for pictures that are looked at on several grids, or in windows: a key is of one window then."""
-    if task.clean.is_floating_point() and model.chosen and not model.is_encoder_decoder:
-        raise LensError(
-            f"lens.effect edits keys of one grid of patches, {model.info.class_name} has several, and {task.name!r} is of "
-            "pictures; which heads matter says lens.heads.importance(model, task)"
-        )
-
-
-def _refuse_scored(model: LoadedModel, scored: Keys | None) -> None:
-    """Raises LensError for `scored` without next tokens."""
-    if scored is not None and not predicts_next(model):
-        raise LensError(
-            "scored chooses positions whose next token is measured, and "
-            f"{model.info.class_name} predicts none; leave it out"
-        )
 
 
 def _edits_of(

@@ -68,7 +68,7 @@ def log_probabilities(
 
 
 def predicted(model: LoadedModel, prompt: Prompt) -> Bool[Tensor, "predicted"]:
-    """Positions whose next token is text; those of an image are not predicted.
+    """Positions whose next token is text; those of an image are not predicted, nor those of a hole in the mask, or from one.
 
     Raises:
         LensError: there is none.
@@ -77,6 +77,10 @@ def predicted(model: LoadedModel, prompt: Prompt) -> Bool[Tensor, "predicted"]:
     scored = torch.ones_like(target, dtype=torch.bool)
     if "pixel_values" in prompt.inputs and prompt.target is None:
         scored = target != image_token(model.model.config)
+    hides = prompt.inputs.get("attention_mask")
+    if prompt.target is None and hides is not None and hides.shape == (1, len(target) + 1):
+        seen = hides[0].to(target.device) != 0
+        scored = scored & seen[1:] & seen[:-1]
     if not bool(scored.any()):
         raise LensError(
             "effects are measured on the loss of next tokens; each prompt needs at least two tokens, "

@@ -37,3 +37,8 @@ def whiskers(value: pd.Series, low: pd.Series, high: pd.Series) -> dict[str, Any
 def head_names(layers: pd.Series, heads: pd.Series) -> list[str]:
     """`L3H5` for every row."""
     return [f"L{layer}H{head}" for layer, head in zip(layers, heads, strict=True)]
+
+
+def samples(row: pd.Series) -> str:
+    """What a row was measured on, "BOS added, n = 8"; of what is no tokens "n = 8"."""
+    return f"BOS {row['bos']}, n = {row['n']}" if row["bos"] else f"n = {row['n']}"

@@ -13,7 +13,7 @@ from lens.common.choices import check_choice, is_whole
 from lens.common.colors import ACCENT, BASELINE, DIVERGING, VIRIDIS, scale
 from lens.common.errors import LensError
 from lens.common.plots import draws
-from lens.figures.rows import bars, classes
+from lens.figures.rows import bars, classes, samples
 from lens.figures.style import Look, escaped, style, tick_step
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def _points(table: pd.DataFrame, measure: str, look: Look) -> go.Figure:
     figure.update_xaxes(title=_MEASURES[measure])
     figure.update_yaxes(autorange="reversed")
     first = table.iloc[0]
-    text = f"Edit {first['edit']} of {first['scope']} (BOS {first['bos']}, n = {first['n']})"
+    text = f"Edit {first['edit']} of {first['scope']} ({samples(first)})"
     return style(figure, escaped(text), look)
 
 
@@ -131,7 +131,7 @@ def _curves(table: pd.DataFrame, measure: str, look: Look) -> go.Figure:
     figure.update_xaxes(title="Amount")
     figure.update_yaxes(title=_MEASURES[measure])
     first = table.iloc[0]
-    text = f"Edit {first['edit']} (BOS {first['bos']}, n = {first['n']})"
+    text = f"Edit {first['edit']} ({samples(first)})"
     return style(figure, text, look)
 
 
@@ -156,7 +156,7 @@ def streaming_curves(table: pd.DataFrame, **look: Unpack[Look]) -> go.Figure:
     figure.update_xaxes(title="First keys kept")
     figure.update_yaxes(title=_MEASURES["delta_loss"])
     first = table.iloc[0]
-    text = f"First and last keys only (BOS {first['bos']}, n = {first['n']})"
+    text = f"First and last keys only ({samples(first)})"
     return style(figure, text, look)
 
 

@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 from lens.common.colors import ACCENT, BASELINE
 from lens.common.errors import LensError
 from lens.common.plots import draws
-from lens.figures.rows import bars, classes
+from lens.figures.rows import bars, classes, samples
 from lens.figures.style import Look, escaped, style
 
 _LOSS = "Change of loss (nats per token)"
@@ -38,7 +38,7 @@ def reach_points(table: pd.DataFrame, **look: Unpack[Look]) -> go.Figure:
     figure.update_xaxes(title=_LOSS)
     figure.update_yaxes(autorange="reversed")
     first = table.iloc[0]
-    text = f"Edit {first['edit']} by reach (BOS {first['bos']}, n = {first['n']})"
+    text = f"Edit {first['edit']} by reach ({samples(first)})"
     return style(figure, escaped(text), look)
 
 
@@ -95,7 +95,7 @@ def gate_points(table: pd.DataFrame, **look: Unpack[Look]) -> go.Figure:
     figure.update_xaxes(title="Layer")
     figure.update_yaxes(title="Effective gate (1 - mass of the sink)", range=[-0.02, 1.02])
     first = table.iloc[0]
-    text = f"What sinks leave of each head's attention (BOS {first['bos']}, n = {first['n']})"
+    text = f"What sinks leave of each head's attention ({samples(first)})"
     return style(figure, text, look)
 
 
@@ -144,5 +144,5 @@ def band_points(table: pd.DataFrame, **look: Unpack[Look]) -> go.Figure:
     figure.update_xaxes(title="Band, strongest first; the last is the weakest")
     figure.update_yaxes(title=f"{_LOSS} without it")
     first = table.iloc[0]
-    text = f"What each band of the last stream is worth (BOS {first['bos']}, n = {first['n']})"
+    text = f"What each band of the last stream is worth ({samples(first)})"
     return style(figure, text, look)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from lens.common.choices import is_whole
@@ -12,9 +13,11 @@ from lens.common.errors import LensError
 
 
 def is_ids(prompt: Any) -> bool:
-    """Whether this is the token ids of one prompt: integers in a sequence or a tensor."""
+    """Whether this is the token ids of one prompt: integers in a sequence, a tensor or an array."""
     if isinstance(prompt, torch.Tensor):
         return prompt.dim() == 1 and not prompt.is_floating_point() and prompt.dtype != torch.bool
+    if isinstance(prompt, np.ndarray):
+        return prompt.ndim == 1 and np.issubdtype(prompt.dtype, np.integer)
     if isinstance(prompt, (str, bytes)) or not isinstance(prompt, Sequence):
         return False
     return len(prompt) > 0 and all(map(is_whole, prompt))
@@ -65,7 +68,9 @@ def check_ids(ids: Any, name: str, vocab: int | None, context: int | None) -> No
         LensError: none, too many, or ids outside the vocabulary; a text, or anything else.
     """
     is_empty = (
-        isinstance(ids, Sequence | torch.Tensor) and not isinstance(ids, str) and not len(ids)
+        isinstance(ids, Sequence | torch.Tensor | np.ndarray)
+        and not isinstance(ids, str)
+        and not len(ids)
     )
     if not is_empty and not is_ids(ids):
         raise LensError(

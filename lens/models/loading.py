@@ -107,6 +107,11 @@ def _from_object(model: Any, tokenizer: Any) -> LoadedModel:
             None,
             describe_bridge(model),
         )
+    inside = {"OptimizedModule": "_orig_mod", "DataParallel": "module"}.get(type(model).__name__)
+    if inside is not None:
+        raise LensError(
+            f"a model inside {type(model).__name__} is loaded without it: lens.load(model.{inside})"
+        )
     raise LensError(
         f"cannot reach the attention of {type(model).__name__}: it is neither a transformers PreTrainedModel "
         "(whose attention goes through AttentionInterface) nor a TransformerBridge; "

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,9 +21,9 @@ from lens.common.errors import LensError
 from lens.common.head_ids import HeadId
 from lens.models.loaded import LoadedModel
 from lens.passes.calls import LayerCall, attend
-from lens.passes.inputs import Prompt, read_prompts
+from lens.passes.inputs import read_prompts
 from lens.passes.logits import Given, logits_of
-from lens.passes.sessions import OnLayer, listening
+from lens.passes.sessions import OnLayer, listening, run
 from lens.passes.sources import read_any
 
 if TYPE_CHECKING:
@@ -73,25 +74,26 @@ def read_heads(
         LensError: as `lens.capture`, or layers that are not those of `model.info`.
     """
 
-    def on_layer(call: LayerCall) -> Tensor:
-        output = attend(call, statistics=()).output
-        keep(call.layer, output)
-        return output
-
     with torch.no_grad():
-        return _run(model, ids, on_layer)
+        return _run(model, ids, partial(_kept, keep))
+
+
+def _kept(keep: Callable[[int, Tensor], None], call: LayerCall) -> Tensor:
+    output = attend(call, statistics=()).output
+    keep(call.layer, output)
+    return output
 
 
 def mean_heads(model: LoadedModel, prompts: Any, keep_positions: bool) -> list[Tensor]:
     """Per layer [heads, positions | 1, value_dim], mean output of every head over prompts.
 
+    Of pictures in windows the positions are those of the trace, which fill the last windows up.
+
     Raises:
-        LensError: no position that `FEWEST` prompts reach, or prompts without tokens.
+        LensError: no position that `FEWEST` prompts reach.
     """
-    if model.is_encoder_decoder:
-        given = [prompt.inputs for prompt in read_any(model, prompts)[0]]
-    else:
-        given = [torch.tensor([tokens_of(prompt)]) for prompt in read_prompts(model, prompts)[0]]
+    read = read_any if model.is_encoder_decoder else read_prompts
+    given = [prompt.inputs for prompt in read(model, prompts)[0]]
     if keep_positions and len(given) < FEWEST:
         raise LensError(
             "the mean over one prompt is that prompt, so nothing would change; take more prompts, or "
@@ -109,7 +111,8 @@ def mean_heads(model: LoadedModel, prompts: Any, keep_positions: bool) -> list[T
                 z = z.sum(1, keepdim=True)
             sums[layer] = _padded(sums[layer], z.shape[1]) + _padded(z, _rows(sums[layer]))
 
-        read_heads(model, one, add)
+        with torch.no_grad():
+            _run(model, one, partial(_kept, add), run)
         lengths.append(next(iter(rows.values())))
     if not keep_positions:
         return [total / sum(lengths) for total in sums]
@@ -125,20 +128,6 @@ def _rows(total: Tensor) -> int:
 def _padded(z: Tensor, rows: int) -> Tensor:
     """[heads, queries, value_dim] with zeros behind, up to so many queries."""
     return nn.functional.pad(z, (0, 0, 0, max(0, rows - z.shape[1]))) if z.dim() else z
-
-
-def tokens_of(prompt: Prompt) -> list[int]:
-    """Its ids.
-
-    Raises:
-        LensError: a prompt without any.
-    """
-    if prompt.ids is None:
-        raise LensError(
-            "a mean is taken over prompts of tokens, and these are none; give another baseline, as in "
-            "Ablate(heads, 'zero')"
-        )
-    return prompt.ids
 
 
 def edited_logits(

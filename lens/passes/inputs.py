@@ -90,6 +90,8 @@ def read_prompts(
     if isinstance(prompts, Mapping):
         found = _from_mapping(model, prompts, whole)
         return found, len(found) == 1
+    if _is_table_of_ids(model, prompts):
+        prompts = torch.from_numpy(prompts.astype(np.int64))
     one = _is_pixels(model, prompts) or (reads_sounds(model) and is_sound(prompts))
     if isinstance(prompts, str) or one or is_ids(prompts) or _is_pictured(model, prompts):
         return [_from_one(model, prompts, whole)], True
@@ -107,6 +109,13 @@ def read_prompts(
         "a prompt must be a text, token ids, a picture, a list of these or a tokenizer's output, got "
         f"{shape_of(prompts)}"
     )
+
+
+def _is_table_of_ids(model: LoadedModel, given: Any) -> bool:
+    """Rows of token ids as an array, of a model that reads no pictures: of others it is a picture without colours."""
+    is_table = isinstance(given, np.ndarray) and given.ndim == 2
+    reads_text = model.processor is None and model_input(model) == "input_ids"
+    return is_table and reads_text and np.issubdtype(given.dtype, np.integer)
 
 
 def _is_pixels(model: LoadedModel, given: Any) -> bool:
@@ -163,6 +172,8 @@ def _from_one(model: LoadedModel, prompt: Any, whole: bool) -> Prompt:
     if isinstance(prompt, tuple) and len(prompt) == 2 and all(isinstance(t, str) for t in prompt):
         model.encode(prompt[0])  # says what is missing
         return _from_mapping(model, _of_tokenizer(model, *prompt), whole)[0]
+    if isinstance(prompt, list | tuple | np.ndarray) and not len(prompt):
+        raise LensError("a prompt of the list has no tokens; pass at least one")
     raise LensError(
         "a prompt must be a text or token ids (a list of integers), a picture, a pair of texts or of a picture and "
         "a text, or a mapping, got "

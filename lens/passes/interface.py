@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lens.common.errors import LensError
 from lens.models.sizes import image_token
@@ -197,6 +198,18 @@ def switched(model: nn.Module, implementation: str = IMPLEMENTATION) -> Iterator
     finally:
         for config, previous in zip(configs, before, strict=True):
             config._attn_implementation_internal = previous
+
+
+def foreign_functions(model: nn.Module) -> set[str]:
+    """Names of the attention functions that configurations inside `model` ask for and transformers did not write."""
+    names = {one._attn_implementation for one in _configs(language_model(model))}
+    functions = {name: ALL_ATTENTION_FUNCTIONS.get(name) for name in names}
+    return {
+        str(name)
+        for name, function in functions.items()
+        if function is not None
+        and not getattr(function, "__module__", "").startswith("transformers.")
+    }
 
 
 def language_model(model: nn.Module) -> nn.Module:

@@ -24,9 +24,9 @@ from lens.models.layout import layout
 from lens.models.loaded import LoadedModel
 from lens.models.parts import Layout
 from lens.passes.calls import LayerCall, first_of
-from lens.passes.check import tiny_inputs
 from lens.passes.padding import state_of
 from lens.passes.sessions import base
+from lens.passes.tiny_inputs import tiny_inputs
 from lens.passes.visit import Visitor, visiting
 
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}

@@ -15,8 +15,8 @@ from lens.models.layout import SubLayers, blocks, is_known
 from lens.models.layout import sublayers as found_sublayers
 from lens.models.loaded import LoadedModel
 from lens.passes.calls import first_of
-from lens.passes.check import tiny_inputs
 from lens.passes.sessions import run
+from lens.passes.tiny_inputs import tiny_inputs
 
 _ALIKE = 1e-4
 """Tokens that differ by less, of the largest value, are one: the stream that told them apart is gone."""

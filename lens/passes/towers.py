@@ -15,10 +15,11 @@ from lens.common.errors import LensError
 from lens.models.loaded import LoadedModel
 from lens.models.towers import WHOLE
 from lens.passes.calls import LayerCall, attend
-from lens.passes.check import relative_error, tensors_of, tiny_inputs, tolerance_of
+from lens.passes.check import relative_error, tensors_of, tolerance_of
 from lens.passes.inputs import Prompt, placed
 from lens.passes.interface import switched
 from lens.passes.sessions import OnLayer, listening, run
+from lens.passes.tiny_inputs import tiny_inputs
 
 
 def run_whole(

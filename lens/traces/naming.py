@@ -68,6 +68,19 @@ def queries_of(model: LoadedModel, prompt: Prompt, length: int) -> Axis:
     return _tokens(model, prompt.target, length)
 
 
+def patches_of(
+    model: LoadedModel, prompts: Sequence[Prompt], lengths: Sequence[int]
+) -> tuple[int, ...]:
+    """How many patches each picture has, by its positions; none where one's are not known, as of sounds."""
+    grids = [
+        keys_of(model, one, length).patches or {}
+        for one, length in zip(prompts, lengths, strict=True)
+    ]
+    if not all("height" in one for one in grids):
+        return ()
+    return tuple(one["height"] * one["width"] for one in grids)
+
+
 def _tokens(model: LoadedModel, ids: list[int] | None, length: int) -> Axis:
     if ids is None or len(ids) != length:  # learned queries
         why = "they are learned queries, which stand in no row"

@@ -103,7 +103,7 @@ def profile(
         NaN means not scored; `.attrs["reasons"]` says why.
 
     Raises:
-        LensError: no trace, or traces of models of different sizes.
+        LensError: no trace, or traces of several models.
 
     Example:
         >>> table = lens.profile(trace)
@@ -134,6 +134,10 @@ def profile(
     if len(sizes) > 1:
         raise LensError(
             f"traces must come from one model and part; got (part, layers, heads) {sorted(sizes)}: profile them apart"
+        )
+    if len(models := {trace.model for trace in several}) > 1:
+        raise LensError(
+            f"traces must come from one model, got {sorted(models)}: profile them apart"
         )
     if len(names := {trace.labels for trace in several}) > 1:
         raise LensError(

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import xarray as xr
 
+from lens.common.choices import is_whole
 from lens.common.errors import LensError
 from lens.common.files import as_path
 from lens.common.head_ids import AnyHead, HeadId, all_heads, head_id, layers_in_words
@@ -229,7 +230,7 @@ class AttentionTrace:
             raise LensError(why)
         sizes = {"queries": self.queries, "keys": self.length}
         for name, (first, last) in (("queries", queries), ("keys", keys)):
-            if not 0 <= first < last <= sizes[name]:
+            if not (is_whole(first) and is_whole(last) and 0 <= first < last <= sizes[name]):
                 raise LensError(
                     f"{name} must be a range within 0..{sizes[name]}, got {(first, last)}"
                 )

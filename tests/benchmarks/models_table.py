@@ -202,8 +202,8 @@ def examine(kind: str, double: bool = False) -> dict[str, Any]:
 
     import lens
     from lens.common.errors import LensError
-    from lens.passes.check import tiny_inputs
     from lens.passes.interface import language_model, switched
+    from lens.passes.tiny_inputs import tiny_inputs
 
     torch.set_num_threads(1)
     row: dict[str, Any] = {"type": kind}

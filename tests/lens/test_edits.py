@@ -361,6 +361,38 @@ def test_a_capture_inside_is_refused_because_it_would_show_the_attention_unedite
         assert (done.steps - steps, done.calls) == (1, 3)
 
 
+def test_an_effect_of_an_edit_that_leaves_every_row_as_it_is_is_refused():
+    """It said that nothing changes, as if the keys were of no use."""
+    model, ids = loaded()
+    everything = list(range(ids.shape[1]))
+    with pytest.raises(LensError, match=r"Mask changed nothing: every key .* edit fewer keys"):
+        lens.effect(model, ids, edits.Mask(everything), controls=(), progress=False)
+    for one in (edits.Mask(everything[1:]), edits.Drop(everything)):
+        found = lens.effect(model, ids, one, controls=(), progress=False)
+        assert found.values["edit"]["kl"].all()
+
+
+def test_losses_leave_out_what_the_mask_hides():
+    model, ids = loaded()
+    ids, hidden = ids[:1], torch.ones_like(ids[:1])
+    hidden[0, [4, 5, 9]] = 0
+    inputs = {"input_ids": ids, "attention_mask": hidden}
+
+    def losses():
+        with torch.no_grad():
+            after = model.model(**inputs).logits[0, :-1].log_softmax(-1)
+        return -after.gather(1, ids[0, 1:, None])[:, 0]
+
+    clean = losses()
+    with lens.edit(model, edits.Ablate("L1H3")):
+        change = losses() - clean
+    kept = hidden[0].bool()
+    expected = change[kept[1:] & kept[:-1]].mean()
+    found = lens.effect(model, inputs, edits.Ablate("L1H3"), controls=(), progress=False)
+    assert found.values["edit"]["delta_loss"][0] == pytest.approx([float(expected)], abs=1e-5)
+    assert abs(float(expected - change.mean())) > 1e-3
+
+
 # --- refusals -------------------------------------------------------------------------------------
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import transformers
 
 import lens
 from lens import edits
@@ -13,6 +14,8 @@ from lens.common.errors import LensError
 from lens.edits.effect_results import Effect
 from lens.tasks.task import Task
 from tests.lens.architectures import build
+from tests.lens.test_tasks_classification import strong
+from tests.lens.test_windows import built
 
 AMOUNTS = (1.0, 0.0, 0.4)  # not in order
 
@@ -177,12 +180,89 @@ def test_a_number_of_controls_is_draws_of_the_usual_ones():
             lens.effect(*given, **bad)
 
 
-def test_a_mean_over_pictures_is_refused_with_another_baseline():
-    vit = lens.load(build("vit"))
-    pixels = torch.randn(2, 3, 30, 30)
-    ablated = edits.Ablate("L0H0", "mean", over=[{"pixel_values": one[None]} for one in pixels])
-    with (
-        pytest.raises(LensError, match=r"tokens, and these are none; .* Ablate\(heads, 'zero'\)"),
-        lens.edit(vit, ablated),
-    ):
-        pass
+def of_pictures():
+    """A classifier of 3 labels, with pictures and their labels: 9 patches behind one more position."""
+    torch.manual_seed(0)
+    config = transformers.ViTConfig(
+        image_size=12, patch_size=4, num_channels=1, hidden_size=16, intermediate_size=24, num_labels=3,
+        num_hidden_layers=2, num_attention_heads=2,
+    )  # fmt: skip
+    model = lens.load(strong(transformers.ViTForImageClassification(config)))
+    pixels = torch.randn(5, 1, 12, 12, generator=torch.Generator().manual_seed(1))
+    return model, lens.tasks.classification(model, pixels, [0, 1, 2, 0, 1])
+
+
+@pytest.mark.parametrize("baseline", ["mean", "pooled_mean"])
+@pytest.mark.parametrize("what", ["L1H0", "L0.mlp"])
+def test_a_mean_over_pictures_is_put_in_for_a_head_or_a_sub_layer(what, baseline):
+    model, task = of_pictures()
+    layer = model.model.vit.layers[0 if "mlp" in what else 1]
+    module, width = (layer.mlp, 16) if "mlp" in what else (layer.attention.o_proj, 8)
+    if baseline == "mean" and "mlp" in what:
+        with pytest.raises(LensError, match="the mean at each position is defined for heads"):
+            edits.Ablate(what, baseline)
+        return
+    given: list[torch.Tensor] = []
+
+    def keep(_, inputs, output):
+        given.append(output if "mlp" in what else inputs[0])
+
+    with module.register_forward_hook(keep) as _, torch.no_grad():
+        clean = model.model(task.clean).logits.log_softmax(-1)
+    (rows,) = given
+    mean = rows.mean((0, 1) if baseline == "pooled_mean" else 0)[..., :width]
+
+    def replace_input(_, inputs):
+        changed = inputs[0].clone()
+        changed[..., :width] = mean
+        return (changed,)
+
+    hook = (
+        module.register_forward_hook(lambda *_: mean.expand_as(rows))
+        if "mlp" in what
+        else module.register_forward_pre_hook(replace_input)
+    )
+    with hook, torch.no_grad():
+        edited = model.model(task.clean).logits.log_softmax(-1)
+    found = lens.effect(model, task, edits.Ablate(what, baseline), controls=(), progress=False)
+    change = (clean - edited).gather(1, task.correct)[:, 0]
+    assert change.abs().max() > 1e-3
+    assert found.values["edit"]["delta_loss"][0] == pytest.approx(change.numpy(), abs=1e-5)
+
+
+def test_a_mean_is_that_of_an_importance_by_pictures():
+    model, task = of_pictures()
+    found = lens.effect(model, task, edits.Ablate("L1H1", "mean"), controls=(), progress=False)
+    importance = lens.heads.importance(model, task, method="ablation", progress=False)
+    assert found.values["edit"]["gain"].mean() == pytest.approx(-float(importance.values[1, 1]))
+
+
+def test_effects_on_pictures_are_said_of_patches():
+    model, task = of_pictures()
+    found = lens.effect(model, task, edits.Mask("first"), controls=(), progress=False)
+    assert (found.bos, found.tokens, found.patches) == ("", (10,) * 5, (9,) * 5)
+    assert str(found.findings()[-1]) == (
+        "Measured on 5 pictures of 9 patches; intervals are 95 % over pictures."
+    )
+    said = {one.kind: str(one) for one in replace(found, patches=()).findings()}
+    assert said["limit"].startswith("Measured on 5 prompts of 10 positions; intervals")
+    assert found.plot().layout.title.text == "Edit Mask first of all heads (n = 5)"
+    several = lens.effect(
+        model, task, edits.Mask("first"), amounts=(0.5, 1), controls=(), progress=False
+    )
+    assert several.plot().layout.title.text == "Edit Mask first (n = 5)"
+
+
+def test_a_mean_at_each_position_of_windows_is_that_position_s():
+    """The mean of two pictures that are one changes nothing, shifted windows with padding included."""
+    root, inputs = built("swin")
+    model = lens.load(root).part("stage0")
+    other = {"pixel_values": inputs["pixel_values"].flip(-1)}
+    with torch.no_grad():
+        clean = model.model(**inputs).last_hidden_state
+        for over, same in (([inputs, inputs], True), ([other, other], False)):
+            edit = edits.Ablate(["L0H0", "L1H1"], "mean", over=over)
+            with lens.edit(model, edit) as (done,):
+                edited = model.model(**inputs).last_hidden_state
+            assert done.calls == 2
+            assert torch.allclose(edited, clean, atol=1e-4) == same

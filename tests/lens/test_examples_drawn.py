@@ -7,8 +7,8 @@ import transformers
 
 import lens
 from lens.common.errors import LensError
-from lens.passes.check import tiny_inputs
 from lens.passes.interface import switched
+from lens.passes.tiny_inputs import tiny_inputs
 
 SIZES = {
     "hidden_size": 24,

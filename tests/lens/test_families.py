@@ -11,8 +11,8 @@ import lens
 from lens import edits
 from lens.common.errors import LensError
 from lens.figures.heads import head_grid, metric_by_layer
-from lens.passes.check import tiny_inputs
 from lens.passes.interface import switched
+from lens.passes.tiny_inputs import tiny_inputs
 from lens.traces.profiles import prompt_table
 from tests.lens.architectures import TEXT
 

@@ -267,6 +267,23 @@ def test_masks_with_holes_and_square_masks_are_used_as_they_are(make):
         read_prompts(loaded, {"input_ids": ids, "attention_mask": hidden})
 
 
+def test_ids_in_arrays_are_those_in_tensors():
+    loaded, ids = llama(), ids_of(13)
+    for kind in (np.uint8, np.int32, np.int64):
+        (one,), single = read_prompts(loaded, ids[0].numpy().astype(kind))
+        assert (one.ids, single) == (ids[0].tolist(), True)
+        several, single = read_prompts(loaded, ids.numpy().astype(kind))
+        assert ([each.ids for each in several], single) == (ids.tolist(), False)
+    for wrong, said in (
+        (np.array([5.0, 6.0]), "a prompt must be a text, token ids"),
+        (np.array([5, -6]), "token ids of LlamaForCausalLM go from 0 to"),
+        ([[5, 6], []], "a prompt of the list has no tokens"),
+        ([np.array([], int)], "no tokens"),
+    ):
+        with pytest.raises(LensError, match=said):
+            read_prompts(loaded, wrong)
+
+
 IDS = {"input_ids": [[5, 6, 7]]}
 REFUSED = {
     "a name that no model takes": ({**IDS, "labels": [[5, 6, 7]]}, "takes no labels"),

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 
 import huggingface_hub
@@ -12,6 +13,8 @@ import transformers
 from lens_kernels import attention
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 import lens
 from lens.common.errors import LensError
@@ -513,3 +516,36 @@ def test_a_tokenizer_that_cannot_be_read_is_refused_in_one_line(checkpoint):
     (folder / "tokenizer_config.json").write_text("[1]")
     with pytest.raises(LensError, match=r"cannot load the model in .*AttributeError"):
         lens.load(folder)
+
+
+def _thrice(module, query, key, value, mask, **given):
+    given["scaling"] = 3 * given.get("scaling", query.shape[-1] ** -0.5)
+    return sdpa_attention_forward(module, query, key, value, mask, **given)
+
+
+def _the_same(*given, **named):
+    return sdpa_attention_forward(*given, **named)
+
+
+def test_an_attention_function_of_somebody_else_is_refused_where_it_computes_something_else():
+    """Of what one has registered capture knows nothing: it would give the numbers of eager attention."""
+    for name, function in (("thrice", _thrice), ("the_same", _the_same)):
+        transformers.AttentionInterface.register(name, function)
+        transformers.AttentionMaskInterface.register(name, sdpa_mask)
+    model = build("llama")
+    model.set_attn_implementation("the_same")
+    assert lens.load(model).check < 1e-5
+    model.set_attn_implementation("thrice")
+    with pytest.raises(LensError, match=r"function thrice, with which its output .* differs by"):
+        lens.load(model)
+    model.set_attn_implementation("sdpa")
+    assert lens.load(model).check < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("wrapped", "inside"),
+    [(nn.DataParallel, "module"), (partial(torch.compile, backend="eager"), "_orig_mod")],
+)
+def test_what_wraps_a_model_says_where_the_model_is(wrapped, inside):
+    with pytest.raises(LensError, match=rf"is loaded without it: lens\.load\(model\.{inside}\)"):
+        lens.load(wrapped(build("llama")))

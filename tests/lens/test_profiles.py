@@ -230,6 +230,12 @@ def test_models_of_different_sizes_are_not_mixed():
     b = trace_of(probabilities(layers=1, heads=3, length=19, seed=0))
     with pytest.raises(LensError, match="must come from one model"):
         profile([a, b])
+    other = trace_of(probabilities(layers=1, heads=2, length=19, seed=0))
+    other.dataset.attrs["model"] = "another"
+    with pytest.raises(
+        LensError, match=r"come from one model, got \['an.*', 'an.*'\]: profile them"
+    ):
+        profile([a, other])
     with pytest.raises(LensError, match="at least one trace"):
         profile([])
 

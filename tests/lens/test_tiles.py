@@ -130,6 +130,15 @@ def test_a_mask_without_compact_form_is_refused():
         trace.tile(0, 0, (0, 4), (0, 4))
 
 
+@pytest.mark.parametrize(
+    "ends", [(0.0, 5), (0, 5.5), (True, 3), ("0", 3), (None, 3), (3, 3), (-3, 5)]
+)
+def test_ends_that_are_no_positions_are_refused(ends):
+    trace = trace_of(attention())
+    with pytest.raises(LensError, match=f"queries must be a range within 0..{LENGTH}, got"):
+        trace.tile(0, 0, ends, (0, 4))
+
+
 @pytest.mark.parametrize("without", [("q",), ("k",), ("lse",)])
 def test_what_was_not_kept_is_asked_for(without):
     trace = trace_of(attention(), without=without)
