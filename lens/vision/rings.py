@@ -23,8 +23,9 @@ import pandas as pd
 
 from lens.common.choices import Count, Seed
 from lens.common.head_ids import all_heads
-from lens.common.results import Result, Sentence
+from lens.common.results import Result, Sentence, ends
 from lens.stats import over_rows
+from lens.stats.verdicts import of_many
 from lens.vision._patches import (
     SMALLEST,
     grid_of,
@@ -208,17 +209,19 @@ class Shapes(Result):
         return head_table(self.layers, columns)
 
     def findings(self) -> tuple[Sentence, ...]:
-        """Of each shape how many heads put more there than uniform attention, and which most."""
+        """Of each shape how many heads put more there than uniform attention, and which most, its interval as one of many."""
         found = []
         names = all_heads(self.layers, self.share.shape[1])
         for number, shape in enumerate(SHAPES):
             share, fair = self.share[..., number].ravel(), self.uniform[:, number]
             above = int((self.low[..., number] > fair[:, None] + SMALLEST).sum())
             best = int(np.nanargmax(share))
+            held = (one[..., number].ravel()[best] for one in (self.low, self.high))
+            interval = of_many(share[best], *held, share.size)  # it is the highest of all
             found.append(
                 Sentence(
                     f"{shape.replace('_', '-')}: {above} of {share.size} heads above uniform attention ({in_words(fair, '.1%')}); "
-                    f"most {names[best]} with {share[best]:.1%}.",
+                    f"most {names[best]} with {share[best]:.1%}{ends(*interval, '.1%')}.",
                     kind=shape,
                 )
             )

@@ -102,9 +102,15 @@ def test_findings_say_which_heads_switch():
         {"prose": quiet, "code": busy}, {"prose": loss, "code": loss}, 0.2, 1e-3, "zero", "made"
     )
     assert [(one.kind, one.text) for one in found.findings()] == [
-        ("dormant", "On prose 1 of 2 heads taken out are dormant: L0H0 (2 windows)."),
+        (
+            "dormant",
+            "On prose 1 of 2 heads taken out are dormant: L0H0; 1 of them by their whole intervals (2 windows).",
+        ),
         ("dormant", "On code 0 of 2 heads taken out are dormant (2 windows)."),
-        ("switching", "L0H0: dormant on one domain and not on another."),
+        (
+            "switching",
+            "L0H0: dormant on one domain and not on another; 1 of 1 by their whole intervals.",
+        ),
         (
             "limit",
             "Dormant means activity below 0.2 and a loss that changes by less than 0.001 nats per token with "
@@ -112,6 +118,25 @@ def test_findings_say_which_heads_switch():
             "other may all look dormant.",
         ),
     ]
+
+
+def test_heads_that_only_their_means_call_dormant_are_told_from_others():
+    """One window in which the head works, or is missed, and no whole interval says that it rests."""
+    rests, works, loss = np.array([[[0.1, 0.1]]]), np.array([[[0.05, 0.3]]]), np.zeros((1, 1, 2))
+    for busy, lost, sure in (
+        (works, loss, 0),
+        (rests, np.array([[[0.0, 1.5e-3]]]), 0),
+        (rests, loss, 1),
+    ):
+        found = HeadActivity({"a": busy}, {"a": lost}, 0.2, 1e-3, "zero", "made")
+        assert f"dormant: L0H0; {sure} of them" in found.findings()[0].text
+    missed = np.array(
+        [[[1e-3, 4e-3]]]
+    )  # on the second domain, where one window alone would spare it
+    some = HeadActivity(
+        {"a": rests, "b": rests}, {"a": loss, "b": missed - 5e-4}, 0.2, 1e-3, "zero", "made"
+    )
+    assert "L0H0: dormant on one domain and not on another; 0 of 1" in some.findings()[2].text
 
 
 def test_only_the_heads_that_are_named_are_taken_out(model, found):

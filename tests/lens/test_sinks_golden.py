@@ -43,6 +43,20 @@ def test_rate():
         ("heads", "It receives most in L0H0 0.26 (mean α)."),
         ("limit", "The rate is a share of heads, no mass, and compares only at equal ε, T, BOS and normalise."),
     ]  # fmt: skip
+    two = [
+        trace_of(np.concatenate([parked(67, mass, key=13) for mass in (first, 0.3)]))
+        for first in (0.6, 0.2)
+    ]
+    assert dict(said(lens.sinks.rate(two, key=13)))["heads"].endswith(
+        "L0H0 is not told apart from L1H0."
+    )
+    two = [
+        trace_of(np.concatenate([parked(67, mass, key=13) for mass in (first, 0.3)]))
+        for first in (0.6, 0.5)
+    ]
+    assert dict(said(lens.sinks.rate(two, key=13)))["heads"].endswith(
+        "(mean α)."
+    )  # more in each prompt
     one = said(lens.sinks.rate(traces(0.4)[0], key=13, normalise="all"))
     assert one[0][1].startswith("Key 13 is a sink in 100.0% of heads")  # one prompt: no interval
     assert "mean over all queries from it on" in one[0][1]
@@ -154,14 +168,18 @@ def test_memory():
         gate=[0.9, 0.1], low=[0.8, 0.05], high=[1.0, 0.2], contribution=[0.1, 0.2], removal=[0.2, 0.4],
         early_mass=[0.5, 0.7], late_mass=[0.1, 0.3],
     )  # fmt: skip
-    assert said(PersistentMemory(rows, 1, (9, 9), "absent")) == [
+    drift, removed = (-0.4, -0.5, -0.3), (0.3, 0.2, 0.4)
+    assert said(PersistentMemory(rows, drift, removed, 1, (9, 9), "absent")) == [
         ("gate", "With 1 pair of memory the heads keep 50% of their attention on average; L1H1 least, 10.0% [5.0%, "
                  "20.0%]."),
-        ("drift", "The mass of the memory goes from 60.0% in the first quarter of the rows to 20.0% in the last."),
-        ("removal", "Masking the memory changes a head's output by 30% of its size on average."),
+        ("drift", "The mass of the memory goes from 60.0% in the first quarter of the rows to 20.0% in the last, "
+                  "-40.0% [-50.0%, -30.0%]."),
+        ("removal", "Masking the memory changes a head's output by 30% [20%, 40%] of its size on average."),
         ("limit", "2 prompts, BOS absent."),
     ]  # fmt: skip
-    assert said(PersistentMemory(rows, 3, (9, 9), "absent"))[0][1].startswith("With 3 pairs of")
+    wide = said(PersistentMemory(rows, (-0.4, -0.9, 0.1), removed, 3, (9, 9), "absent"))
+    assert wide[0][1].startswith("With 3 pairs of")
+    assert wide[1][1].endswith("-40.0% [-90.0%, +10.0%], not told apart from no change.")
 
 
 LIMIT = (

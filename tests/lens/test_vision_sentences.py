@@ -60,6 +60,7 @@ def test_which_shape_a_head_keeps_to():
         found = lens.vision.shapes(trace_of(pattern))
         assert "1 of 1 heads above uniform attention (16.7%)" in said(found, shape)
         assert "0 of 1 heads above" in said(found, other)
+        assert "most L0H0 with 91.7% [91.7%, 91.7%]." in said(found, shape)
     assert "0 of 1 heads above" in said(lens.vision.shapes(trace_of(FAR)), "window")
 
 

@@ -87,9 +87,23 @@ class HeadActivity(Result):
         found = [set(self.dormant(domain)) for domain in self.activity]
         return sorted(set.union(*found) - set.intersection(*found))
 
+    def _told(self) -> tuple[dict[str, set[str]], set[str]]:
+        """What whole intervals say: the heads that are dormant on each domain, and those that switch."""
+        rows = self.table()
+        quiet = rows["activity_high"] < self.rest
+        spared = (rows["loss_low"] > -self.tolerance) & (rows["loss_high"] < self.tolerance)
+        missed = (rows["loss_low"] >= self.tolerance) | (rows["loss_high"] <= -self.tolerance)
+        kinds = {"dormant": quiet & spared, "not": (rows["activity_low"] >= self.rest) | missed}
+        told = {
+            kind: {domain: set(rows["name"][held & (rows["domain"] == domain)]) for domain in self.activity}
+            for kind, held in kinds.items()
+        }  # fmt: skip
+        rests, works = (set().union(*told[kind].values()) for kind in kinds)
+        return told["dormant"], rests & works
+
     def findings(self) -> tuple[Sentence, ...]:
         """Which heads are dormant where ("dormant"), which switch ("switching"), what that rests on ("limit")."""
-        said = []
+        said, (surely, switch) = [], self._told()
         for domain, loss in self.loss.items():
             names = [str(head) for head in self.dormant(domain)]
             taken = int((~np.isnan(loss).all(-1)).sum())
@@ -97,11 +111,14 @@ class HeadActivity(Result):
                 Sentence(
                     f"On {domain} {len(names)} of {taken} heads taken out are dormant"
                     + (f": {', '.join(names)}" if names else "")
+                    + (f"; {len(surely[domain])} of them by their whole intervals" if names else "")
                     + f" ({loss.shape[-1]} windows).",
                     kind="dormant",
                 )
             )
-        switching = ", ".join(map(str, self.switching())) or "No head"
+        names = [str(head) for head in self.switching()]
+        switching = ", ".join(names) or "No head"
+        held = f"; {len(switch)} of {len(names)} by their whole intervals" if names else ""
         limit = (
             f"Dormant means activity below {self.rest} and a loss that changes by less than {self.tolerance} "
             f"nats per token with {self.baseline} in the head's place; heads were taken out one at a time, so "
@@ -109,7 +126,9 @@ class HeadActivity(Result):
         )
         return (
             *said,
-            Sentence(f"{switching}: dormant on one domain and not on another.", kind="switching"),
+            Sentence(
+                f"{switching}: dormant on one domain and not on another{held}.", kind="switching"
+            ),
             Sentence(limit, kind="limit"),
         )
 

@@ -31,6 +31,8 @@ from lens.passes.inputs import read_prompts
 from lens.passes.sessions import base, listening
 from lens.passes.structures import MaskStructure
 from lens.stats import over_units
+from lens.stats.intervals import columns as columns_of
+from lens.stats.verdicts import APART, verdict
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 _MEASURES = ("gate", "contribution", "removal", "early_mass", "late_mass")
@@ -45,12 +47,16 @@ class PersistentMemory(Result):
             prompts); `contribution`, the share `|m o_P| / (|m o_P| + |(1 - m) o|)` of the head's output;
             `removal`, `|o - output| / |output|`, what masking the memory changes; `early_mass` and
             `late_mass`, m in the first and the last quarter of the rows (drift with the context).
+        drift: what `late_mass` has more than `early_mass`, mean over heads, with `low` and `high` over prompts.
+        removed: mean of `removal` over heads, with `low` and `high` over prompts.
         pairs: of memory in the layer that has most.
         tokens: [prompts], T of each.
         bos: "added", "absent" or "mixed".
     """
 
     rows: pd.DataFrame = field(repr=False)
+    drift: tuple[float, float, float]
+    removed: tuple[float, float, float]
     pairs: int
     tokens: tuple[int, ...]
     bos: str
@@ -63,15 +69,17 @@ class PersistentMemory(Result):
         """How much the memory takes, whether that changes along the prompt, and the `limit`."""
         lowest = self.rows.sort_values("gate").iloc[0]
         early, late = self.rows["early_mass"].mean(), self.rows["late_mass"].mean()
+        change, low, high = self.drift
+        beside = "" if verdict(low, high) in APART else ", not told apart from no change"
         pairs = f"{self.pairs} pair{'s' * (self.pairs != 1)}"
         found = {
             "gate": f"With {pairs} of memory the heads keep {self.rows['gate'].mean():.0%} of their attention "
             f"on average; {lowest['name']} least, {lowest['gate']:.1%}"
             f"{ends(lowest['low'], lowest['high'], '.1%')}.",
             "drift": f"The mass of the memory goes from {early:.1%} in the first quarter of the rows to "
-            f"{late:.1%} in the last.",
-            "removal": "Masking the memory changes a head's output by "
-            f"{self.rows['removal'].mean():.0%} of its size on average.",
+            f"{late:.1%} in the last, {change:+.1%}{ends(low, high, '+.1%')}{beside}.",
+            "removal": f"Masking the memory changes a head's output by {self.removed[0]:.0%}"
+            f"{ends(*self.removed[1:], '.0%')} of its size on average.",
             "limit": f"{len(self.tokens)} prompts, BOS {self.bos}.",
         }
         return tuple(Sentence(text, kind=kind) for kind, text in found.items())
@@ -133,7 +141,12 @@ def persistent_memory(
     )
     most = max(pair[0].shape[1] for pair in pairs if pair is not None)
     lengths = tuple(len(ids) for ids in read)
-    return PersistentMemory(rows, most, lengths, bos_policy(model, read))
+    by_prompt = values[:, having].mean((1, 2))  # [prompts, measures]
+    drift, removed = (
+        tuple(float(number[0]) for number in columns_of("mean", one[None], seed).values())
+        for one in (by_prompt[:, 4] - by_prompt[:, 3], by_prompt[:, 2])
+    )
+    return PersistentMemory(rows, drift, removed, most, lengths, bos_policy(model, read))
 
 
 class WithMemory:

@@ -13,7 +13,7 @@ from lens.common.choices import Seed
 from lens.common.errors import LensError
 from lens.common.given import given_traces
 from lens.common.head_ids import all_heads, head_columns
-from lens.common.results import Result, Sentence, ends
+from lens.common.results import Result, Sentence, ends, few
 from lens.sinks.detection.alphas import (
     DIVIDED,
     Normalise,
@@ -25,6 +25,7 @@ from lens.sinks.detection.alphas import (
     uniform_alpha,
 )
 from lens.stats import over_units
+from lens.stats.verdicts import rivals
 from lens.traces.scores import SINK_EPSILON
 
 if TYPE_CHECKING:
@@ -119,8 +120,16 @@ class SinkRate(Result):
 
     def findings(self) -> tuple[Sentence, ...]:
         """The rate beside uniform attention, the heads with most, and what the number depends on."""
-        top = self.table().sort_values("alpha", ascending=False, kind="stable").head(3)
-        heads = ", ".join(f"{row['name']} {row['alpha']:.2f}" for row in top.to_dict("records"))
+        names, alpha = self.table()["name"], self.alpha.ravel()
+        first = np.argsort(-alpha, kind="stable")[:3]
+        heads = ", ".join(f"{names[at]} {alpha[at]:.2f}" for at in first)
+        by_sample = self.alphas.reshape(len(self.alphas), -1).T
+        alike = rivals(by_sample, int(first[0]), self.seed)
+        beside = (
+            f"; {names[first[0]]} is not told apart from {few(names[alike].tolist())}"
+            if alike
+            else ""
+        )
         interval = ends(self.low, self.high, ".1%")
         even = "not known" if np.isnan(self.uniform) else f"{self.uniform:.1%}"
         place = "The first token" if self.key == 0 else f"Key {self.key}"
@@ -131,7 +140,7 @@ class SinkRate(Result):
                 f"{self.samples.bos}, n = {self.samples.n}).",
                 kind="rate",
             ),
-            Sentence(f"It receives most in {heads} (mean α).", kind="heads"),
+            Sentence(f"It receives most in {heads} (mean α){beside}.", kind="heads"),
             Sentence(
                 "The rate is a share of heads, no mass, and compares only at equal ε, T, BOS and normalise.",
                 kind="limit",
