@@ -259,8 +259,8 @@ def compare(
     """Write the comparison of two runs, heads, scores and sections side by side, or of heads over a series of runs."""
     output = Output(json, quiet, debug)
     with output.session():
-        from lens_analyses.comparing import FOLDER, write_comparison
-        from lens_analyses.comparing.series import write_series
+        from lens_analyses.comparison import FOLDER, write_comparison
+        from lens_analyses.comparison.series import write_series
         from lens_analyses.listing import resolve
         from lens_analyses.making import check_writable
 

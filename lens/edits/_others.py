@@ -16,7 +16,7 @@ from lens.edits.attention import AttentionOfKeys
 from lens.edits.language import Edit, Running
 from lens.models.loaded import LoadedModel
 from lens.passes.keys import KeysAt
-from lens.passes.stream import changed
+from lens.passes.residual import changed
 from lens.stats.controls import others
 
 if TYPE_CHECKING:

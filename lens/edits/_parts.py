@@ -17,8 +17,8 @@ from lens.passes.calls import LayerCall, attend, first_of
 from lens.passes.head_outputs import FEWEST, mean_heads
 from lens.passes.inputs import read_prompts
 from lens.passes.keys import KeysAt
+from lens.passes.residual import changed
 from lens.passes.sessions import base
-from lens.passes.stream import changed
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int

@@ -19,7 +19,7 @@ from lens.edits.base import selected_heads
 from lens.edits.language import OfHeads, Running, check_number, plain_keys
 from lens.models.loaded import LoadedModel
 from lens.passes.keys import Keys
-from lens.passes.stream import layer_inputs
+from lens.passes.residual import layer_inputs
 
 if TYPE_CHECKING:
     from jaxtyping import Bool

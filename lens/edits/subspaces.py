@@ -18,7 +18,7 @@ from lens.edits.language import OfHeads, Running, check_number
 from lens.models.loaded import LoadedModel
 from lens.passes.calls import LayerCall, attend
 from lens.passes.keys import KeysAt
-from lens.passes.stream import changed
+from lens.passes.residual import changed
 
 if TYPE_CHECKING:
     from jaxtyping import Float

@@ -5,8 +5,8 @@ from .docstring import docstring as docstring
 from .greater_than import greater_than as greater_than
 from .ioi import ioi as ioi
 from .jsonl import from_jsonl as from_jsonl
-from .making import induction as induction
-from .making import language_modelling as language_modelling
+from .language import induction as induction
+from .language import language_modelling as language_modelling
 from .prompts import copied as copied
 from .prompts import loss as loss
 from .prompts import take as take

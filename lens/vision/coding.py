@@ -27,8 +27,8 @@ from lens.models.loaded import LoadedModel
 from lens.models.stages import stages
 from lens.passes.calls import LayerCall, attend
 from lens.passes.inputs import read_prompts
+from lens.passes.residual import layer_inputs
 from lens.passes.sessions import listening, run, transformer
-from lens.passes.stream import layer_inputs
 from lens.stats.intervals import over_units
 from lens.vision._patches import head_table
 

@@ -33,7 +33,7 @@ from lens.edits.running import edit
 from lens.models.loaded import LoadedModel
 from lens.passes.inputs import Prompt
 from lens.passes.keys import KeysAt
-from lens.passes.stream import layer_inputs
+from lens.passes.residual import layer_inputs
 from lens.stats.intervals import over_units
 from lens.traces.segments import IMAGE, SYSTEM, TEXT, segments
 

@@ -11,7 +11,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pandas as pd
 import pytest
-from lens_analyses.comparing import write_comparison
+from lens_analyses.comparison import write_comparison
 from lens_analyses.report import render, write_report
 from lens_analyses.report.charts import only_picture
 from lens_analyses.report.maps import colored, png

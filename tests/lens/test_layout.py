@@ -18,7 +18,7 @@ from lens.passes import replay
 from lens.passes import sublayers as proving
 from lens.passes.inputs import read_prompts
 from lens.passes.replay import proved, replay_error
-from lens.passes.stream import changed, layer_inputs, stream
+from lens.passes.residual import changed, layer_inputs, stream
 from lens.passes.sublayers import sublayers
 from tests.lens.architectures import build
 from tests.lens.layouts import KINDS, layout_model

@@ -9,7 +9,7 @@ CHECKED = (
     *("plain transformers.masking_utils", "lens.passes.structures", "lens.passes.masks"),
     "lens.passes.calls",
     *("plain lens.passes.bridge", "plain lens.passes.computed", "plain lens.passes.history"),
-    *("lens.passes.sessions", "lens.passes.logits", "lens.passes.visit", "lens.passes.stream"),
+    *("lens.passes.sessions", "lens.passes.logits", "lens.passes.visit", "lens.passes.residual"),
     *("lens.passes.keys", "lens.passes.pieces", "plain lens.passes.sources"),
     *("lens.passes.head_outputs", "lens.passes.blocks", "lens.edits._phi", "lens.edits.losses"),
     *("lens.edits.base", "lens.edits._gathered", "lens.edits._rows", "lens.edits._keyed"),

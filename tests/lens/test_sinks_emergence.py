@@ -7,7 +7,7 @@ import torch
 import lens
 from lens.common.errors import LensError
 from lens.passes.inputs import read_prompts
-from lens.passes.stream import stream
+from lens.passes.residual import stream
 from lens.sinks import emergence, gates
 from lens.sinks.detection.conditions import by_length, control_prompts
 from tests.lens.architectures import build

@@ -11,7 +11,7 @@ from lens.common.errors import LensError
 from lens.models import smollm2
 from lens.models.layout import blocks
 from lens.passes.inputs import read_prompts
-from lens.passes.stream import changed, stream
+from lens.passes.residual import changed, stream
 from tests.lens.architectures import build
 from tests.lens.naive import rms_ratio
 

@@ -23,7 +23,7 @@ from lens.heads.measures.methods import Baseline
 from lens.heads.pruning.groups import ablate_each
 from lens.models.loaded import LoadedModel
 from lens.stats.intervals import columns
-from lens.tasks.making import language_modelling
+from lens.tasks.language import language_modelling
 from lens.traces.captures import capture
 from lens.traces.trace import AttentionTrace
 

@@ -15,8 +15,8 @@ from lens.common.progress import advancing
 from lens.common.results import Result, Sentence
 from lens.edits._phi import EPSILON
 from lens.models.loaded import LoadedModel
+from lens.passes.residual import layer_inputs
 from lens.passes.sessions import base
-from lens.passes.stream import layer_inputs
 
 
 @dataclass(frozen=True, repr=False, eq=False)

@@ -15,7 +15,7 @@ from lens.common.errors import LensError
 from lens.common.results import Result, Sentence
 from lens.edits._phi import check_dims, phi
 from lens.models.loaded import LoadedModel
-from lens.passes.stream import layer_inputs
+from lens.passes.residual import layer_inputs
 from lens.sinks.detection.alphas import alpha_of
 from lens.traces.captures import capture
 

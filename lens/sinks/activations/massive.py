@@ -18,7 +18,7 @@ from lens.edits.losses import bos_policy
 from lens.edits.parts import Activation
 from lens.models.loaded import LoadedModel
 from lens.passes.inputs import Prompt, read_prompts
-from lens.passes.stream import stream
+from lens.passes.residual import stream
 
 RATIO, MAGNITUDE = 1000.0, 100.0
 

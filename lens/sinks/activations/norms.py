@@ -17,8 +17,8 @@ from lens.common.results import Result, Sentence
 from lens.models.layout import blocks
 from lens.models.loaded import LoadedModel
 from lens.passes.inputs import read_prompts
+from lens.passes.residual import stream
 from lens.passes.sessions import base
-from lens.passes.stream import stream
 
 LEAST_SEPARATION, LEAST_RATIO = 4.0, 3.0
 """Two modes: Ashman's D of their log norms, and the ratio of their mean norms, at least these.

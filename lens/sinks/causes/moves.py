@@ -19,7 +19,7 @@ from lens.edits.watching import Watch
 from lens.models.loaded import LoadedModel
 from lens.passes.calls import LayerCall
 from lens.passes.inputs import Prompt
-from lens.passes.stream import changed
+from lens.passes.residual import changed
 from lens.sinks.activations.massive import massive
 from lens.stats.controls import drawing
 from lens.stats.intervals import columns

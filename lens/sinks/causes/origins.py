@@ -15,8 +15,8 @@ from lens.models.loaded import LoadedModel
 from lens.passes.calls import LayerCall, attend
 from lens.passes.inputs import Prompt
 from lens.passes.logits import logits_of
+from lens.passes.residual import layer_inputs
 from lens.passes.sessions import listening
-from lens.passes.stream import layer_inputs
 from lens.sinks.causes.neurons import neurons_of
 from lens.stats.intervals import columns
 

@@ -18,8 +18,8 @@ from lens.runs.comparison.series import RunSeries, compare_series
 from lens.runs.comparison.words import MATCHED
 from lens.runs.first_screen import Shown
 from lens.traces.metrics import METRICS
-from lens_analyses.comparing.page import choices, rendered
-from lens_analyses.comparing.written import Written, check_done
+from lens_analyses.comparison.page import choices, rendered
+from lens_analyses.comparison.written import Written, check_done
 from lens_analyses.console import finite, to_json
 from lens_analyses.report.charts import pictures, slim
 from lens_analyses.report.numbers import CITATION, headline, plain

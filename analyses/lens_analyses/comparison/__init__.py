@@ -6,9 +6,9 @@ from lens.common.files import write_text
 from lens.figures.style import untemplated
 from lens.runs import Run, compare_runs
 from lens.runs.comparison.headlines import of_comparison
-from lens_analyses.comparing.numbers import numbers
-from lens_analyses.comparing.page import figures, page
-from lens_analyses.comparing.written import Written, check_done
+from lens_analyses.comparison.numbers import numbers
+from lens_analyses.comparison.page import figures, page
+from lens_analyses.comparison.written import Written, check_done
 from lens_analyses.console import to_json
 from lens_analyses.report.charts import pictures
 
