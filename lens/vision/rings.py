@@ -216,12 +216,12 @@ class Shapes(Result):
             share, fair = self.share[..., number].ravel(), self.uniform[:, number]
             above = int((self.low[..., number] > fair[:, None] + SMALLEST).sum())
             best = int(np.nanargmax(share))
-            held = (one[..., number].ravel()[best] for one in (self.low, self.high))
-            interval = of_many(share[best], *held, share.size)  # it is the highest of all
+            low, high = (one[..., number].ravel()[best] for one in (self.low, self.high))
+            low, high = of_many(share[best], low, high, share.size)  # it is the highest of all
             found.append(
                 Sentence(
                     f"{shape.replace('_', '-')}: {above} of {share.size} heads above uniform attention ({in_words(fair, '.1%')}); "
-                    f"most {names[best]} with {share[best]:.1%}{ends(*interval, '.1%')}.",
+                    f"most {names[best]} with {share[best]:.1%}{ends(low, high, '.1%')}.",
                     kind=shape,
                 )
             )

@@ -9,7 +9,7 @@ from lens.circuits.graph.activations import PlainVisitor
 from lens.circuits.graph.nodes import find_nodes
 from lens.circuits.graph.nodes import visit as visited
 from lens.common.head_ids import HeadId
-from lens.passes import blocks, head_outputs, keys, logits, pieces, stream, visit
+from lens.passes import blocks, head_outputs, keys, logits, pieces, residual, visit
 from lens.passes.calls import LayerCall
 from lens.passes.inputs import read_prompts
 from lens.passes.structures import MaskStructure
@@ -42,7 +42,7 @@ def visits(nodes):
 
 RIGHT = {
     "logits_of": lambda: logits.logits_of(MODEL, IDS),
-    "stream": lambda: stream.stream(MODEL, read_prompts(MODEL, IDS[0].tolist())[0][0]),
+    "stream": lambda: residual.stream(MODEL, read_prompts(MODEL, IDS[0].tolist())[0][0]),
     "read_calls": lambda: head_outputs.read_calls(MODEL, IDS),
     "read_heads": lambda: head_outputs.read_heads(MODEL, IDS, lambda *_: None),
     "edited_logits": lambda: head_outputs.edited_logits(MODEL, IDS, [[HeadId(0, 1)]] * 3, [zero] * 3),

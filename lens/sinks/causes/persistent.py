@@ -31,7 +31,6 @@ from lens.passes.inputs import read_prompts
 from lens.passes.sessions import base, listening
 from lens.passes.structures import MaskStructure
 from lens.stats import over_units
-from lens.stats.intervals import columns as columns_of
 from lens.stats.verdicts import APART, verdict
 
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -79,7 +78,7 @@ class PersistentMemory(Result):
             "drift": f"The mass of the memory goes from {early:.1%} in the first quarter of the rows to "
             f"{late:.1%} in the last, {change:+.1%}{ends(low, high, '+.1%')}{beside}.",
             "removal": f"Masking the memory changes a head's output by {self.removed[0]:.0%}"
-            f"{ends(*self.removed[1:], '.0%')} of its size on average.",
+            f"{ends(self.removed[1], self.removed[2], '.0%')} of its size on average.",
             "limit": f"{len(self.tokens)} prompts, BOS {self.bos}.",
         }
         return tuple(Sentence(text, kind=kind) for kind, text in found.items())
@@ -142,11 +141,15 @@ def persistent_memory(
     most = max(pair[0].shape[1] for pair in pairs if pair is not None)
     lengths = tuple(len(ids) for ids in read)
     by_prompt = values[:, having].mean((1, 2))  # [prompts, measures]
-    drift, removed = (
-        tuple(float(number[0]) for number in columns_of("mean", one[None], seed).values())
-        for one in (by_prompt[:, 4] - by_prompt[:, 3], by_prompt[:, 2])
-    )
+    drift = _mean(by_prompt[:, 4] - by_prompt[:, 3], seed)
+    removed = _mean(by_prompt[:, 2], seed)
     return PersistentMemory(rows, drift, removed, most, lengths, bos_policy(model, read))
+
+
+def _mean(values: np.ndarray, seed: Seed) -> tuple[float, float, float]:
+    """Mean over prompts with its interval."""
+    low, high = over_units(values, np.ones_like(values), seed)
+    return float(values.mean()), float(low), float(high)
 
 
 class WithMemory:
