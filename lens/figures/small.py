@@ -11,10 +11,10 @@ import plotly.graph_objects as go
 import plotly.io as pio
 
 from lens.common.colors import ACCENT, BASELINE, INK
-from lens.figures.style import set_axes, set_layout
+from lens.figures.style import set_axes, set_layout, tick_step
 
 SIZE = 300, 126
-_LEAST_TICKS = 4
+_LEAST_TICKS, _MOST_TICKS = 4, 7
 _WIDE, _HIGH, _EDGE = 300, 30, 6  # of a strip
 _ROOM = 36  # characters below it
 
@@ -50,7 +50,24 @@ def small(figure: go.Figure) -> go.Figure:
     }
     words = any(_is_named(trace) for trace in made.data)
     set_axes(made, axis | {"showticklabels": False} if words else axis, axis)
+    down: Any = list(made.select_yaxes())
+    across: Any = list(made.select_xaxes())
+    for one in across + down:
+        if one.tickvals is not None and len(one.tickvals) > _MOST_TICKS:
+            one.tickvals = one.tickvals[:: tick_step(len(one.tickvals), _MOST_TICKS)]
+    rows = max((_rows(trace) for trace in made.data), default=0)
+    for one in down:
+        if isinstance(one.dtick, int | float) and rows / one.dtick > _MOST_TICKS:
+            one.dtick = tick_step(rows, _MOST_TICKS)
     return made
+
+
+def _rows(trace: Any) -> int:
+    """Of a grid of numbers; 0 of other marks."""
+    if trace.type != "heatmap" or trace.z is None:
+        return 0
+    packed = isinstance(trace.z, dict)  # plotly's form of numbers in a file
+    return int(str(trace.z["shape"]).partition(",")[0]) if packed else len(trace.z)
 
 
 def _copied(figure: go.Figure) -> go.Figure:

@@ -10,6 +10,7 @@ import plotly.graph_objects as go
 import pytest
 
 from lens.common.errors import LensError
+from lens.figures.columns import column_grid
 from lens.figures.small import small, strip
 from lens.runs.door import Door
 from lens.runs.first_screen import MOST, OF_ONE, PROFILE, first, first_screen
@@ -169,6 +170,14 @@ def test_the_profile_fills_what_sections_leave_and_says_its_baseline():
     assert [one.section for one in first_screen(heads(), {"a": many["a"]})] == ["a", "a", PROFILE]
     assert first_screen(heads(), {"roles": section("roles")}) == []
     assert first_screen(heads(value=0.2), {}) == []
+
+
+@pytest.mark.parametrize(("layers", "step"), [(3, 1), (30, 5), (80, 12)])
+def test_the_layers_of_a_small_picture_have_room_for_their_names(layers, step):
+    rows = [(layer, head, float(layer)) for layer in range(layers) for head in range(2)]
+    figure = column_grid(pd.DataFrame(rows, columns=["layer", "head", "a"]), "a")
+    read = go.Figure(figure.to_plotly_json())  # as from a file
+    assert [small(one).layout.yaxis.dtick for one in (figure, read)] == [step, step]
 
 
 def test_a_small_picture_has_no_words_and_leaves_the_figure_as_it_is():

@@ -8,10 +8,7 @@ import torch
 
 from lens import circuits
 from lens.circuits.checks._completeness import Completeness
-from lens.circuits.checks._control import Control
-from lens.circuits.checks._minimality import Minimality
-from lens.circuits.checks._stability import Stability
-from lens.circuits.checks.evaluation import CircuitEvaluation
+from lens.circuits.checks._control import CONTROLS, Control
 from lens.circuits.graph.circuit import Circuit
 from lens.circuits.graph.edge_scores import EdgeScores
 from lens.circuits.scores.methods import named
@@ -71,7 +68,7 @@ def edges(subject: Subject) -> Section:
         summary=(
             *_scores_in_words(scores, table),
             *found.findings(),
-            _stable(stable),
+            *stable.findings(),
         ),
         limits=(
             "Scores are first-order estimates unless the method is `exact`; what they are worth, the "
@@ -146,10 +143,10 @@ def circuit(subject: Subject) -> Section:
         name="circuit",
         title="The circuit: is it faithful, complete and minimal?",
         summary=(
-            _faithful(beside, chosen),
-            _curve_in_words(curve),
+            *(f"On held-out prompts {said[0].lower()}{said[1:]}" for said in beside.findings()),
+            *curve.findings(),
             _complete(complete, beside),
-            _minimal(minimal),
+            *minimal.findings(),
         ),
         limits=(
             f"Everything here is on {task.n} prompts that the circuit was not made from (completeness "
@@ -171,7 +168,7 @@ def circuit(subject: Subject) -> Section:
         },
         tables=tables,
         figures={"faithfulness": curve.plot()},
-        headlines=tuple(of_circuit(tables["same_size"], _CONTROLS, "faithfulness")),
+        headlines=tuple(of_circuit(tables["same_size"], CONTROLS, "faithfulness")),
     )
 
 
@@ -229,36 +226,6 @@ def _scores_in_words(scores: EdgeScores, table: pd.DataFrame) -> list[str]:
     return said
 
 
-def _stable(stable: Stability) -> str:
-    return (
-        f"Made anew from prompts drawn again, {stable.circuits} times, circuits share {stable.mean:.0%} of "
-        f"their edges (Jaccard index, least {stable.values.min():.0%}; random ones {stable.chance:.1%}) and "
-        f"{stable.nodes.mean():.0%} of their parts."
-    )
-
-
-def _faithful(beside: Control, chosen: Circuit) -> str:
-    rows = beside.table().set_index("circuit")
-    one = rows.loc["circuit"]
-    others = "; ".join(
-        f"{words} {rows.loc[kind, 'faithfulness']:.2f} [{rows.loc[kind, 'low']:.2f}, "
-        f"{rows.loc[kind, 'high']:.2f}] (p = {rows.loc[kind, 'p']:.2f})"
-        for kind, words in _CONTROLS.items()
-    )
-    return (
-        f"On held-out prompts the circuit of {chosen.n:,} edges has a faithfulness of "
-        f"{one['faithfulness']:.2f} [{one['low']:.2f}, {one['high']:.2f}]; of as many edges, {others}."
-    )
-
-
-def _curve_in_words(curve: CircuitEvaluation) -> str:
-    return (
-        f"Over all sizes the circuit performance ratio (CPR, more is better) is {curve.cpr:.2f} and of "
-        f"random circuits {curve.random_cpr.mean():.2f}; the circuit-model distance (CMD, less is better) "
-        f"{curve.cmd:.2f} and {curve.random_cmd.mean():.2f}."
-    )
-
-
 def _complete(found: Completeness, beside: Control) -> str:
     row = found.table().iloc[found.worst]
     sets = found.table()
@@ -271,23 +238,6 @@ def _complete(found: Completeness, beside: Control) -> str:
         f"incomplete by {abs(1 - drawn_edges):.0%} with nothing taken out."
     )
 
-
-def _minimal(found: Minimality) -> str:
-    rows = found.table()
-    clear = int(((rows["low"] > 0) | (rows["high"] < 0)).sum())
-    best = ", ".join(f"{row['node']} {row['share']:.0%}" for row in rows.head(4).to_dict("records"))
-    return (
-        f"{len(found.needed())} of the {len(found.nodes)} heads and MLPs that were taken out of it change the task by at least 1 %, "
-        f"{clear} with an interval that excludes 0; most do {best} (a part of a "
-        f"random circuit: {rows['random'].iloc[0] / abs(found.whole):.1%})."
-    )
-
-
-_CONTROLS = {
-    "uniform": "random ones",
-    "degrees": "random ones with the same degrees",
-    "magnitude": "those where activations differ most",
-}
 
 COLUMNS = {
     "edge": "Writer->reader; a head reads by <q>, <k> and <v>, heads of a layer of a hybrid as one, such as a1.",

@@ -115,10 +115,7 @@ def _of_heads(found: PatchEffects) -> pd.DataFrame:
 def _carried(found: PatchEffects) -> str:
     """At which token the residual stream carries most of the answer, layer by layer."""
     if not found.whole:
-        return (
-            f"Both runs have the same {found.metric} ({found.base.mean():.3g}, mean of {len(found.base)} prompts), so "
-            "there is nothing for a patch to move: the corrupt prompts do not change what is measured."
-        )
+        return " ".join(found.findings())
     effects, done = found.effects, _DONE[found.direction]
     best, most = effects.argmax(1), effects.max(1)
     shown = np.flatnonzero(most >= _WORTH)

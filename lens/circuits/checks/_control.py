@@ -21,12 +21,17 @@ from lens.circuits.graph.selection import random_edges, same_degrees
 from lens.circuits.scores.attribution import written
 from lens.common.choices import Count, Seed, check_choice, check_lists
 from lens.common.given import given_as
-from lens.common.results import Result
+from lens.common.results import Result, Sentence
 from lens.models.loaded import LoadedModel
 from lens.stats.controls import p_value
 from lens.tasks.task import Task
 
 Kind = Literal["uniform", "degrees", "magnitude"]
+CONTROLS = {
+    "uniform": "random ones",
+    "degrees": "random ones with the same degrees",
+    "magnitude": "those where activations differ most",
+}
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -66,6 +71,21 @@ class Control(Result):
             )
         columns = ["circuit", "faithfulness", "low", "high", "draws", "p"]
         return pd.DataFrame(rows, columns=columns).assign(edges=self.edges)
+
+    def findings(self) -> tuple[Sentence, ...]:
+        """The faithfulness of the circuit, beside that of each control."""
+        rows = self.table().set_index("circuit")
+        one = rows.loc["circuit"]
+        others = "; ".join(
+            f"{CONTROLS[kind]} {rows.loc[kind, 'faithfulness']:.2f} [{rows.loc[kind, 'low']:.2f}, "
+            f"{rows.loc[kind, 'high']:.2f}] (p = {rows.loc[kind, 'p']:.2f})"
+            for kind in self.faithfulness
+        )
+        text = (
+            f"The circuit of {self.edges:,} edges has a faithfulness of {one['faithfulness']:.2f} "
+            f"[{one['low']:.2f}, {one['high']:.2f}]; of as many edges, {others}."
+        )
+        return (Sentence(text, kind="faithful"),)
 
     def __repr__(self) -> str:
         drawn = ", ".join(

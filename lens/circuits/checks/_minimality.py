@@ -15,7 +15,7 @@ from lens.circuits.graph.selection import random_edges, without
 from lens.common.choices import Count, Seed
 from lens.common.errors import LensError
 from lens.common.given import given_as
-from lens.common.results import Result
+from lens.common.results import Result, Sentence
 from lens.models.loaded import LoadedModel
 from lens.stats.intervals import columns
 from lens.tasks.task import Task
@@ -77,6 +77,19 @@ class Minimality(Result):
             }
         )
         return rows.sort_values("drop", ascending=False, kind="stable", ignore_index=True)
+
+    def findings(self) -> tuple[Sentence, ...]:
+        """How many parts are needed, and which do most, beside a part of a random circuit."""
+        rows = self.table()
+        clear = int(((rows["low"] > 0) | (rows["high"] < 0)).sum())
+        records = rows.head(4).to_dict("records")
+        best = ", ".join(f"{row['node']} {row['share']:.0%}" for row in records)
+        text = (
+            f"{len(self.needed())} of the {len(self.nodes)} heads and MLPs that were taken out of it change the task "
+            f"by at least 1 %, {clear} with an interval that excludes 0; most do {best} (a part of a "
+            f"random circuit: {rows['random'].iloc[0] / abs(self.whole):.1%})."
+        )
+        return (Sentence(text, kind="needed"),)
 
     def __repr__(self) -> str:
         return (

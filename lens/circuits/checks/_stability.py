@@ -16,7 +16,7 @@ from lens.circuits.scores.scoring import score_edges
 from lens.common.choices import Count, Seed, check_counts, check_lists
 from lens.common.errors import LensError
 from lens.common.given import given_as
-from lens.common.results import Result
+from lens.common.results import Result, Sentence
 from lens.models.loaded import LoadedModel
 from lens.stats import controls
 from lens.tasks.task import Task
@@ -55,6 +55,16 @@ class Stability(Result):
         ]
         table = pd.DataFrame(rows, columns=["of", "mean", "least", "most"])
         return table.assign(chance=[self.chance, np.nan], circuits=self.circuits)
+
+    def findings(self) -> tuple[Sentence, ...]:
+        """How much the circuits share, beside random ones."""
+        drawn = f"Made anew from prompts drawn again, {self.circuits} times, circuits"
+        text = (
+            f"{drawn if self.what == 'resamples' else f'The {self.circuits} circuits'} share {self.mean:.0%} of "
+            f"their edges (Jaccard index, least {self.values.min():.0%}; random ones {self.chance:.1%}) and "
+            f"{self.nodes.mean():.0%} of their parts."
+        )
+        return (Sentence(text, kind="shared"),)
 
     def __repr__(self) -> str:
         return (

@@ -23,7 +23,7 @@ from lens.common.choices import Count, Seed
 from lens.common.errors import LensError
 from lens.common.given import given_as
 from lens.common.progress import advancing
-from lens.common.results import Result
+from lens.common.results import Result, Sentence
 from lens.models.loaded import LoadedModel
 from lens.tasks.task import Task
 
@@ -158,6 +158,15 @@ class CircuitEvaluation(Result):
                 )
             )
         return pd.concat(parts, ignore_index=True)
+
+    def findings(self) -> tuple[Sentence, ...]:
+        """Both areas, beside those of random circuits."""
+        text = (
+            f"Over all sizes the circuit performance ratio (CPR, more is better) is {self.cpr:.2f} and of "
+            f"random circuits {self.random_cpr.mean():.2f}; the circuit-model distance (CMD, less is better) "
+            f"{self.cmd:.2f} and {self.random_cmd.mean():.2f}."
+        )
+        return (Sentence(text, kind="areas"),)
 
     def __repr__(self) -> str:
         return (

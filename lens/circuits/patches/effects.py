@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from lens.common.errors import LensError
-from lens.common.results import Result
+from lens.common.results import Result, Sentence, ends
 from lens.stats.intervals import columns
+from lens.stats.verdicts import by_chance
 from lens.tasks.task import Task
 
 Direction = Literal["noising", "denoising"]
@@ -89,6 +90,32 @@ class PatchEffects(Result):
         )
         order = rows["effect"].abs().sort_values(ascending=False, kind="stable").index
         return rows.loc[order].reset_index(drop=True)
+
+    def findings(self) -> tuple[Sentence, ...]:
+        """The place that moves most, beside the median place, and how many are told apart from nothing."""
+        if not self.whole:
+            text = (
+                f"Both runs have the same {self.metric} ({self.base.mean():.3g}, mean of {len(self.base)} prompts), so "
+                "there is nothing for a patch to move: the corrupt prompts do not change what is measured."
+            )
+            return (Sentence(text, kind="nothing"),)
+        rows = self.table()
+        best = rows.loc[rows["effect"].idxmax()]
+        at = "" if best["position"] == "all" else f" at {best['position']}"
+        largest = max(np.abs(self.base).max(), np.abs(self.source).max())
+        moved = rows["change"].abs() > ROUNDING * largest
+        clear = int((moved & ((rows["low"] > 0) | (rows["high"] < 0))).sum())
+        text = (
+            f"Of {len(rows)} places {best['node']}{at} moves most: {best['change']:+z.3g}"
+            f"{ends(best['low'], best['high'], '+z.3g')} of the {self.whole:+.3g} {self.metric} between both runs, the "
+            f"median place {rows['change'].median():+z.3g}."
+        )
+        many = (
+            f"{clear} of {len(rows)} places have a 95 % interval that leaves out 0 "
+            f"({by_chance(len(rows)):.1f} by chance)."
+        )
+        said = Sentence(text, kind="most")
+        return (said, Sentence(many, kind="chance")) if len(self.base) > 1 else (said,)
 
     def __repr__(self) -> str:
         best = "" if self.whole else "none, both runs have the same metric"

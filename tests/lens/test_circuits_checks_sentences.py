@@ -1,0 +1,99 @@
+"""What checks of circuits and patches say, word by word, and what they say where it would be the opposite."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from lens.circuits.checks._control import Control
+from lens.circuits.checks._minimality import Minimality
+from lens.circuits.checks._stability import Stability
+from lens.circuits.checks.evaluation import CircuitEvaluation, Outcome
+from lens.circuits.graph.activations import Ablation
+from lens.circuits.patches.effects import PatchEffects
+
+ONES, ZEROS = np.ones(4), np.zeros(4)
+
+
+def outcome(*faithfulness):
+    """Of circuits that keep these shares of the metric, the same on every prompt."""
+    kept = np.array(faithfulness)[:, None] * ONES
+    return Outcome(kept, kept * 0, ONES, ZEROS)
+
+
+def test_control():
+    found = Control(
+        outcome(0.9),
+        {"uniform": np.array([0.1, 0.2, 0.3]), "degrees": np.full(3, 0.95)},
+        12,
+        "made",
+        0,
+    )
+    assert found.findings() == (
+        "The circuit of 12 edges has a faithfulness of 0.90 [0.90, 0.90]; of as many edges, random ones 0.20 "
+        "[0.11, 0.29] (p = 0.25); random ones with the same degrees 0.95 [0.95, 0.95] (p = 1.00).",
+    )
+
+
+def test_evaluation():
+    shares = (0.0, 0.5, 1.0)
+    found = CircuitEvaluation(
+        shares, outcome(0, 1, 1), outcome(0, 0.5, 1), np.array([[0, 0.2, 1], [0, 0.4, 1]]),
+        np.array([0, 5, 10]), Ablation("zero"), "eap", "loss", "made", "small", 0,
+    )  # fmt: skip
+    assert found.findings() == (
+        "Over all sizes the circuit performance ratio (CPR, more is better) is 0.75 and of random circuits 0.40; "
+        "the circuit-model distance (CMD, less is better) 0.50 and 0.60.",
+    )
+
+
+def test_minimality():
+    drops = np.array([[0.4, 0.5, 0.6, 0.5], [0.001, -0.001, 0.001, -0.001]])
+    found = Minimality(
+        ("a0.h0", "m1"), drops, ((), ()), np.array([0.01, -0.02]), ONES, ZEROS, "loss", "made", 0
+    )
+    assert found.findings() == (
+        "1 of the 2 heads and MLPs that were taken out of it change the task by at least 1 %, 1 with an interval that "
+        "excludes 0; most do a0.h0 50%, m1 0% (a part of a random circuit: 1.9%).",
+    )
+
+
+def test_stability():
+    found = Stability(np.array([0.5, 0.7]), np.array([0.8, 1.0]), 0.1, ZEROS, "resamples", 3)
+    assert found.findings() == (
+        "Made anew from prompts drawn again, 3 times, circuits share 60% of their edges (Jaccard index, least 50%; "
+        "random ones 10.0%) and 90% of their parts.",
+    )
+    said = " ".join(replace(found, what="circuits").findings())
+    assert said.startswith("The 3 circuits share 60% of their edges")
+
+
+@pytest.fixture
+def patched():
+    """A head that moves half of the metric, one that moves nothing but rounding, one that moves against it."""
+    moved = np.array([[-0.5, -0.4, -0.6, -0.5], [1e-9, 1e-9, 1e-9, 1e-9], [0.1, 0.2, 0.1, 0.2]])
+    return PatchEffects(
+        ("a0.h0", "a0.h1", "m0"), ("7",), 1 + moved[:, None], ONES, ZEROS, "noising", (), "loss", "made", "small"
+    )  # fmt: skip
+
+
+def test_patch_effects(patched):
+    assert patched.findings() == (
+        "Of 3 places a0.h0 at 7 moves most: -0.5 [-0.575, -0.425] of the -1 loss between both runs, the median place "
+        "+1e-09.",
+        "2 of 3 places have a 95 % interval that leaves out 0 (0.2 by chance).",
+    )
+    alone = replace(
+        patched,
+        patched=patched.patched[:, :, :1],
+        base=ONES[:1],
+        source=ZEROS[:1],
+        positions=("all",),
+    )
+    assert alone.findings() == (
+        "Of 3 places a0.h0 moves most: -0.5 of the -1 loss between both runs, the median place +1e-09.",
+    )
+    nothing = " ".join(replace(patched, source=ONES).findings())
+    assert nothing.startswith(
+        "Both runs have the same loss (1, mean of 4 prompts), so there is nothing"
+    )
