@@ -1,10 +1,11 @@
 """Ways to score and choose edges, on models whose circuit is known, on `induction-2l` and on `smollm2-135m`.
 
-    python tests/benchmarks/circuit_methods.py [--smollm2] [--write] [--work DIR]
+    python tests/benchmarks/circuit_methods.py [--smollm2] [--places] [--write] [--work DIR]
 
 prints CIRCUIT_METHODS.md, and writes it with `--write`. With `--smollm2` alone the rows of that model are made, the others stay: it
 says about how long that takes, writes after every row, and what stopped goes on where it was (rows are kept in `--work`,
-runs/circuit-methods if not given, until all are there). On known circuits: area under the curve of the edges that show on each
+runs/circuit-methods if not given, until all are there). With `--places` the paragraph on edges at places is made alone, of
+`induction-2l` or with `--smollm2` of that model, and the rest stays. On known circuits: area under the curve of the edges that show on each
 task, and of edges at single tokens. On `induction-2l` and, with `--smollm2`, on indirect objects with `smollm2-135m`: edges are
 scored on 16 prompts (8 of the large model) and circuits run on as many others; a circuit's size is the smallest of 12 (8) with a
 faithfulness of 0.85 there, and the overlap that of two halves of the prompts at that size.
@@ -26,7 +27,6 @@ from lens.circuits.checks.evaluation import run_circuits
 from lens.circuits.graph.edge_scores import EdgeScores
 from lens.circuits.known import PROGRAMS, induction_transformer, tracr
 from lens.circuits.scores import Hybrid
-from lens.common.results import of_kind
 from lens.models.loaded import LoadedModel
 from lens.tasks import Task
 
@@ -39,6 +39,7 @@ _TABLE = Path(__file__).with_name("CIRCUIT_METHODS.md")
 _ENOUGH = 0.85
 _FEW = 8  # prompts of the large model
 _MARK = "<!-- smollm2 -->"
+_PLACES = "Edges at places"
 
 
 def main() -> None:
@@ -47,25 +48,32 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--smollm2", action="store_true")
+    parser.add_argument("--places", action="store_true")
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--work", type=Path, default=Path("runs/circuit-methods"))
     given = parser.parse_args()
     old = _TABLE.read_text(encoding="utf-8") if _TABLE.exists() else ""
     small, _, large = (part.strip() for part in old.partition(_MARK))
-    if not given.smollm2:
+    if not given.smollm2 and not given.places:
         small = known_models()
 
     def put(large: str) -> None:
         if given.write:
             _TABLE.write_text(f"{small}\n\n{_MARK}\n{large}\n", encoding="utf-8")
 
-    if given.smollm2:
+    if given.places and given.smollm2:
+        large = with_places(large, large_places())
+    elif given.places:
+        small = with_places(small, small_places())
+    elif given.smollm2:
         for text in large_model(given.work):
             large = text
             put(text)
     put(large)
     print(f"{small}\n\n{_MARK}\n{large}")
-    if given.smollm2:  # the page is whole: the next call computes its rows anew
+    if (
+        given.smollm2 and not given.places
+    ):  # the page is whole: the next call computes its rows anew
         for method in _LARGE:
             (given.work / f"{method}.npz").unlink(missing_ok=True)
 
@@ -73,9 +81,7 @@ def main() -> None:
 def known_models() -> str:
     """The page up to `smollm2-135m`."""
     small = lens.load("induction-2l")
-    copying = lens.tasks.induction(small, 16), lens.tasks.induction(small, 16, seed=1)
-    copies = {"first copy": (1, 26), "second copy": (26, 51)}
-    *_, rows = trained(small, *copying, (*METHODS, PRUNING))
+    *_, rows = trained(small, *copying(small), (*METHODS, PRUNING))
     return f"""# Methods that find circuits
 
 `python tests/benchmarks/circuit_methods.py`: float32, CPU. `hybrid` is the mean of eap-ig, eap and eap-ig-activations at equal scale; with edge
@@ -101,7 +107,36 @@ largest scores and by those of them whose sign is sure (`bootstrap`); Jaccard in
 
 {rows}
 
-{at_places(small, *copying, copies)}"""
+{small_places()}"""
+
+
+def copying(model: LoadedModel) -> tuple[Task, Task]:
+    """Prompts that edges are scored on, and others."""
+    return lens.tasks.induction(model, 16), lens.tasks.induction(model, 16, seed=1)
+
+
+def small_places() -> str:
+    """The paragraph of `induction-2l`."""
+    small = lens.load("induction-2l")
+    copies = {"first copy": (1, 26), "second copy": (26, 51)}
+    return at_places(small, *copying(small), copies)
+
+
+def large_places() -> str:
+    """That of `smollm2-135m`."""
+    model = lens.load("smollm2-135m")
+    return at_places(model, *indirect(model), None)
+
+
+def indirect(model: LoadedModel) -> tuple[Task, Task]:
+    """Indirect objects that edges are scored on, and others."""
+    return lens.tasks.ioi(model, _FEW), lens.tasks.ioi(model, _FEW, seed=1)
+
+
+def with_places(page: str, text: str) -> str:
+    """The page with this paragraph on places, in place of the one that it ends with."""
+    *rest, last = page.split("\n\n")
+    return "\n\n".join([*rest, *([] if last.startswith(_PLACES) else [last]), text])
 
 
 def known_circuits() -> str:
@@ -204,14 +239,14 @@ def at_places(model: LoadedModel, task: Task, others: Task, spans: Any) -> str:
     judged = lens.circuits.checks.evaluate_positions(
         model, others, scores, spans=spans, progress=False
     )
-    said = *of_kind(judged.findings(), "size"), *of_kind(scores.findings(), "cancelled")
-    return " ".join(said)
+    said = *judged.findings(), *scores.findings()
+    return " ".join([f"{_PLACES} ({task.name}, {task.n} prompts).", *said])
 
 
 def large_model(work: Path) -> Iterator[str]:
     """The same of indirect objects with `smollm2-135m`, after every row."""
     model = lens.load("smollm2-135m")
-    task, others = lens.tasks.ioi(model, _FEW), lens.tasks.ioi(model, _FEW, seed=1)
+    task, others = indirect(model)
     started = time.perf_counter()
     graph = lens.circuits.score_edges(
         model, task.take(torch.arange(2)), method="eap", progress=False

@@ -145,8 +145,8 @@ def test_parts_of_heads():
     )  # fmt: skip
     joined = JoinedHeads(HEADS, effects, roles, attended, np.ones(2), "loss", "ioi", "m", 0)
     assert one(joined, "effect") == (
-        "L0H1: effect +4 [+4, +4] loss, mostly through its values (pattern +1, value +3, interaction +0); it "
-        "looks most at 'Mary' (70%) and keeps 25% on the first key; without the first key the effect is +2."
+        "L0H1: effect +4 [+4, +4] loss, mostly through its values (pattern +1 [+1, +1], value +3 [+3, +3], interaction "
+        "+0 [+0, +0]); it looks most at 'Mary' (70%) and keeps 25% on the first key; without the first key the effect is +2 [+2, +2]."
     )
     assert one(joined, "none").startswith(
         "L1H0: effect -1 [-3, +1], the interval holds 0; it looks"
@@ -154,7 +154,7 @@ def test_parts_of_heads():
     apart = effects.copy()
     apart[0, 1:3] = [[3, -1], [0, 6]]  # by the means more through its values
     assert (
-        "through its pattern or its values, which are not told apart (pattern +1, value +3"
+        "through its pattern or its values, which are not told apart (pattern +1 [-1, +3], value +3 [+0, +6]"
         in one(replace(joined, effects=apart), "effect")
     )
     turned = replace(joined, effects=effects[::-1, [0, 2, 1, 3, 4]])
