@@ -68,13 +68,14 @@ class SubspaceRemovals(Result):
         said = [
             Sentence(
                 f"{self.head} gives {self.pairs!r} pairs {own['clean']:.1%}; without {self.rank} of {self.width} directions "
-                f"of its queries, found by contrast on other prompts, {told(own, 'mass', '.1%')}.",
+                f"of its queries, found by contrast on other prompts, {told(own, 'mass', '.1%')}, "
+                f"without as many random ones {told(chance, 'mass', '.1%')}.",
                 kind="contrast",
             ),
             Sentence(
                 f"As many principal components of its queries leave {told(rows['queries'], 'mass', '.1%')}, of its keys "
-                f"{told(rows['keys'], 'mass', '.1%')}, another head's contrast {told(rows['other head'], 'mass', '.1%')}, random "
-                f"directions {told(chance, 'mass', '.1%')}: the drop alone " + self._beside(),
+                f"{told(rows['keys'], 'mass', '.1%')}, another head's contrast {told(rows['other head'], 'mass', '.1%')}: "
+                f"the drop alone {self._beside()}",
                 kind="control",
             ),
         ]

@@ -269,24 +269,24 @@ SAID = [
     (
         subspace(),
         [
-            "L1H2 gives 'induction' pairs 80.0%; without 2 of 8 directions of its queries, found by contrast on other prompts, 10.0% [10.0%, 10.0%].",
-            "As many principal components of its queries leave 50.0% [50.0%, 50.0%], of its keys 60.0% [60.0%, 60.0%], another head's contrast 70.0% [70.0%, 70.0%], random directions 75.0% [75.0%, 75.0%]: the drop alone is larger than that of every control.",
+            "L1H2 gives 'induction' pairs 80.0%; without 2 of 8 directions of its queries, found by contrast on other prompts, 10.0% [10.0%, 10.0%], without as many random ones 75.0% [75.0%, 75.0%].",
+            "As many principal components of its queries leave 50.0% [50.0%, 50.0%], of its keys 60.0% [60.0%, 60.0%], another head's contrast 70.0% [70.0%, 70.0%]: the drop alone is larger than that of every control.",
             "The same removal takes its 'previous' pairs from 50.0% to 40.0% [40.0%, 40.0%], random directions to 50.0% [50.0%, 50.0%]; the loss at these queries changes by +0.5 [+0.5, +0.5] nats, without random directions by +0.1 [+0.1, +0.1].",
         ],
     ),
     (
         subspace(left=(0.8, 0.5, 0.5, 0.6, 0.7, 0.75)),
         [
-            "L1H2 gives 'induction' pairs 80.0%; without 2 of 8 directions of its queries, found by contrast on other prompts, 50.0% [50.0%, 50.0%].",
-            "As many principal components of its queries leave 50.0% [50.0%, 50.0%], of its keys 60.0% [60.0%, 60.0%], another head's contrast 70.0% [70.0%, 70.0%], random directions 75.0% [75.0%, 75.0%]: the drop alone is not told apart from that of every control on 2 prompts.",
+            "L1H2 gives 'induction' pairs 80.0%; without 2 of 8 directions of its queries, found by contrast on other prompts, 50.0% [50.0%, 50.0%], without as many random ones 75.0% [75.0%, 75.0%].",
+            "As many principal components of its queries leave 50.0% [50.0%, 50.0%], of its keys 60.0% [60.0%, 60.0%], another head's contrast 70.0% [70.0%, 70.0%]: the drop alone is not told apart from that of every control on 2 prompts.",
             "The same removal takes its 'previous' pairs from 50.0% to 40.0% [40.0%, 40.0%], random directions to 50.0% [50.0%, 50.0%]; the loss at these queries changes by +0.5 [+0.5, +0.5] nats, without random directions by +0.1 [+0.1, +0.1].",
         ],
     ),
     (
         subspace(other=np.nan),
         [
-            "L1H2 gives 'induction' pairs 80.0%; without 2 of 8 directions of its queries, found by contrast on other prompts, 10.0% [10.0%, 10.0%].",
-            "As many principal components of its queries leave 50.0% [50.0%, 50.0%], of its keys 60.0% [60.0%, 60.0%], another head's contrast 70.0% [70.0%, 70.0%], random directions 75.0% [75.0%, 75.0%]: the drop alone is larger than that of every control.",
+            "L1H2 gives 'induction' pairs 80.0%; without 2 of 8 directions of its queries, found by contrast on other prompts, 10.0% [10.0%, 10.0%], without as many random ones 75.0% [75.0%, 75.0%].",
+            "As many principal components of its queries leave 50.0% [50.0%, 50.0%], of its keys 60.0% [60.0%, 60.0%], another head's contrast 70.0% [70.0%, 70.0%]: the drop alone is larger than that of every control.",
         ],
     ),
     (
