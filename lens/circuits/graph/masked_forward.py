@@ -117,11 +117,14 @@ class _Masking(Visitor):
         """[masks, readers, rows, tokens, d_model]: of alphas [spans, masks, readers, writers] and their differences."""
         if self._where is None:
             return (alphas[0] @ differences.flatten(2)).unflatten(2, differences.shape[2:])
-        added = 0
-        for own, span in zip(alphas, self._where.to(differences), strict=True):
-            added = added + own @ (differences * span[..., None]).flatten(2)
-        assert isinstance(added, Tensor)
-        return added.unflatten(2, differences.shape[2:])
+        # Of each span its own tokens alone: spans share none, so that all together cost as much as one mask.
+        added = differences.new_zeros(*alphas.shape[1:3], *differences.shape[2:])
+        for own, span in zip(alphas, self._where.to(differences.device), strict=True):
+            part = differences[
+                :, :, span
+            ]  # [masks, writers, tokens of the span in all rows, d_model]
+            added[:, :, span] += (own @ part.flatten(2)).unflatten(2, part.shape[2:])
+        return added
 
     def _walk(self, alphas: Tensor) -> Tensor:
         """`_read`, through the norms between: of alphas [spans, masks, readers, writers so far]."""
