@@ -32,7 +32,7 @@ from lens.traces.metrics import METRICS, VARIANTS
 DEFAULT_METRIC = "induction"
 OPTIONS: dict[str, dict[str, str]] = {
     "runs": {"part": "1", "find": "", "what": "", "sort": "-created"},
-    "overview": {"group": "", "metric": DEFAULT_METRIC},
+    "overview": {"group": "", "metric": ""},
     "head": {"pin": "", "by": ""},
     "maps": {"heads": "", "vs": "", "others": ""},
     "heads": {
@@ -177,8 +177,8 @@ def read_url(path: str, search: str = "") -> tuple[Selection | None, list[str]]:
         notes.append(f"There is no variant {variant!r}; raw is shown.")
         variant = "raw"
     prompt = given.get("prompt", "") if view.page in _WITH_PROMPT else ""
-    if view.page == "overview" and given.get("metric", DEFAULT_METRIC) not in METRICS:
-        notes.append(f"There is no metric {given.pop('metric')!r}; {DEFAULT_METRIC} is shown.")
+    if view.page == "overview" and given.get("metric", "") not in ("", *METRICS):
+        notes.append(f"There is no metric {given.pop('metric')!r}; the usual one is shown.")
     options = _options(view.page, given)
     return replace(view, variant=variant, prompt=prompt, options=options), notes
 

@@ -32,7 +32,9 @@ class Look(TypedDict, total=False):
 
 BARE = "attention-lens-bare"  # a template that says nothing, of figures whose page has one for all
 pio.templates[BARE] = go.layout.Template(layout={"meta": BARE})
-_LAYERS = re.compile(r"(after )?layer\b|first of \d+ layers", re.IGNORECASE)  # titles of axes
+_COUNTED = re.compile(  # titles of axes
+    r"(after )?layer\b|first of \d+ layers|block of |(head|ring|row|column|step)$", re.IGNORECASE
+)
 _MARKUP = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;"})
 _FONT = "Inter, 'Helvetica Neue', Arial, sans-serif"
 
@@ -155,25 +157,33 @@ def style(
     set_layout(figure.layout, layout)
     axis = {"gridcolor": grid, "zerolinecolor": grid, "linecolor": grid, "ticks": ""}
     set_axes(figure, axis, axis)
-    _whole_layers(figure)
+    _count_by_whole_numbers(figure)
     return figure
 
 
-def _whole_layers(figure: go.Figure) -> None:
-    """Axes and colour bars of layers count by whole numbers: plotly puts halves between few."""
+def _count_by_whole_numbers(figure: go.Figure) -> None:
+    """Axes of layers, heads, blocks and the like, and colour bars of layers: plotly puts halves between few."""
     drawn: Any = figure.data
     axes: Any
     for side, axes in (("x", figure.select_xaxes()), ("y", figure.select_yaxes())):
         for axis in axes:
-            if not _LAYERS.match(axis.title.text or "") or axis.dtick or axis.tickvals is not None:
+            if not _COUNTED.match(axis.title.text or "") or axis.dtick or axis.tickvals is not None:
                 continue
             name = axis.plotly_name.replace("axis", "")
-            own = [one[side] for one in drawn if (one[f"{side}axis"] or side) == name]
+            own = [_places(one, side) for one in drawn if (one[f"{side}axis"] or side) == name]
             axis.dtick = _step([one for one in own if one is not None])
     for one in drawn:
         shade = one.marker if one.type == "scatter" else None
         if shade is not None and shade.colorbar.title.text == "layer":
             shade.colorbar.dtick = _step([shade.color])
+
+
+def _places(trace: Any, side: str) -> Any:
+    """Where a trace lies along an axis; the rows or columns of a map that does not say it."""
+    found = trace[side]
+    if found is None and trace.type == "heatmap" and trace.z is not None:
+        return np.arange(np.shape(trace.z)[side == "x"])
+    return found
 
 
 def _step(several: Sequence[Any]) -> int | None:

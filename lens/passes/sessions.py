@@ -350,9 +350,10 @@ def base(model: LoadedModel) -> nn.Module:
     inner = getattr(root, "base_model", root)
     if not (_has_head(root) or model.is_bridge):  # what wraps it may change what it reads (DPR)
         return root
-    reads = main_input(root)  # its inner part may read something else (DINOv3)
-    takes = inspect.signature(inner.forward).parameters
-    return inner if reads is None or reads in takes else root
+    # its inner part may read something else (DINOv3; the decoder of SpeechT5)
+    both = [inspect.signature(one.forward).parameters for one in (root, inner)]
+    reads = {main_input(root), *({"decoder_input_ids"} & both[0].keys())} - {None}
+    return inner if reads <= both[1].keys() else root
 
 
 def main_input(root: nn.Module) -> str | None:

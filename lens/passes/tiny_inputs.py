@@ -45,7 +45,7 @@ def tiny_inputs(model: LoadedModel) -> dict[str, torch.Tensor]:
         return _packed(model, name, generator)
     if name == "past_values" and hasattr(model.model.config, "context_length"):
         return _series(model, generator)
-    if "spatial_shapes" in takes:
+    if "spatial_shapes" in takes and hasattr(model.model.config, "num_channels"):
         return _patches(model, generator)
     if name not in ("input_ids", "inputs_embeds"):
         shape = _noise(model, name)
@@ -159,7 +159,7 @@ def _noise(model: LoadedModel, name: str) -> tuple[int, ...]:
         LensError: the configuration does not say it.
     """
     config = model.model.config
-    for part in ("encoder", "vision_config"):  # of an encoder-decoder
+    for part in ("encoder", "encoder_config", "vision_config"):  # of an encoder-decoder
         inner = getattr(config, part, None)
         config = inner if model.is_encoder_decoder and hasattr(inner, "to_dict") else config
     found: Any = {key: getattr(config, key, None) for key in _SIZES}

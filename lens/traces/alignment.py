@@ -9,30 +9,23 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from scipy.stats import kendalltau
 
-from lens.common.choices import check_lists, is_whole
+from lens.common.choices import check_lists
 from lens.common.errors import LensError
 from lens.common.head_ids import head_columns, head_id, one_or_more
 from lens.common.results import Result, Sentence, ends
 from lens.stats import over_rows, over_units
 from lens.stats.intervals import known_mean
 from lens.stats.verdicts import of_many, verdict
+from lens.traces.alignment_labels import At, Labels, rows_of
 from lens.traces.parts import TraceParts
 from lens.traces.trace import AttentionTrace
 
-Labels: TypeAlias = (
-    Mapping[int, int | Sequence[int] | tuple[float, float]] | Sequence[tuple[int, int]]
-)
-"""Position in the target -> position or positions in the source; or pairs (target, source). Others are not scored.
-
-Of a sound also position -> (start, end) in seconds, floating numbers.
-"""
-At = Literal["read", "predicted"]
 _MEASURES = ("monotonicity", "confidence", "accuracy", "chance", "shuffled", "error", "mass")
 
 
@@ -192,8 +185,8 @@ def alignment(
 
     Args:
         traces: as `lens.capture` gives them of an encoder-decoder, of one prompt or several.
-        labels: of each prompt, which source positions a target position stands for: a mapping or pairs; of
-            several prompts a list of them. None: order alone.
+        labels: of each prompt, which source positions a target position stands for: a mapping or pairs, in numbers
+            or words (`{"house": "Haus"}`), of a sound in seconds; of several prompts a list of them. None: order alone.
         at: the row that stands for token t of the target: "read", where the decoder reads it (row t), or
             "predicted", where it is predicted (row t - 1), as in speech.
         known: heads that somebody lists as aligning ("L3H1" or (3, 1)), to be compared with the others; of Whisper
@@ -233,7 +226,7 @@ def alignment(
             "known must list some of the heads, and not all: they are compared with the others"
         )
     measured = [
-        _measured(one, _rows(one, own, at)) for one, own in zip(several, given, strict=True)
+        _measured(one, rows_of(one, own, at)) for one, own in zip(several, given, strict=True)
     ]
     return Alignment(
         per_prompt={name: np.stack([one[name] for one in measured], 1) for name in _MEASURES},
@@ -256,48 +249,6 @@ def _cross(given: Any) -> AttentionTrace:
     if "strongest" not in found.dataset:
         raise LensError("the trace has no strongest keys; capture it with statistics='all'")
     return found
-
-
-def _rows(trace: AttentionTrace, labels: Any, at: At) -> dict[int, list[int]]:
-    """Row -> labelled keys."""
-    if labels is None:
-        return {}
-    pairs = labels.items() if isinstance(labels, Mapping) else labels
-    if not isinstance(labels, Mapping):
-        check_lists(labels=labels)
-    found: dict[int, list[int]] = {}
-    for pair in pairs:
-        try:
-            token, keys = (np.asarray(one) for one in pair)
-        except (TypeError, ValueError):
-            token = keys = np.array(None)
-        if keys.dtype.kind == "f" and (step := trace.attrs.get("seconds_per_position")):
-            keys = _moments(keys, step)
-        if (
-            token.dtype.kind not in "iu"
-            or keys.dtype.kind not in "iu"
-            or token.ndim
-            or not keys.size
-        ):
-            raise LensError(
-                f"labels are a mapping target -> source or pairs (target, source), in whole numbers, got {pair!r}"
-            )
-        token, keys = int(token), keys.ravel().tolist()
-        row = token - (at == "predicted")
-        if not (is_whole(token) and 0 <= token < trace.queries + (at == "predicted")):
-            raise LensError(f"the target has positions 0 to {trace.queries - 1}, got {token}")
-        if not all(0 <= key < trace.length for key in keys):
-            raise LensError(f"the source has positions 0 to {trace.length - 1}, got {keys}")
-        if row >= 0:
-            found.setdefault(row, []).extend(keys)
-    return found
-
-
-def _moments(span: np.ndarray, step: float) -> np.ndarray:
-    """The keys from a start to an end in seconds."""
-    if span.shape != (2,) or not 0 <= span[0] <= span[1] < np.inf:
-        raise LensError(f"a label in seconds is (start, end), got {span.tolist()}")
-    return np.arange(int(span[0] / step), int(span[1] / step) + 1)
 
 
 def _measured(trace: AttentionTrace, rows: Mapping[int, Sequence[int]]) -> dict[str, np.ndarray]:

@@ -71,6 +71,11 @@ class Writing:
             rows = keys_of(model, prompt, first.queries, own)
         elif first.cross:
             rows = _axis(first.query_places) or queries_of(model, prompt, first.queries)
+        if len((rows or keys).names) != first.queries or len(keys.names) != first.keys:
+            raise LensError(
+                f"{model.info.class_name} attends from {first.queries} to {first.keys} positions where the prompt has "
+                f"{len(keys.names)}, and what the others are is not known; lens.traces.capturing(model) has the numbers"
+            )
         more: dict[str, Any] = {"segments": self._segments, "patches": keys.patches}
         if rows is not None and rows.patches is not None:
             more |= {"query_patches": rows.patches}

@@ -133,6 +133,10 @@ def test_the_page_of_a_cross_head_has_both_strips(runs):
     assert f"{best} {trace.tokens[best]!r}: {mean[best]:.4g}" in whole
     wrong = str(render(library, f"/run/{run.id}/head/1/2", "?prompt=p001&query=99"))
     assert "Query 99 is no token of the target" in wrong
+    overview = str(render(library, f"/run/{run.id}", ""))
+    assert "not scored" not in overview, "of two sequences no head has an induction score"
+    assert "value='entropy'" in overview
+    assert "not scored" in str(render(library, f"/run/{run.id}", "?metric=induction"))
     atlas = str(render(library, f"/run/{run.id}/atlas", ""))
     assert "8 heads of t5 (cross)" in atlas
     assert "queries of the target go down and keys of the source across" in atlas

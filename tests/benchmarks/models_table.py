@@ -4,6 +4,7 @@
     python tests/benchmarks/models_table.py bert opt   # these model types, to the terminal
     python tests/benchmarks/models_table.py --page bert   # these rows of docs/models.md anew, the others as they stand
     python tests/benchmarks/models_table.py bridge:gpt2   # a TransformerBridge of TransformerLens over this class
+    python tests/benchmarks/models_table.py whole:t5   # encoder and decoder together, with cross-attention
 
 Each model is made and examined in a process of its own, two at a time. A row says whether the captured
 probabilities and the output equal those of `eager`, or the reason of the refusal, and which analyses run.
@@ -30,11 +31,14 @@ ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 from tests.benchmarks.model_examples import CLASSES, example  # noqa: E402
+from tests.lens.hybrids import MODELS as HYBRIDS  # noqa: E402
+from tests.lens.hybrids import SIZES as HYBRID_SIZES  # noqa: E402
 
 PAGE = ROOT / "docs" / "models.md"
 TYPES = ROOT / "tests" / "benchmarks" / "models.txt"
-"""The model types of the table, as transformers calls them, one a line; `bridge:` before one is a `TransformerBridge`."""
-BRIDGE = "bridge:"
+"""The model types of the table, as transformers calls them, one a line; `bridge:` before one is a `TransformerBridge`,
+`whole:` both halves of an encoder-decoder."""
+BRIDGE, WHOLE = "bridge:", "whole:"
 WORKERS, SECONDS, LARGEST = 2, 100, 12_000_000
 EXACT = 1e-4
 ANALYSES = ("importance", "weights", "direct", "circuits", "sinks")
@@ -105,15 +109,52 @@ _OF_TYPE: dict[str, dict[str, Any]] = {
     "videoprism_vision_model": {"tubelet_size": [1, 8, 8]},
     "kosmos-2.5": {"latent_query_num": 6},
 }
+_BACKBONE = {
+    **{"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]},
+    **{"layer_type": "basic", "out_features": ["stage2"]},
+}
+_OF_TYPE |= {
+    kind: {"use_timm_backbone": False, "backbone": None, "backbone_config": _BACKBONE}
+    for kind in ("detr", "conditional_detr", "dab-detr", "table-transformer")
+}
+_OF_TYPE |= {
+    kind: {"prediction_length": 4, "context_length": 12, "lags_sequence": [1, 2]}
+    for kind in ("time_series_transformer", "informer", "autoformer")
+}
+_OF_TYPE |= {
+    kind: {**HYBRID_SIZES, "vocab_size": 160, "num_hidden_layers": 4, **HYBRIDS[kind][0]}
+    for kind in ("bamba", "zamba", "zamba2", "granitemoehybrid", "falcon_h1", "kimi_linear")
+}
+_OF_TYPE["mamba2"] = {
+    "hidden_size": 64,
+    "num_heads": 4,
+    "head_dim": 32,
+    "state_size": 16,
+    "n_groups": 1,
+}
+_BERT = {
+    **{"model_type": "bert", "vocab_size": 160, "hidden_size": 64, "num_hidden_layers": 3},
+    **{"num_attention_heads": 4, "intermediate_size": 96},
+}
+_CROSSING = {**_BERT, "is_decoder": True, "add_cross_attention": True}
+_VIT = {**_BERT, "model_type": "vit", "image_size": 32, "patch_size": 8}
+_OF_TYPE["encoder-decoder"] = {"encoder": _BERT, "decoder": _CROSSING}
+_OF_TYPE["vision-encoder-decoder"] = {"encoder": _VIT, "decoder": _CROSSING}
+_OF_TYPE["prophetnet"] = {"num_decoder_layers": 3}
+_NO_LAYERS = ("prophetnet",)
+"""Whose number of layers is said of each half alone."""
 _MAY_BE_NONE = ("num_key_value_heads", "pad_token_id", "head_dim")
 
 
 def small(config_class: Any) -> Any:
     """A configuration with the sizes above where it has such settings, of its parts too."""
-    default = config_class()
+    own = _OF_TYPE.get(config_class.model_type, {})
+    default = config_class(**own)
     given: dict[str, Any] = {}
     for name, size in _SIZES.items():
-        if name in config_class.attribute_map:
+        if name in config_class.attribute_map or isinstance(
+            getattr(config_class, name, None), property
+        ):
             continue
         try:
             current = getattr(default, name)
@@ -129,7 +170,9 @@ def small(config_class: Any) -> Any:
             given[name] = small(type(getattr(default, name))).to_dict()
         except Exception:  # of an automatic class, or a part that cannot be so small: as it was
             continue
-    return config_class(**given | _OF_TYPE.get(config_class.model_type, {}))
+    if config_class.model_type in _NO_LAYERS:
+        given.pop("num_hidden_layers", None)
+    return config_class(**given | own)
 
 
 def class_of(kind: str) -> str:
@@ -140,6 +183,15 @@ def class_of(kind: str) -> str:
         return f"TransformerBridge of {class_of(kind.removeprefix(BRIDGE))}"
     if kind in CLASSES:
         return CLASSES[kind]
+    if kind.startswith(WHOLE):
+        kind = kind.removeprefix(WHOLE)
+        several: tuple[Any, ...] = (
+            auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+            auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
+            auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+            auto.MODEL_MAPPING_NAMES,
+        )
+        return next(names[kind] for names in several if kind in names)
     name = auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind) or auto.MODEL_MAPPING_NAMES[kind]
     return name if isinstance(name, str) else name[0]
 
@@ -150,7 +202,7 @@ def make(kind: str, double: bool) -> Any:
     import transformers
 
     torch.manual_seed(0)
-    config = small(transformers.CONFIG_MAPPING[kind])
+    config = small(transformers.CONFIG_MAPPING[kind.removeprefix(WHOLE)])
     with torch.device("meta"):
         size = sum(one.numel() for one in _made(kind, config).parameters())
     if size > LARGEST:
@@ -190,7 +242,7 @@ def _made(kind: str, config: Any) -> Any:
 
     model = getattr(transformers, class_of(kind))._from_config(config)
     halves = hasattr(model, "get_encoder") and config.is_encoder_decoder
-    return model.get_encoder() if halves else model
+    return model.get_encoder() if halves and not kind.startswith(WHOLE) else model
 
 
 def examine(kind: str, double: bool = False) -> dict[str, Any]:
@@ -247,6 +299,7 @@ def examine(kind: str, double: bool = False) -> dict[str, Any]:
             return examine(kind, double=True)
         row |= {"error": max(errors), "compared": len(errors) - 1, "layers": layers}
         name = next(iter(traces))  # of several towers or stages the first is analysed
+        name = "cross" if kind.startswith(WHOLE) else name
         loaded = loaded.part(name) if name else loaded
     except LensError as error:
         # the sizes above make no model of this class
@@ -337,6 +390,9 @@ def _attentions(model: Any, inputs: dict[str, Any]) -> list[Any] | None:
     except Exception:  # it takes no such argument
         return None
     weights = getattr(found, "attentions", None)
+    if weights is None:  # of an encoder-decoder, in the order of its parts
+        names = (f"{part}_attentions" for part in ("encoder", "decoder", "cross"))
+        weights = [one for name in names for one in getattr(found, name, None) or ()]
     kept = [one for one in weights or () if one is not None]
     return (
         kept if kept and all(map(torch.is_tensor, kept)) else None
@@ -347,6 +403,7 @@ def _analyse(name: str, model: Any, trace: Any) -> None:
     import torch
 
     import lens
+    from lens.passes.tiny_inputs import tiny_inputs
     from lens.tasks import Task
 
     if name == "weights":
@@ -365,7 +422,10 @@ def _analyse(name: str, model: Any, trace: Any) -> None:
         corrupt=(ids + 4) % 147 + 3,
         wrong=torch.tensor([[20], [21]]),
     )
-    if name == "circuits":
+    if name == "importance" and model.is_encoder_decoder:  # by the loss of the target
+        prompts: Any = [tiny_inputs(model)]
+        lens.heads.importance(model, prompts, baseline="zero", progress=False)
+    elif name == "circuits":
         lens.circuits.score_edges(model, task, method="eap", progress=False)
     else:
         method = "ablation" if name == "importance" else "direct"
@@ -435,12 +495,13 @@ _ROW = re.compile(r"\| [\w ]+ \(([\w.:-]+)\) \|")
 
 def _page(rows: list[str]) -> str:
     exact = [row for row in rows if ") | exact" in row]
-    bridges = sum(f"({BRIDGE}" in row for row in rows)
+    bridges, whole = (sum(f"({kind}" in row for row in rows) for kind in (BRIDGE, WHOLE))
     wrapped = sum("exact (wrapped" in row for row in exact)
     lines = [
         "# Models",
         "",
-        f"{len(rows) - bridges} classes of transformers with random small weights, and {bridges} as a "
+        f"{len(rows) - bridges} classes of transformers with random small weights, {whole} of them whole encoder-decoders "
+        f"(`{WHOLE}`, analysed in their cross-attention; of others the encoder), and {bridges} as a "
         f"`TransformerBridge` of TransformerLens: {len(exact)} are captured, {wrapped} of them by "
         "`lens.passes.wrap(model, inputs)` with an example of what they read, and "
         f"their probabilities and output equal `eager` to {EXACT:.0e} (of the largest; most to 1e-6); "

@@ -62,6 +62,16 @@ def test_what_is_told_by_an_example_is_held_layer_by_layer():
     assert "(bridgetower) | exact (wrapped) | " in models_table.page([row])
 
 
+@pytest.mark.parametrize("kind", ["t5", "speecht5", "canary"])
+def test_a_whole_encoder_decoder_is_held_in_all_three_attentions(kind):
+    row = models_table.examine(f"whole:{kind}")
+    assert not models_table.wrong(row)
+    assert row["error"] < 1e-5
+    assert row["compared"] == row["layers"] == 9
+    assert row["importance"] == "yes"
+    assert f"(whole:{kind}) | exact | yes |" in models_table.page([row])
+
+
 def test_a_refusal_has_its_reason_and_a_fault_is_wrong(monkeypatch):
     row = models_table.examine("mamba")
     assert not models_table.wrong(row)

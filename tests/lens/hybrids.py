@@ -7,7 +7,7 @@ import transformers
 from transformers import PreTrainedModel
 
 VOCAB = 97
-_TEXT = {
+SIZES = {
     "vocab_size": VOCAB,
     "hidden_size": 64,
     "intermediate_size": 72,
@@ -124,7 +124,7 @@ MODELS: dict[str, tuple[dict, tuple[int, ...]]] = {
 def hybrid(kind: str, *, eager: bool = False, **more: Any) -> PreTrainedModel:
     """A model of four layers in eval mode; of the same weights each time."""
     given, _ = MODELS[kind]
-    config = transformers.CONFIG_MAPPING[kind](**{**_TEXT, "num_hidden_layers": 4, **given, **more})
+    config = transformers.CONFIG_MAPPING[kind](**{**SIZES, "num_hidden_layers": 4, **given, **more})
     torch.manual_seed(0)
     options = {"attn_implementation": "eager"} if eager else {}
     model = transformers.AutoModelForCausalLM.from_config(config, **options)

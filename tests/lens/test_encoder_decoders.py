@@ -288,7 +288,7 @@ def test_labels_of_a_sound_are_seconds_too():
         ({1: 7}, "source has positions 0 to 6"),
         ([5], "labels are a mapping"),
         (5, "labels must be a list, got 5"),
-        ({1: []}, r"in whole numbers, got \(1, \[\]\)"),
+        ({1: []}, r"in whole numbers or words, got \(1, \[\]\)"),
         ({1.5: 0}, "in whole numbers"),
         ({1: 1.7}, "in whole numbers"),
         ({True: 0}, "in whole numbers"),

@@ -278,6 +278,24 @@ def test_layers_that_attend_to_other_places_are_refused_by_capture():
         lens.capture(loaded, list(range(32, 60)), progress=False)
 
 
+def test_more_positions_than_tokens_are_refused_by_capture():
+    """CpmAnt puts positions of its own before the text; it ended in a raw error."""
+    given = {
+        "hidden_size": 48,
+        "num_attention_heads": 4,
+        "num_hidden_layers": 2,
+        "dim_ff": 64,
+        "dim_head": 12,
+    }
+    config = hf.CpmAntConfig(**given, vocab_size=97, prompt_length=5)
+    loaded = lens.load(hf.CpmAntForCausalLM(config).eval())
+    with pytest.raises(LensError, match="attends from 33 to 33 positions where the prompt has 28"):
+        lens.capture(loaded, list(range(32, 60)), progress=False)
+    with lens.traces.capturing(loaded) as recorder, torch.no_grad():
+        loaded.model(input_ids=torch.arange(32, 60)[None])
+    assert [one.keys for one in recorder.records] == [33, 33]
+
+
 @pytest.mark.parametrize("name", ["text-lm-3l", "own"])
 def test_float64_is_float64(name):
     if name == "own":

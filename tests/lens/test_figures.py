@@ -138,6 +138,10 @@ def test_layers_are_whole_numbers_on_every_axis(table):
     figure.update_xaxes(title="After layer (-1: embedding)").update_yaxes(title="layers of heads")
     style(figure, "", {})
     assert (figure.layout.xaxis.dtick, figure.layout.yaxis.dtick) == (3, None)
+    blocks = go.Figure(go.Heatmap(z=np.eye(4)[:3])).update_xaxes(title="block of keys")
+    blocks.update_yaxes(title="row")
+    style(blocks, "", {})
+    assert (blocks.layout.xaxis.dtick, blocks.layout.yaxis.dtick) == (1, 1)
     named = go.Figure(go.Scatter(x=["L0", "L1"], y=[3, 4])).update_xaxes(title="Layer")
     assert style(named, "", {}).layout.xaxis.dtick is None
 

@@ -27,7 +27,7 @@ from lens_dashboards.pages.parts import (
     run_banner,
     select,
 )
-from lens_dashboards.selection import Selection
+from lens_dashboards.selection import DEFAULT_METRIC, Selection
 
 _GROUP_WORDS = {
     "text": "all text prompts",
@@ -59,10 +59,10 @@ def page(library: Library, view: Selection) -> list[Any]:
     notes: list[str] = []
     groups = list(dict.fromkeys(table["prompt_id"]))
     group = choice(view, "group", groups, best_group(groups), notes)
-    metric = METRICS[view.option("metric")]
+    cut = table[(table["prompt_id"] == group).to_numpy()]
+    metric = METRICS[view.option("metric") or _usual(cut)]
     variant = view.variant if metric.sink_excluded else "raw"
     prompt = _prompt_of(run, group)
-    cut = table[(table["prompt_id"] == group).to_numpy()]
     rows = rows_of(cut, metric.name, variant)
     grid = draw.head_grid(cut, metric.name, variant)
     grid = link_points(grid, lambda layer, head: view.to_head(layer, head, prompt).url())
@@ -153,6 +153,13 @@ def page(library: Library, view: Selection) -> list[Any]:
             "Take it with you",
         ),
     ]
+
+
+def _usual(cut: pd.DataFrame) -> str:
+    """The metric that is shown where none is asked for: induction, or of prompts without it the first that has scores."""
+    scored = set(cut.loc[cut["value"].notna(), "metric"])
+    ordered = (DEFAULT_METRIC, "entropy", *METRICS)
+    return next((name for name in ordered if name in scored), DEFAULT_METRIC)
 
 
 def _definition(view: Selection, metric: Metric) -> str:
