@@ -74,19 +74,24 @@ def test_a_policy_is_worse_where_its_interval_is(found, said):
     assert f"] {said}; KL" in of_kind(found.findings(), "change")[0]
 
 
-def claim(*efficiency):
-    """What is said of another prompt's blocks, by the efficiency of each prompt's on the others."""
+def kept(*efficiency):
+    """Blocks of another prompt, by the efficiency of each prompt's on the others."""
     pairs = np.repeat(efficiency, len(efficiency) - 1)
     values = np.zeros((7, len(pairs), 1, 1))
     values[3, :, 0, 0] = values[6, :, 0, 0] = pairs
-    found = PolicyStability({"repeat": np.ones_like(values), "prompt": values}, 0.2, (0,), 0, "m")
+    return PolicyStability({"repeat": np.ones_like(values), "prompt": values}, 0.2, (0,), 0, "m")
+
+
+def claim(*efficiency):
+    """What is said of another prompt's blocks."""
+    found = kept(*efficiency)
     return found.claims()["verdict"][0], of_kind(found.findings(), "claim")[0]
 
 
 def test_pairs_are_no_units_of_their_own():
     """Each prompt's value stands in as many pairs as there are others: the interval is that of the prompts."""
     random = np.random.default_rng(0)
-    found = [claim(*random.normal(0.9, 0.05, 6))[0] for _ in range(100)]
+    found = [kept(*random.normal(0.9, 0.05, 6)).claims()["verdict"][0] for _ in range(100)]
     assert found.count("not told apart") > 75  # of pairs 57
     assert claim(0.5, 0.6)[0] == "not told apart"  # one pair in two orders
 
