@@ -13,7 +13,7 @@ are writers, not features; large cells of opposite sign are usual.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
@@ -34,8 +34,11 @@ from lens.reading._writers import Parts, take_apart
 from lens.reading.explanations import Explanation, PairExplanation
 
 _ROWS = 128  # taken apart together: their rows of attention are held
+_PRODUCTS = 2**23  # of parts, held at a time
+_KEPT = 2**28  # of all groups and prompts
 LEARNED_SINK, POSITION_BIAS = "learned sink", "position bias"
 _MEANS = ("keys", "attention")
+_SUMMED = ("values", "contrast", "content", "size", "mass", "even", "above")
 Against: TypeAlias = Literal["keys", "attention"] | int
 """What a logit is held against: the mean over the keys that the query sees, weighted or not, or one key."""
 
@@ -144,7 +147,8 @@ def explain_pairs(
         progress: show a bar, on stderr, if that is a terminal.
 
     Raises:
-        LensError: as `explain`, no pair at all, or classes of other lengths than the prompts.
+        LensError: as `explain`, no pair at all, classes of other lengths than the prompts, or so many groups that their
+            products of parts do not fit into memory.
 
     Example:
         >>> prompts = [lens.tasks.copied(small, 12, seed) for seed in range(4)]
@@ -167,11 +171,8 @@ def explain_pairs(
                 )
             groups = groups_of(by, chosen, number, _tokens(model, prompt, one.tokens))
             for some in _by_rows(chosen[:, 0]):
-                gathered.add(
-                    number,
-                    [groups[i] for i in some.tolist()],
-                    pair_cells(one, chosen[some], against),
-                )
+                for own, cells in pair_cells(one, chosen[some], against):
+                    gathered.add(number, [groups[i] for i in some[own].tolist()], cells)
             advance(1)
     return gathered.result(
         head=place,
@@ -199,14 +200,23 @@ class Cells(NamedTuple):
     error: float
 
 
-def pair_cells(head: Head, pairs: Tensor, against: Against = "keys") -> Cells:
-    """Cells of pairs [pairs, 2] of one prompt, with few queries among them."""
+def pair_cells(
+    head: Head, pairs: Tensor, against: Against = "keys"
+) -> Iterator[tuple[Tensor, Cells]]:
+    """Cells of pairs [pairs, 2] of one prompt, with few queries among them: numbers of some pairs, and theirs."""
     pairs = pairs.to(head.key.device)
     rows, row_of = pairs[:, 0].unique(return_inverse=True)
     keys, key_of = pairs[:, 1].unique(return_inverse=True)
     weights = _weights(head, rows, against)
     parts = take_apart(head, rows, keys, weights)
-    return _cells(parts, rows, keys, torch.stack([row_of, key_of], 1), weights)
+    at = torch.stack([row_of, key_of], 1)
+    for own in torch.arange(len(pairs)).split(max(1, _PRODUCTS // _products(parts))):
+        yield own, _cells(parts, rows, keys, at[own.to(at.device)], weights)
+
+
+def _products(parts: Parts) -> int:
+    """Of a pair."""
+    return len(parts.names[0]) * len(parts.names[1])
 
 
 def _weights(head: Head, rows: Tensor, against: Against) -> Tensor:
@@ -294,7 +304,11 @@ class _Gathered:
         self._error = 0.0
 
     def add(self, prompt: int, groups: Sequence[str], cells: Cells) -> None:
-        """Pairs of one prompt, with the group of each."""
+        """Pairs of one prompt, with the group of each.
+
+        Raises:
+            LensError: groups of more products than are kept.
+        """
         self._names, self._error = cells.names, max(self._error, cells.error)
         for group in dict.fromkeys(groups):
             some = np.array([one == group for one in groups])
@@ -304,6 +318,12 @@ class _Gathered:
             sums += [one[some].sum() for one in (cells.mass, cells.even, above)] + [some.sum()]
             found = self._sums.setdefault((group, prompt), [np.zeros_like(one) for one in sums])
             self._sums[group, prompt] = [one + more for one, more in zip(found, sums, strict=True)]
+        kept = len(self._sums) * cells.values[0].size
+        if kept > _KEPT:
+            raise LensError(
+                f"{len({name for name, _ in self._sums})} groups of {prompt + 1} prompts have {kept:,} products of parts, "
+                f"more than the {_KEPT:,} that are kept; take fewer prompts, or fewer groups (by='class', or your own)"
+            )
 
     def result(self, *, prompts: int, pairs: str, **said: Any) -> PairExplanation:
         """Means over the pairs of each group and prompt.
@@ -316,30 +336,29 @@ class _Gathered:
                 f"no prompt has any of {pairs}; take prompts in which tokens come again, or give the pairs"
             )
         groups = sorted({group for group, _ in self._sums}, key=rank)
-        shapes = [one.shape for one in next(iter(self._sums.values()))]
-        means = [np.full((len(groups), prompts, *shape), np.nan) for shape in shapes]
-        means[-1][:] = 0
+        count = np.zeros((len(groups), prompts), int)
         for (group, prompt), sums in self._sums.items():
-            at = groups.index(group), prompt
-            for mean, total in zip(means[:-1], sums[:-1], strict=True):
-                mean[at] = total / sums[-1]
-            means[-1][at] = sums[-1]
-        values, contrast, content, size, mass, even, above, count = means
+            count[groups.index(group), prompt] = sums.pop()
+        means = {name: self._last(groups, count) for name in reversed(_SUMMED)}
         return PairExplanation(
             groups=tuple(groups),
             pairs=pairs,
             parts=self._names,
-            values=values,
-            contrast=contrast,
-            content=content,
-            size=size,
-            mass=mass,
-            even=even,
-            above=above,
-            count=count.astype(int),
+            count=count,
             error=self._error,
+            **means,
             **said,
         )
+
+    def _last(self, groups: list[str], count: np.ndarray) -> np.ndarray:
+        """[groups, prompts, ...], the last sum over its number of pairs; it is let go of, so that nothing is held twice."""
+        found = np.empty(0)
+        for (group, prompt), sums in self._sums.items():
+            at, last = (groups.index(group), prompt), np.asarray(sums.pop())
+            if not found.size:
+                found = np.full((*count.shape, *last.shape), np.nan)
+            found[at] = last / count[at]
+        return found
 
 
 def _by_rows(queries: Tensor) -> list[Tensor]:

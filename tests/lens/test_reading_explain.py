@@ -1,6 +1,7 @@
 """Logits taken apart: exact on every architecture, equal to a slow twin, and the parts that were written down."""
 
 import math
+import tracemalloc
 from dataclasses import replace
 
 import numpy as np
@@ -240,7 +241,7 @@ def test_hand_written_models_give_the_parts_that_were_written_and_no_others(prog
                 for key in range(len(ids))
                 if key <= query or not head.call.mask.causal
             ]
-            cells = pair_cells(head, torch.tensor(pairs))
+            ((_, cells),) = pair_cells(head, torch.tensor(pairs))
             assert cells.error < 1e-12
             for side, axis in (("q", 2), ("k", 1)):
                 sizes = np.abs(cells.values).sum(axis).max(0)
@@ -361,12 +362,13 @@ def test_a_softcap_is_said(models):
 
 
 def test_many_pairs_are_the_mean_of_single_ones(models, monkeypatch):
-    """Whatever is taken together: rows in chunks of 2, tokens in chunks of 5."""
+    """Whatever is taken together: rows in chunks of 2, tokens in chunks of 5, a pair's products alone."""
     model = models("qwen3")
     given = [[(9, 7), (3, 1), (12, 0)], [(4, 4)]]
     prompts = [inputs_of("qwen3"), {"input_ids": inputs_of("qwen3")["input_ids"].flip(1)}]
     monkeypatch.setattr(explaining, "_ROWS", 2)
     monkeypatch.setattr(_writers, "_AT_ONCE", 5)
+    monkeypatch.setattr(explaining, "_PRODUCTS", 1)
     found = lens.reading.explain_pairs(model, prompts, "L2H4", given, progress=False)
     monkeypatch.undo()
     for number, pairs in enumerate(given):
@@ -489,6 +491,53 @@ def test_no_map_of_all_queries_and_keys_is_built():
         found = lens.reading.explain(model, {"input_ids": ids}, "L2H4", 990, 20, progress=False)
     assert seen.most < 200_000  # 1,000 tokens × 6 heads × 4 and × 61 words; a map has a million
     assert found.error < 1e-4
+
+
+def test_products_of_many_pairs_are_not_held_together(monkeypatch):
+    """A word that comes a hundred times has pairs by the thousand, and each as many products as parts by parts."""
+    model = lens.load(layout_model("llama"))
+    ids = torch.randint(3, 6, (1, 60), generator=torch.Generator().manual_seed(0))
+    sizes = []
+    own = explaining._cells
+    monkeypatch.setattr(
+        explaining, "_cells", lambda *args, **more: sizes.append(len(args[3])) or own(*args, **more)
+    )
+    few = explain_duplicates(model, ids)
+    assert sizes == [int(few.count.sum())] != [0]
+    sizes.clear()
+    monkeypatch.setattr(explaining, "_PRODUCTS", 40 * few.values[0, 0].size)
+    again = explain_duplicates(model, ids)
+    assert max(sizes) == 40
+    np.testing.assert_allclose(again.contrast, few.contrast, atol=1e-9)
+    monkeypatch.setattr(explaining, "_KEPT", 10 * few.values[0, 0].size)
+    with pytest.raises(LensError, match=r"\d+ groups of 1 prompts have .* take fewer prompts"):
+        explain_duplicates(model, ids, by="offset")
+
+
+def explain_duplicates(model, ids, **options):
+    return lens.reading.explain_pairs(
+        model, {"input_ids": ids}, "L2H4", "duplicate", progress=False, **options
+    )
+
+
+def test_groups_are_not_held_twice():
+    """The sums of cells are let go of while their means are made."""
+    tracemalloc.start()
+    gathered = explaining._Gathered()
+    one = np.ones((1, 60, 60))
+    flat = np.ones(1)
+    names = (tuple("abc" * 20),) * 2
+    for prompt in range(8):
+        for offset in range(12):
+            cells = explaining.Cells(names, one, one, one, flat, flat, flat, flat, flat, 0.0)
+            gathered.add(prompt, [str(offset)], cells)
+    tracemalloc.reset_peak()
+    found = gathered.result(prompts=8, pairs="x", head=lens.common.head_ids.HeadId(0, 0), against="keys", seed=0, model="m")  # fmt: skip
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert found.values.shape == (12, 8, 60, 60)
+    assert found.contrast.min() == found.values.max() == 1
+    assert peak < 5.5 * found.values.nbytes  # four sums, and the mean of one
 
 
 def test_what_cannot_be_explained_is_refused(models):
