@@ -105,6 +105,7 @@ def test_differences_are_means_over_the_shared_prompts(pair):
     assert len(comparison.heads) == (len(METRICS) - 1) * LAYERS * HEADS
     for row in comparison.heads.to_dict("records"):
         at = (row["metric"], row["layer"], row["head"])
+        assert row["name"] == f"L{row['layer']}H{row['head']}"
         x = [score(a, "p000", *at), score(a, "p002", *at)]
         y = [score(b, "p002", *at), score(b, "p000", *at)]
         each = [right - left for left, right in zip(x, y, strict=True)]

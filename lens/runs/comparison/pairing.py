@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from lens import stats
-from lens.common.head_ids import HeadId
+from lens.common.head_ids import HeadId, head_columns
 from lens.runs.folders import Run
 from lens.runs.schema import PROMPT_KINDS
 from lens.stats import over_units
@@ -29,6 +29,7 @@ HEAD_COLUMNS = (
     "prompts",
     "metric",
     "variant",
+    "name",
     "layer",
     "head",
     "a",
@@ -141,9 +142,9 @@ def _values(run: Run, kind: str, prompts: list[str]) -> dict[tuple[str, str], pd
 
 def _by_head(x: pd.DataFrame, y: pd.DataFrame, n: int, seed: int) -> pd.DataFrame:
     a, b, difference, low, high = _paired(x.to_numpy(float), y.to_numpy(float), n, seed)
-    layers, heads = (x.columns.get_level_values(name).astype(int) for name in ("layer", "head"))
     columns = {"a": a, "b": b, "difference": difference, "low": low, "high": high}
-    return pd.DataFrame({"layer": layers, "head": heads, **columns, "n": n})
+    own = head_columns(x.columns)
+    return pd.DataFrame({**own, **columns, "n": n})
 
 
 def _over_heads(

@@ -50,7 +50,7 @@ def comparison_scatter(
         LensError: heads are not compared, or no such score.
     """
     rows, kind = _select(comparison, metric, variant, prompts)
-    names = np.array([f"L{a}H{b}" for a, b in zip(rows["layer"], rows["head"], strict=True)])
+    names = rows["name"].to_numpy()
     differs = ((rows["low"] > 0) | (rows["high"] < 0)).to_numpy()
     farthest = set(np.argsort(-np.abs(rows["difference"].fillna(0).to_numpy()))[:_NAMED].tolist())
     ends = _ends(rows)

@@ -21,6 +21,7 @@ DEFINITIONS: Mapping[str, str] = {
     "prompts": "kind of prompt: text, or copied random tokens",
     "metric": "score of a head, see lens.traces.metrics",
     "variant": "raw, or sink_excluded: keys from 1 on only",
+    "name": "of the head",
     "layer": "from 0",
     "head": "from 0",
     "a": "mean in A over the prompts that both runs have; A's own mean where they share none",
