@@ -1,5 +1,6 @@
 """`lens mixers`: heads of mixers and of softmax attention in one section of a run, in its report and on its page."""
 
+import json
 import re
 import shutil
 from dataclasses import replace
@@ -14,6 +15,7 @@ from lens_dashboards.selection import PAGES
 from lens_dashboards.views import render
 
 import lens
+from lens.figures.mixers import block_masses
 from lens.runs import open_run
 from lens.runs.contents import section_problems
 from lens.runs.validation import validate
@@ -51,6 +53,17 @@ def test_the_section_is_whole_and_in_the_report(run):
     said = " ".join(run.section("mixers").summary)
     assert "uniform attention 7.8" in said, "tokens back: 31 / 4"
     assert float(re.search(r"output to (\S+) of", said)[1]) < 1e-5  # pyright: ignore[reportOptionalSubscript]
+
+
+def test_the_map_counts_blocks_and_every_column_of_the_page_is_named(run):
+    shown = block_masses(np.ones((4, 4)), "L0H0").layout
+    assert (shown.xaxis.dtick, shown.yaxis.dtick) == (1, 1)
+    page = json.dumps(
+        render(Library(run.path.parent), f"/run/{run.id}/mixers", ""),
+        default=lambda one: one.to_plotly_json() if hasattr(one, "to_plotly_json") else str(one),
+    )
+    assert "mean over windows" in page
+    assert '{\\"text\\": \\"\\"}' not in page
 
 
 def test_the_headline_is_the_head_that_looks_least_far(run):

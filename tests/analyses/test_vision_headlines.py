@@ -35,7 +35,7 @@ def test_the_patch_that_rows_look_at_is_one():
     patterns[2, :, 1 + 8] += 0.5  # patch (1, 2)
     (one,) = told(patterns, special=1)
     assert "L0H2: patches look at the patch (1, 2)" in one.text
-    assert "over the 18 by which it was not chosen" in one.text
+    assert "(on the 18 that had no part in choosing it)" in one.text
     assert one.value == pytest.approx(37 * patterns[2, 2::2, 9].mean(), rel=1e-4)
     assert 1 < one.low < one.value < one.high
 
@@ -47,7 +47,7 @@ def test_where_keys_are_a_smaller_grid_all_rows_of_the_larger_one_count():
     own = trace.tile(0, 1, (0, 36), (0, 9)) * 9
     place = int(own[::2].mean(0).argmax())
     assert f"L0H1: positions look at the patch {divmod(place, 3)} " in one.text
-    assert "over the 18 by which" in one.text
+    assert "on the 18 that had no part" in one.text
     assert one.value == pytest.approx(own[1::2, place].mean(), rel=1e-5)
 
 

@@ -53,7 +53,7 @@ def strongest(
     row, column = divmod(int(grid.order[best]), grid.width)
     yield Headline(
         f"{title}, {one}: {who} look at the patch ({row}, {column}) {value:.2f} [{low:.2f}, {high:.2f}] times as much as "
-        f"uniform attention does, over the {seen} by which it was not chosen.",
+        f"uniform attention does (on the {seen} that had no part in choosing it).",
         *(value, low, high),
         baseline=1.0,
         against="uniform attention",

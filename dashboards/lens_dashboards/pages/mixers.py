@@ -136,5 +136,5 @@ def _numbers(row: dict[Any, Any]) -> html.Div | html.Table:
         shown = "no end" if np.isinf(value) else number(value)
         body.append([words, shown, between])
     return data_table(
-        f"Numbers of {row['name']}", ["", "mean over windows", "95 %"], body, row_heads=True
+        f"Numbers of {row['name']}", ["number", "mean over windows", "95 %"], body, row_heads=True
     )
