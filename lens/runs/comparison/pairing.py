@@ -143,7 +143,7 @@ def _values(run: Run, kind: str, prompts: list[str]) -> dict[tuple[str, str], pd
 def _by_head(x: pd.DataFrame, y: pd.DataFrame, n: int, seed: int) -> pd.DataFrame:
     a, b, difference, low, high = _paired(x.to_numpy(float), y.to_numpy(float), n, seed)
     columns = {"a": a, "b": b, "difference": difference, "low": low, "high": high}
-    own = head_columns(x.columns)
+    own = head_columns(x.columns.to_frame().to_numpy())
     return pd.DataFrame({**own, **columns, "n": n})
 
 
