@@ -4,6 +4,7 @@ import hashlib
 import importlib
 import inspect
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -33,6 +34,7 @@ from lens_analyses.runner import Finished, readable
 from lens_analyses.scoring import with_pooled
 from lens_analyses.steps.columns import defined
 
+_SPECIAL = re.compile(r"\s*(<[^<>]+>|\[\w+\])\s*")
 _WORDS = 4  # of a text whose maps are drawn, where none are named
 _DRAWN_WORDS = 7  # positions of the text that a denoiser alone reads
 
@@ -218,7 +220,9 @@ def _words(found: Denoising, asked: str | None) -> list[str]:
     """
     texts = [found.trace(part) for part in found.parts if part.startswith(("cross", "joint"))]
     if asked is None:
-        return list(dict.fromkeys(_text(texts[0])))[:_WORDS] if texts else []
+        every = list(dict.fromkeys(_text(texts[0]))) if texts else []
+        words = [word for word in every if not _SPECIAL.fullmatch(word)]
+        return (words or every)[:_WORDS]  # of a text without words its tokens
     chosen = [word.strip() for word in asked.split(",")]
     known = {word for trace in texts for word in _text(trace)}
     if missing := [word for word in chosen if word not in known]:

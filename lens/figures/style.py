@@ -1,5 +1,6 @@
 """The layout that every figure shares."""
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -171,11 +172,13 @@ def _count_by_whole_numbers(figure: go.Figure) -> None:
                 continue
             name = axis.plotly_name.replace("axis", "")
             own = [_places(one, side) for one in drawn if (one[f"{side}axis"] or side) == name]
-            axis.dtick = _step([one for one in own if one is not None])
+            low, high = axis.domain or (0, 1)  # a narrow axis has room for few
+            most = max(4, round(16 * (high - low)))
+            axis.tickvals = _ticks([one for one in own if one is not None], most)
     for one in drawn:
         shade = one.marker if one.type == "scatter" else None
         if shade is not None and shade.colorbar.title.text == "layer":
-            shade.colorbar.dtick = _step([shade.color])
+            shade.colorbar.tickvals = _ticks([shade.color])
 
 
 def _places(trace: Any, side: str) -> Any:
@@ -186,14 +189,18 @@ def _places(trace: Any, side: str) -> Any:
     return found
 
 
-def _step(several: Sequence[Any]) -> int | None:
-    """Between the ticks of these layers; None where they are no numbers."""
+def _ticks(several: Sequence[Any], most: int = 16) -> list[int] | None:
+    """Whole numbers among these, at most so many; None where they are no numbers."""
     try:
         numbers = np.concatenate([np.asarray(one, dtype=float).ravel() for one in several])
     except ValueError:
         return None
     numbers = numbers[np.isfinite(numbers)]
-    return tick_step(int(np.ptp(numbers)) + 1) if numbers.size else None
+    if not numbers.size:
+        return None
+    low, high = math.ceil(numbers.min()), math.floor(numbers.max())
+    step = tick_step(high - low + 1, most)
+    return list(range(-(-low // step) * step, high + 1, step))
 
 
 def band(x: Any, low: Any, high: Any, color: str, *, opacity: float | None = None) -> go.Scatter:

@@ -216,7 +216,9 @@ def test_pipelines_of_transformers_run_by_prompt(make, part, words, lens_command
     if text:
         tokens = run.trace("p001").tokens[slice(*text)]
         assert tokens[:8] == ["<s>", *PROMPT.split(), "</s>"]
-        assert "word_0" in run.section("denoising").figures
+        section = run.section("denoising")
+        assert "word_0" in section.figures
+        assert section.configuration["words"] == PROMPT.split()[:4], "not its begin and padding"
 
 
 def test_what_is_no_diffusion_model_is_refused(folder, lens_command, tmp_path):

@@ -149,8 +149,10 @@ def test_steps_are_those_of_the_timestep_and_others_run_as_ever(tmp_path):
     assert [step.label for step in drawn.layout.sliders[0].steps] == ["0", "2"]
     np.testing.assert_array_equal(drawn.data[1].z, one.maps(0, heads="L0H1")[1])
     assert one.plot().data[0].x.tolist() == [0, 2]
-    assert one.plot().layout.xaxis.dtick == 1
-    assert (drawn.layout.xaxis.dtick, drawn.layout.yaxis.dtick) == (1, 1)
+    assert one.plot().layout.xaxis.tickvals == (0, 1, 2)
+    rows, columns = drawn.data[0].z.shape
+    assert drawn.layout.xaxis.tickvals == tuple(range(columns))
+    assert drawn.layout.yaxis.tickvals == tuple(range(rows))
     moved = lens.policies.transfer([one.trace(step=step) for step in one.steps])
     assert moved.table()["efficiency"].between(0.5, 1.0001).all()
     with pytest.raises(LensError, match=r"parts joint at steps 0, 2; got part='cross'"):

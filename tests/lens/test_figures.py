@@ -133,17 +133,21 @@ def test_scatter_and_layers_hold_every_head(table):
 def test_layers_are_whole_numbers_on_every_axis(table):
     heads = pd.DataFrame({"layer": [0, 0, 2], "head": [0, 1, 0], "a": [0.1, 0.2, 0.3], "b": 1.0})
     (points,) = figures.columns.column_scatter(heads, "a", "b").data
-    assert points.marker.colorbar.dtick == 1
+    assert points.marker.colorbar.tickvals == (0, 1, 2)
     figure = go.Figure(go.Scatter(x=[-1, 0, 1, 40], y=[3, 4, 5, 6]))
     figure.update_xaxes(title="After layer (-1: embedding)").update_yaxes(title="layers of heads")
     style(figure, "", {})
-    assert (figure.layout.xaxis.dtick, figure.layout.yaxis.dtick) == (3, None)
+    assert figure.layout.xaxis.tickvals == tuple(range(0, 40, 3))
+    assert figure.layout.yaxis.tickvals is None
     blocks = go.Figure(go.Heatmap(z=np.eye(4)[:3])).update_xaxes(title="block of keys")
     blocks.update_yaxes(title="row")
     style(blocks, "", {})
-    assert (blocks.layout.xaxis.dtick, blocks.layout.yaxis.dtick) == (1, 1)
+    assert (blocks.layout.xaxis.tickvals, blocks.layout.yaxis.tickvals) == ((0, 1, 2, 3), (0, 1, 2))
+    halves = make_subplots(1, 2).add_scatter(x=list(range(16)), y=[0] * 16, row=1, col=1)
+    style(halves.update_xaxes(title="ring"), "", {})
+    assert halves.layout.xaxis.tickvals == (0, 3, 6, 9, 12, 15)
     named = go.Figure(go.Scatter(x=["L0", "L1"], y=[3, 4])).update_xaxes(title="Layer")
-    assert style(named, "", {}).layout.xaxis.dtick is None
+    assert style(named, "", {}).layout.xaxis.tickvals is None
 
 
 def test_wrong_calls_say_what_would_be_right(trace, table):
