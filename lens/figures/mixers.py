@@ -11,7 +11,7 @@ from lens.common.choices import is_whole
 from lens.common.colors import ACCENT, BASELINE, DIVERGING, LINE, VIRIDIS, scale
 from lens.common.errors import LensError
 from lens.common.plots import draws
-from lens.figures.style import Look, escaped, style, tick_step
+from lens.figures.style import Look, escaped, style
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -67,9 +67,8 @@ def block_masses(
             hovertemplate="queries of block %{y}, keys of block %{x}: %{z:.3g}<extra></extra>",
         )
     )
-    down, across = map(tick_step, values.shape)
-    figure.update_xaxes(title="block of keys", dtick=across)
-    figure.update_yaxes(title="block of queries", autorange="reversed", dtick=down)
+    figure.update_xaxes(title="block of keys")
+    figure.update_yaxes(title="block of queries", autorange="reversed")
     title = f"{escaped(name)}, {'signed' if signed else 'absolute'} mass"
     return style(figure, title, look, meta={"figure": "mixer_map", "head": name})
 
