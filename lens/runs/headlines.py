@@ -5,7 +5,8 @@ surprising ones first and compute nothing anew.
 
     gap      = how far the nearer end of the value's interval lies beyond the baseline; 0 where it holds the baseline
     scale    = the baseline's own spread (the interval of a control, the scatter of heads), or where the baseline is
-               exact its size (of a share its distance to 0 or 1, the nearer one); at least 1 % of the value's size
+               exact its size (of a share its distance to 0 or 1, the nearer one); at least 1 % of the value's size, and where that is
+               nothing too 1 % of the baseline's
     surprise = min(gap / scale, 100)
 
 The highest of many values has the interval of the highest of many (`lens.stats.verdicts.of_many`): by chance one of 24
@@ -96,7 +97,7 @@ class Headline:
             scale = min(
                 scale, 1 - self.baseline
             )  # a share of 0.95 has not as far to go as one of 0.5
-        scale = max(scale, _FLOOR * abs(self.value))
+        scale = max(scale, _FLOOR * abs(self.value)) or _FLOOR * abs(self.baseline)
         return min(gap / scale, 1 / _FLOOR) if gap else 0.0
 
     @property

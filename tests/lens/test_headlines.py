@@ -172,6 +172,15 @@ def test_the_profile_fills_what_sections_leave_and_says_its_baseline():
     assert first_screen(heads(value=0.2), {}) == []
 
 
+def test_all_that_is_lost_of_all_there_was_surprises_most():
+    """From a share of 1 there is no way up, and of 0 no hundredth: neither is a scale."""
+    lost = Headline("Recall is 0, and 1 without others.", 0.0, 0.0, 0.0, 1.0, "random heads")
+    assert (lost.surprise, lost.stands) == (100.0, True)
+    assert replace(lost, value=1.0, low=1.0, high=1.0).surprise == 0.0
+    exact = replace(lost, spread=0.0, baseline=-3.0)
+    assert exact.surprise == 100.0
+
+
 @pytest.mark.parametrize(("layers", "step"), [(3, 1), (30, 5), (80, 12)])
 def test_the_layers_of_a_small_picture_have_room_for_their_names(layers, step):
     rows = [(layer, head, float(layer)) for layer in range(layers) for head in range(2)]
