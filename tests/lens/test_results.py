@@ -179,7 +179,7 @@ def test_tables_of_heads_join():
         lens.policies.maps(model, prompts[0], lens.policies.AShape(4, 8), block_size=8),
         lens.reading.perturb(model, prompts, ["L1H0"], sizes=[0.5], draws=1, **quiet),
         lens.reading.adversary(model, prompts, ["L1H0"], draws=1, **quiet),
-        lens.reading.retrieval(model, copied(model), **quiet),
+        lens.reading.retrieval(model, copied(model), masked=[], **quiet),
         lens.reading.examples(model, prompts, n=1, chance=False, **quiet),
         lens.policies.stability(model, prompts, block_size=8, **quiet),
     ]
