@@ -160,6 +160,26 @@ def test_the_page_says_what_is_wrong(page, serve, runs, tmp_path):
 
 
 @pytest.mark.browser
+def test_words_of_ones_own_take_the_place_of_the_text_that_the_form_begins_with(page, tmp_path):
+    with served(create_app(tmp_path, jobs=JobDesk(tmp_path))) as address:
+        page.goto(f"{address}/jobs")
+        text, tokens = (
+            page.get_by_label(name, exact=True) for name in ("text", "tokens of each prompt")
+        )
+        page.get_by_label("prompt", exact=True).fill("Call me")
+        assert (text.input_value(), tokens.input_value()) == ("", "")
+        page.get_by_label("prompt", exact=True).fill("")
+        assert (text.input_value(), tokens.input_value()) == ("moby-dick", "128")
+        tokens.fill("64")
+        page.get_by_label("prompt", exact=True).fill("Call me Ishmael")
+        assert (text.input_value(), tokens.input_value()) == ("", "64")
+        tokens.fill("")
+        page.get_by_role("button", name="Start").click()
+        page.wait_for_selector("#job-row-1")
+        assert "--prompt 'Call me Ishmael'" in page.locator("#job-row-1").inner_text()
+
+
+@pytest.mark.browser
 def test_the_form_follows_the_analysis_and_shows_refusals(page, tmp_path):
     with served(create_app(tmp_path, jobs=JobDesk(tmp_path))) as address:
         page.goto(f"{address}/jobs")

@@ -99,6 +99,16 @@
       }
     };
     element.addEventListener("change", fit);
+    /* Words of one's own take the place of the text that the form begins with; what was typed stays. */
+    element.addEventListener("input", ({ target }) => {
+      if (target.name !== "prompts.prompt") return;
+      for (const { name, start } of form) {
+        if (!name.startsWith("prompts.") || [null, undefined, ""].includes(start)) continue;
+        const other = element.elements.namedItem(name), begun = String(start);
+        if (target.value && other.value === begun) other.value = "";
+        else if (!target.value && other.value === "") other.value = begun;
+      }
+    });
     element.addEventListener("submit", (event) => { event.preventDefault(); send("run"); });
     estimate.addEventListener("click", () => send("estimate"));
     fit();
