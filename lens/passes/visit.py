@@ -107,6 +107,7 @@ class Hooks:
     def __init__(self, stack: ExitStack, rows: int = 1) -> None:
         self.stack, self.rows = stack, rows
         self._turns: dict[tuple[int, str], deque[Callable[..., Any]]] = {}
+        stack.callback(self._turns.clear)  # they hold this, and the visitor with all that it keeps
 
     def after(self, module: nn.Module, purpose: str, function: Callable[..., Any]) -> None:
         """`function(module, arguments, output)` after the module; what it returns is its output."""

@@ -1,13 +1,16 @@
 """The masked forward pass: its two ends, and a naive model in between."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 
 import lens
-from lens.circuits.graph.activations import Ablation, read_activations
+from lens.circuits.graph.activations import Ablation, PlainVisitor, read_activations
 from lens.circuits.graph.graph import Graph
 from lens.circuits.graph.masked_forward import masked_logits
-from lens.circuits.graph.nodes import find_nodes
+from lens.circuits.graph.nodes import find_nodes, visit
 from lens.circuits.graph.references import References
 from lens.common.errors import LensError
 from tests.lens.architectures import build
@@ -145,3 +148,18 @@ def test_models_whose_edges_cannot_be_replaced_are_refused():
         LensError, match=r"flow_routes takes what is read .* gemma2 norms it in between"
     ):
         lens.circuits.scores.flow_routes(lens.load(layout_model("gemma2")), small_task())
+
+
+def test_what_a_pass_keeps_is_let_go_of_at_its_end(model):
+    """Not when Python next looks for circles: circuits at places held what many passes kept, 9 GB of smollm2."""
+    nodes = find_nodes(model)
+    visitor = PlainVisitor(nodes)
+    alive = weakref.ref(visitor)
+    gc.disable()
+    try:
+        with torch.no_grad():
+            visit(nodes, small_task().clean, visitor)
+        del visitor
+        assert alive() is None
+    finally:
+        gc.enable()
