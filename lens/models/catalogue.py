@@ -90,6 +90,7 @@ _TABLE = (
     ),
 )
 
+_LONGEST_ID = 96  # that the hub takes
 KNOWN: dict[str, KnownModel] = {model.name: model for model in _TABLE}
 
 
@@ -99,8 +100,11 @@ def nearest(name: str) -> str:
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a name looks like `owner/name` on the hub, or is of its first models, which have no owner."""
-    return re.fullmatch(rf"[\w.-]+/[\w.-]+|{_WITHOUT_OWNER}", name) is not None
+    """Whether a name can be `owner/name` on the hub, or is of its first models, which have no owner."""
+    if len(name) > _LONGEST_ID or "--" in name or ".." in name or name.endswith(".git"):
+        return False
+    word = r"\w([\w.-]*\w)?"
+    return re.fullmatch(rf"{word}/{word}|{_WITHOUT_OWNER}", name, re.ASCII) is not None
 
 
 def unknown_model(name: str) -> str:

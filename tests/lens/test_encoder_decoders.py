@@ -7,6 +7,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
+from scipy.special import entr
 
 import lens
 from lens import LensError, edits
@@ -309,6 +310,28 @@ def test_labels_that_do_not_fit_are_refused(labels, said):
 
 
 @torch.no_grad()
+def test_blocks_of_cross_attention_have_as_many_rows_as_the_target():
+    """Seven queries of ninety keys in one block of rows: their bounds were those of ninety rows."""
+    model = lens.load(made("t5"))
+    pairs = [(list(range(3, 93)), [2, *range(30, 36)]), (list(range(9, 79)), [2, 4, 5])]
+    pair = [
+        lens.capture(model, one, keep_qk=True, block_size=64, progress=False).cross for one in pairs
+    ]
+    trace = pair[0]
+    assert (trace.queries, trace.length) == (7, 90)
+    bounds, exact = lens.sinks.block_bounds(trace), trace.received.values / 7
+    for block, (first, last) in enumerate(((0, 64), (64, 90))):
+        assert bounds.lower[..., block] == pytest.approx(exact[..., first:last].mean(-1), abs=1e-5)
+    found = lens.heads.similarity(pair)
+    for one, sums, counts in zip(pair, found.sums, found.counts, strict=True):
+        maps = one.block_mass.values.astype(float).reshape(-1, *one.block_mass.shape[2:])
+        middle = (maps[:, None] + maps[None]) / 2
+        own = entr(maps).sum(-1)
+        divergence = (entr(middle).sum(-1) - (own[:, None] + own[None]) / 2).clip(0)[..., 0]
+        assert sums == pytest.approx(divergence * one.queries, abs=1e-9)
+        assert (counts == one.queries).all()
+
+
 def test_edits_act_on_the_chosen_part_alone():
     model, given = made("bart"), inputs_of("bart")
     loaded = lens.load(model)

@@ -549,3 +549,23 @@ def test_an_attention_function_of_somebody_else_is_refused_where_it_computes_som
 def test_what_wraps_a_model_says_where_the_model_is(wrapped, inside):
     with pytest.raises(LensError, match=rf"is loaded without it: lens\.load\(model\.{inside}\)"):
         lens.load(wrapped(build("llama")))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "日本語/モデル",
+        "a/b/c",
+        "-a/b",
+        "a..b/c",
+        "a/b--c",
+        "a/b.git",
+        "../b",
+        "a/" + "b" * 96,
+        "a b/c",
+    ],
+)
+def test_a_name_that_the_hub_cannot_have_is_unknown_and_not_asked_for(name, monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "model_info", lambda *_, **__: pytest.fail("asked"))
+    with pytest.raises(LensError, match="unknown model"):
+        lens.load(name)

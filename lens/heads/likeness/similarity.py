@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -175,9 +174,7 @@ def _block_sums(trace: AttentionTrace) -> tuple[np.ndarray, np.ndarray]:
         )
     maps = trace.dataset["block_mass"].values.astype(float)
     maps = maps.reshape(-1, *maps.shape[2:])  # [heads, query_blocks, key_blocks]
-    starts = np.arange(0, trace.length + 1, trace.attrs["block_size"])
-    edges = starts if starts[-1] == trace.length else np.append(starts, trace.length)
-    rows = np.array([last - first for first, last in pairwise(edges)], float)
+    rows = np.diff([*trace.dataset["query_block_start"].values, trace.queries]).astype(float)
     own = entr(maps).sum(-1)
     sums = np.stack(
         [
@@ -185,4 +182,4 @@ def _block_sums(trace: AttentionTrace) -> tuple[np.ndarray, np.ndarray]:
             for index, head in enumerate(maps)
         ]
     )
-    return sums, np.full_like(sums, trace.length - int(trace.attrs["causal"]))
+    return sums, np.full_like(sums, trace.queries - int(trace.attrs["causal"]))

@@ -99,7 +99,7 @@ def block_bounds(trace: AttentionTrace, *, epsilon: float = SINK_EPSILON) -> Blo
     mass = trace.dataset["block_mass"]
     starts = mass["key_block_start"].values
     stops = np.append(starts[1:], trace.length)
-    rows = np.diff(np.append(mass["query_block_start"].values, trace.length))
+    rows = np.diff(np.append(mass["query_block_start"].values, trace.queries))
     received = np.einsum("lhqk,q->lhk", mass.values.astype(float), rows.astype(float))
     visible = trace.visible.values.astype(float)  # [layers, keys]
     together = np.add.reduceat(visible, starts, axis=1)[:, None]
