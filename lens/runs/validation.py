@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 
 from lens.common.errors import LensError
 from lens.common.files import lies_in
@@ -30,13 +31,11 @@ from lens.runs.agreement import (
 from lens.runs.commands import CONFIG
 from lens.runs.folders import CIRCUITS, IMPORTANCES
 from lens.runs.manifest import GROWING, MANIFEST, changed_files
-from lens.runs.schema import PROMPT_KINDS
 from lens.runs.writer import config_hash
 from lens.traces.metrics import METRICS
-from lens.traces.profiles import POSITIONS, prompt_table
+from lens.traces.profiles import POSITIONS, pooled_table, prompt_table
 
 if TYPE_CHECKING:
-    import pandas as pd
     import xarray as xr
 
     from lens.runs.folders import Run
@@ -148,11 +147,23 @@ def _heads(run: Run) -> Iterator[str]:
     done = run.prompts[run.prompts["status"] == "done"]
     if lacking := sorted({*done["prompt_id"], *done["kind"]} - set(table["prompt_id"])):
         yield f"heads.parquet has no scores of {', '.join(lacking)}"
-    kinds = dict(zip(run.prompts["prompt_id"], run.prompts["kind"], strict=True))
-    single = table[~table["prompt_id"].isin(PROMPT_KINDS) & ~table["metric"].isin(POSITIONS)]
-    means = single.assign(prompt_id=single["prompt_id"].map(kinds))
-    means = means.groupby(["prompt_id", *_KEYS])["value"].mean().reset_index()
-    yield from _differing(table, means, "the mean over the prompts")
+    with np.errstate(all="ignore"):  # what is infinite was said
+        pooled = _pooled(run, table)
+    yield from _differing(table, pooled, "the mean over the prompts")
+
+
+def _pooled(run: Run, table: pd.DataFrame) -> pd.DataFrame:
+    """The rows of each kind of prompt, made anew from those of its prompts; intervals are drawn by the run's seed."""
+    table = table[~table["metric"].isin(POSITIONS)]
+    by_prompt = dict(iter(table.groupby("prompt_id", sort=False)))
+    found = []
+    for kind, rows in run.prompts.groupby("kind"):
+        members = [by_prompt[name] for name in rows["prompt_id"] if name in by_prompt]
+        if len(members) > 1:
+            found.append(pooled_table(members, str(kind), seed=run.config.get("seed", 0)))
+        elif members:
+            found.append(members[0][[*_KEYS, "value"]].assign(prompt_id=kind))
+    return pd.concat([table.iloc[:0], *found])
 
 
 def _differing(table: pd.DataFrame, expected: pd.DataFrame, what: str) -> Iterator[str]:
@@ -160,11 +171,21 @@ def _differing(table: pd.DataFrame, expected: pd.DataFrame, what: str) -> Iterat
     both = table.merge(expected, on=["prompt_id", *_KEYS], suffixes=("", "_expected"))
     pair = both["value"].to_numpy(float), both["value_expected"].to_numpy(float)
     off = ~np.isclose(*pair, rtol=_TOLERANCE, atol=_TOLERANCE, equal_nan=True)
-    if "n_expected" in both and (more := (both["n"] != both["n_expected"]).to_numpy()).any():
+    for end in ("low", "high"):
+        pair = both[end].to_numpy(float), both[f"{end}_expected"].to_numpy(float)
+        known = np.isfinite(pair[1])
+        if (apart := known & ~np.isclose(*pair, rtol=_TOLERANCE, atol=_TOLERANCE)).any():
+            row = both[apart].iloc[0]
+            yield (
+                f"heads.parquet: column {end}: {row['metric']} ({row['variant']}) of L{row['layer']}H{row['head']} on "
+                f"{row['prompt_id']} is {row[end]:.4g}, {what} gives {row[f'{end}_expected']:.4g}"
+            )
+    more = (both["n"] != both["n_expected"]) & both["n_expected"].notna()
+    if more.any():
         row = both[more].iloc[0]
         yield (
             f"heads.parquet: column n: {row['metric']} ({row['variant']}) of L{row['layer']}H{row['head']} on "
-            f"{row['prompt_id']} has {row['n']}, {what} gives {row['n_expected']}"
+            f"{row['prompt_id']} has {row['n']}, {what} gives {row['n_expected']:.0f}"
         )
     if off.any():
         row = both[off].iloc[0]

@@ -258,6 +258,14 @@ def first(table, **values):
             lambda t: t.assign(value=t["value"].where(t["prompt_id"] != "text", 0.5)),
             r"on text is 0\.5, the mean over the prompts gives",
         ),
+        (
+            lambda t: t.assign(n=t["n"] + (t["prompt_id"] == "text")),
+            r"column n: .* on text has 3, the mean over the prompts gives 2",
+        ),
+        (
+            lambda t: t.assign(low=t["low"].where(t["prompt_id"] != "text", t["value"] - 0.01)),
+            "column low: .* on text is .*, the mean over the prompts gives",
+        ),
         (lambda t: t.assign(value="x"), "column value must hold numbers, got .*string"),
         (
             lambda t: t.assign(layer=t["layer"] + 0.5),
