@@ -20,6 +20,7 @@ import pandas as pd
 
 from lens.common.errors import LensError
 from lens.common.files import lies_in
+from lens.runs.across_sections import section_agreement_problems
 from lens.runs.agreement import (
     disagreements,
     interval_problems,
@@ -66,6 +67,7 @@ def validate(run: Run) -> list[str]:
             (f"sections/{name}", lambda name=name: section_number_problems(run.section(name)))
             for name in run.sections
         ),
+        ("sections", lambda: section_agreement_problems(run)),
         *(
             (f"{CIRCUITS}/{name}.json", lambda name=name: _read(run.circuit, name))
             for name in run.circuits

@@ -6,6 +6,7 @@ import shutil
 
 import numpy as np
 import pandas as pd
+import plotly.graph_objects as go
 import pytest
 
 from lens.common.files import write_json
@@ -498,3 +499,91 @@ def test_ends_of_intervals_of_shares_are_shares(run):
 
     rewrite(run, "heads", lower)
     assert any("outside of 0 to 1" in one for one in validate(run))
+
+
+def saved_section(run, name, configuration=(), figures=(), **tables):
+    columns = dict.fromkeys([one for table in tables.values() for one in table], "x")
+    Section(
+        name,
+        name,
+        columns=columns,
+        configuration=dict(configuration),
+        tables=tables,
+        figures={one: go.Figure() for one in figures},
+    ).save(run.path)
+
+
+GRAPH = {"layers": 2, "heads": 3, "kv_heads": 3, "mlps": True, "parallel": False, "kv": "head"}
+OF_HEADS = pd.DataFrame(
+    {"name": ["L0H1", "L1H0"], "layer": [0, 1], "head": [1, 0], "gradient": [0.5, np.nan]}
+)
+
+
+def test_sections_that_are_joined_have_the_numbers_of_those_that_they_are_joined_of(run):
+    """Both are whole, and of the same heads: one is of another run of the model."""
+    saved_section(run, "importance", scores=OF_HEADS.assign(kind=["a", "b"]))
+    saved_section(run, "roles", text=OF_HEADS.assign(gradient=9.0))  # which has one of its own
+    joined = {"joined": ["importance", "roles", "copying"]}
+    for table, said in (
+        (OF_HEADS[::-1].assign(kind=["b", "a"]), None),
+        (OF_HEADS.assign(gradient=[0.6, np.nan]), "column gradient has other numbers"),
+        (OF_HEADS.assign(gradient=[0.5, 0.5]), "column gradient has other numbers"),
+        (OF_HEADS.assign(kind=["a", "a"]), "column kind has other numbers"),
+    ):
+        saved_section(run, "heads", joined, heads=table.reset_index(drop=True))
+        problems = validate(open_run(run.path))
+        assert_matches("^$" if said is None else said, "\n".join(problems))
+
+
+@pytest.mark.parametrize(
+    ("configuration", "problems"),
+    [({"seed": 0}, 0), ({"seed": 1}, 1), ({"kind": "own numbers", "seed": 1}, 0), ({}, 0)],
+)
+def test_a_section_of_another_seed_is_of_another_run(run, configuration, problems):
+    saved_section(run, "scored", configuration, scores=OF_HEADS)
+    found = validate(open_run(run.path))
+    assert len(found) == problems
+    assert all("configuration.seed is 1, the run has the seed 0" in one for one in found)
+
+
+def test_a_table_of_edges_is_that_of_the_circuit_s_file(run):
+    edges = ["input->a0.h1<v>", "a0.h1->logits"]
+    curve = {"share": [0.5, 1.0], "faithfulness": [0.2, 1.0]}
+    data = {
+        **{
+            "format": "lens-circuit",
+            "version": 1,
+            "model": "analytic",
+            "task": "t",
+            "made": "by hand",
+        },
+        **{"graph": GRAPH, "nodes": ["input", "a0.h1"], "edges": edges, "scores": [1.0, -2.0]},
+        "faithfulness": curve,
+    }
+    (run.path / "circuits").mkdir()
+    write_json(run.path / "circuits" / "t.json", data)
+    table = pd.DataFrame(
+        {
+            "edge": [*edges[::-1], "input->logits"],
+            "value": [-2.0, 1.0, 3.0],
+            "in_circuit": [True, True, False],
+        }
+    )
+    same = pd.DataFrame(
+        {"circuit": ["circuit", "uniform"], "faithfulness": 0.1, "low": 0.1, "high": 0.1}
+    )
+    rest = {"edges": 10} | dict.fromkeys(
+        ("low", "high", "random", "random_low", "random_high", "kl"), np.nan
+    )
+    of_curve = pd.DataFrame({"ranking": ["signed"] * 2 + ["absolute"] * 2} | rest | {n: [*np.array(c) + 1, *c] for n, c in curve.items()})  # fmt: skip
+    for changed, ranked, said in (
+        (table, of_curve, None),
+        (table.assign(value=2 * table["value"]), of_curve, "value has other scores than circuits/t.json"),
+        (table.assign(in_circuit=True), of_curve, "in_circuit has other edges than circuits/t.json"),
+        (table, of_curve.assign(faithfulness=3.0), "no ranking has the curve of circuits/t.json"),
+    ):  # fmt: skip
+        saved_section(run, "edges", edges=changed)
+        figure = ("faithfulness",)
+        saved_section(run, "circuit", figures=figure, faithfulness=ranked, same_size=same)
+        problems = validate(open_run(run.path))
+        assert_matches("^$" if said is None else said, "\n".join(problems))
