@@ -82,6 +82,15 @@ def test_hover_shows_the_number_of_the_trace(page, address, run):
     assert f"key {key} " in shown.inner_text()
 
 
+def test_few_queries_of_many_keys_have_their_names(page, address, run):
+    """A word heard in a long sound: each axis has names where it has room for them."""
+    page.goto(f"{address}/run/{run.id}/head/1/3?prompt=p000&q0=20&q1=30&k0=0&k1=101")
+    ready(page)
+    left, _, side = map(float, page.locator(".map-canvas").get_attribute("data-plot").split())
+    low = page.locator(".map-canvas").bounding_box()["height"] - 34 - side
+    assert (left, low) == pytest.approx((124, 30), abs=1)
+
+
 def test_zoom_and_row_are_kept_in_the_link(page, address, run):
     page.goto(f"{address}/run/{run.id}/head/0/0?prompt=p001")
     ready(page)

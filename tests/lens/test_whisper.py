@@ -79,6 +79,21 @@ def test_the_documented_heads_point_at_the_word_that_is_predicted(model, cross):
     assert table["mass"][known].median() > 0.3
     assert table["monotonicity"][known].min() > 0.6
     assert found.findings()[0].startswith(f"{table.index[0]} points best")
+    words = TEXT.lower().strip(" .").split()[1:]  # "the" is there twice
+    listed = model.model.generation_config.alignment_heads
+    by_word = lens.traces.alignment(
+        cross,
+        dict(zip(words[:5] + words[7:], ENDS[1:6] + ENDS[8:], strict=True)),
+        at="predicted",
+        known=listed,
+    )
+    assert by_word.table()["known"].sum() == len(DOCUMENTED)
+    gap = (
+        by_word.per_prompt["accuracy"][list(by_word.known)].mean()
+        - by_word.per_prompt["accuracy"].mean()
+    )
+    assert gap > 0.2
+    assert by_word.table()["accuracy"].max() > 0.7
     random = random_weights(model, 0).part("cross")
     other = lens.capture(random, (SOUND, TEXT), progress=False)
     chance = lens.traces.alignment(other, labels_of(other), at="predicted").table()

@@ -179,15 +179,15 @@
       return shrunk ? Math.min(CELLS, Math.ceil(this.config.small * (window.devicePixelRatio || 1))) : CELLS;
     }
 
-    /* Room for the names of tokens where single ones are shown, and few enough. */
-    get isNamed() {
+    /* Room for the names of tokens of an axis, "q" or "k", where single ones are shown, and few enough. */
+    isNamed(axis) {
       const most = this.config.small ? NAMED / 2 : NAMED;
-      const { q0, q1, k0, k1 } = this.view;
-      return this.data && this.data.cell === 1 && Math.max(k1 - k0, q1 - q0) <= most;
+      const cell = this.data && (axis === "q" ? this.data.queryCell : this.data.cell);
+      return cell === 1 && this.view[`${axis}1`] - this.view[`${axis}0`] <= most;
     }
 
-    get left() { return this.isNamed ? WIDE_LEFT - (this.config.small ? 34 : 0) : LEFT; }
-    get bottom() { return this.isNamed ? WIDE_BOTTOM - (this.config.small ? 20 : 0) : BOTTOM; }
+    get left() { return this.isNamed("q") ? WIDE_LEFT - (this.config.small ? 34 : 0) : LEFT; }
+    get bottom() { return this.isNamed("k") ? WIDE_BOTTOM - (this.config.small ? 20 : 0) : BOTTOM; }
 
     /* How high each value stands on the scale, 0 to 1, and what is written beside the colours. */
     levels() {
@@ -327,7 +327,7 @@
       g.strokeRect(this.left + .5, TOP + .5, side - 1, side - 1);
       g.textBaseline = "top";
       g.textAlign = "center";
-      if (this.isNamed) this.drawNames(g, side);
+      if (this.isNamed("k")) this.drawKeys(g, side);
       else for (const [t, text] of this.ticks("k", this.config.seconds)) g.fillText(text, this.x(t), TOP + side + 5);
       g.font = "11px Inter, 'Helvetica Neue', Arial, sans-serif";
       g.textAlign = "center";
@@ -335,7 +335,8 @@
       g.fillText(this.config.seconds ? "key (time)" : "key", this.left + side / 2, TOP + side + this.bottom - 13);
       g.textAlign = "right";
       g.textBaseline = "middle";
-      if (!this.isNamed) for (const [t, text] of this.ticks("q", this.config.queries ? 0 : this.config.seconds)) g.fillText(text, this.left - 6, this.y(t));
+      if (this.isNamed("q")) this.drawQueries(g, side);
+      else for (const [t, text] of this.ticks("q", this.config.queries ? 0 : this.config.seconds)) g.fillText(text, this.left - 6, this.y(t));
       g.save();
       g.translate(12, TOP + side / 2);
       g.rotate(-Math.PI / 2);
@@ -360,13 +361,21 @@
       return moments(first * seconds, last * seconds, (last - first) * seconds / 6).map(([t, text]) => [t / seconds, text]);
     }
 
-    /* Every token of the rectangle on both axes. */
-    drawNames(g, side) {
-      const cell = side / Math.max(this.view.k1 - this.view.k0, this.view.q1 - this.view.q0);
-      g.font = `${clamp(Math.floor(cell), 7, 12)}px Inter, 'Helvetica Neue', Arial, sans-serif`;
+    /* Every token of the rectangle on an axis. */
+    nameIn(g, room) {
+      g.font = `${clamp(Math.floor(room), 7, 12)}px Inter, 'Helvetica Neue', Arial, sans-serif`;
       g.textBaseline = "middle";
       g.textAlign = "right";
+    }
+
+    drawQueries(g, side) {
+      this.nameIn(g, side / (this.view.q1 - this.view.q0));
       for (let q = this.view.q0; q < this.view.q1; q += 1) g.fillText(brief(this.queries[q]), this.left - 5, this.y(q + 0.5), this.left - 26);
+      g.font = "11px Inter, 'Helvetica Neue', Arial, sans-serif";
+    }
+
+    drawKeys(g, side) {
+      this.nameIn(g, side / (this.view.k1 - this.view.k0));
       for (let k = this.view.k0; k < this.view.k1; k += 1) {
         g.save();
         g.translate(this.x(k + 0.5), TOP + side + 5);
