@@ -4,7 +4,7 @@ from typing import Any
 
 from lens import heads
 from lens.common.errors import LensError
-from lens.heads.behaviour.patterns import CLASSES, DIFFUSE
+from lens.heads.behaviour.patterns import CLASSES
 from lens.runs.sections import Section
 from lens_analyses.steps.columns import defined
 from lens_analyses.steps.subject import Subject
@@ -26,18 +26,11 @@ def patterns(subject: Subject) -> Section:
         raise LensError("sparse patterns are of tokens in a row, and the prompts are pictures")
     found = heads.patterns(traces)
     table = found.table(seed=subject.seed)
-    counts = table["pattern"].value_counts()
-    shown = ", ".join(
-        f"{counts[name]} {name.replace('_', '-')}" for name in (*CLASSES, DIFFUSE) if name in counts
-    )
     kept = {name: f"Mass kept by the best {name.replace('_', '-')} pattern." for name in CLASSES}
     return Section(
         name="patterns",
         title="Which sparse pattern each head has",
-        summary=(
-            f"With {found.budget:.0%} of the visible pairs, of {len(table)} heads {shown} "
-            f"(a class must keep {found.enough:.0%} of the mass; on {found.n} {kind} prompts).",
-        ),
+        summary=found.findings(),
         limits=(
             "Kept mass is no quality: what the model loses when only the pattern is run was not measured.",
             "The best pattern was chosen and measured on the same prompts, so kept mass is an upper bound "

@@ -51,11 +51,7 @@ def retrieval(subject: Subject) -> Section:
         found = heads.retrieval(subject.model, trials, progress=subject.progress)
         tables["retrieval"] = found.table(seed=subject.seed)
         figures["retrieval"] = found.plot()
-        best = " ".join(str(head) for head in found.heads()[:6]) or "none"
-        said.append(
-            f"Heads that fetch the needle (score above 0.1): {best}; {found.n} of {len(trials)} needles "
-            "came back."
-        )
+        said += found.findings()
     except LensError as problem:
         limits.append(f"No retrieval scores: {problem}.")
     return Section(

@@ -20,7 +20,7 @@ from lens.common.choices import is_number, is_whole
 from lens.common.errors import LensError
 from lens.common.given import given_traces
 from lens.common.head_ids import head_columns
-from lens.common.results import Result
+from lens.common.results import Result, Sentence
 from lens.stats.intervals import columns
 
 if TYPE_CHECKING:
@@ -93,6 +93,20 @@ class PatternClasses(Result):
         for name, kept in zip(CLASSES, self.kept, strict=True):
             found |= columns(name, kept, seed)
         return pd.DataFrame(found)
+
+    def findings(self) -> tuple[Sentence, ...]:
+        """How many heads have each pattern."""
+        names = self.classes.ravel().tolist()
+        shown = ", ".join(
+            f"{names.count(name)} {name.replace('_', '-')}"
+            for name in (*CLASSES, DIFFUSE)
+            if name in names
+        )
+        text = (
+            f"With {self.budget:.0%} of the visible pairs, of {len(names)} heads {shown} (a class must keep "
+            f"{self.enough:.0%} of the mass; on {self.n} prompt{'s' * (self.n > 1)})."
+        )
+        return (Sentence(text, kind="patterns"),)
 
     def __repr__(self) -> str:
         names, counts = np.unique(self.classes, return_counts=True)

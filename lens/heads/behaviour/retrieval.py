@@ -20,7 +20,7 @@ from torch import Tensor
 from lens.common.errors import LensError
 from lens.common.head_ids import HeadId, all_heads, head_columns
 from lens.common.progress import advancing
-from lens.common.results import Result
+from lens.common.results import Result, Sentence
 from lens.models.loaded import LoadedModel
 from lens.passes.calls import LayerCall, attend
 from lens.passes.sessions import base, listening
@@ -66,6 +66,12 @@ class RetrievalScores(Result):
         found = head_columns(all_heads(range(len(self.values)), self.values.shape[1]))
         found |= columns("retrieval", self.per_trial, seed)
         return pd.DataFrame(found | {"n": self.n, "trials": len(self.recall)})
+
+    def findings(self) -> tuple[Sentence, ...]:
+        """Which heads fetch the needle, and how many needles came back."""
+        best = " ".join(str(head) for head in self.heads()[:6]) or "none"
+        text = f"Heads that fetch the needle (score above 0.1): {best}; {self.n} of {len(self.recall)} needles came back."
+        return (Sentence(text, kind="fetching"),)
 
     def __repr__(self) -> str:
         shown = ", ".join(f"{head} {self.values[head]:.2f}" for head in self.heads()[:3]) or "none"
