@@ -100,6 +100,11 @@ def self_check(model: LoadedModel) -> Checked:
     difference, tolerance = _difference(captured, own), tolerance_of(model.precision)
     if not difference <= tolerance:
         _refuse_random(model, inputs, own)
+        if torch.is_autocast_enabled(model.device.type):
+            raise LensError(
+                f"torch.autocast is on, which rounds inside {model.info.class_name} where it likes; load it outside of it, "
+                "with dtype= if it shall be smaller"
+            )
         raise LensError(
             f"capture does not reproduce {model.info.class_name}: on {_PROMPT} its output differs "
             f"by {difference:.1e} (allowed {tolerance:.0e}); its attention does something that capture "

@@ -3,10 +3,11 @@
 What was changed after the run is found by the manifest. What a wrong writer would have made is found by
 identities that hold for every attention matrix, so no model is needed: rows sum to 1 (to less with a learned
 sink), a map's columns add up to the received mass, its rows lie as far as the mean distance says, and the scores
-of `heads.parquet` follow from the traces. Traces are read one layer at a time.
+of `heads.parquet` follow from the traces. Sections are held to each other where they hold the same numbers. Traces are
+read one layer at a time.
 
 Some lies need the model, once the digests are made anew: whole layers or heads exchanged in the traces and in every
-table, q and k too; losses of prompts, which no trace holds; that a learned sink or a bias took part where it takes next to
+table, q and k too; what one section alone holds; losses of prompts, which no trace holds; that a learned sink or a bias took part where it takes next to
 nothing. Nothing in a folder says when, where and by which command it was made. `lens run --again` makes the run from its `config.toml`.
 """
 

@@ -569,3 +569,13 @@ def test_a_name_that_the_hub_cannot_have_is_unknown_and_not_asked_for(name, monk
     monkeypatch.setattr(huggingface_hub, "model_info", lambda *_, **__: pytest.fail("asked"))
     with pytest.raises(LensError, match="unknown model"):
         lens.load(name)
+
+
+def test_autocast_is_named_where_it_is_the_reason():
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        pytest.raises(
+            LensError, match=r"torch\.autocast is on, which rounds inside LlamaForCausalLM"
+        ),
+    ):
+        lens.load(build("llama"))

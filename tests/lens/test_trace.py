@@ -260,3 +260,10 @@ def test_the_writer_refuses_what_the_schema_does_not_know(p):
         writer.finish(token_ids=[1], tokens=["a"], attributes=ATTRIBUTES)
     with pytest.raises(ValueError, match="1 tokens for 67 positions"):
         writer.finish(token_ids=[1], tokens=["a"], attributes=layered)
+
+
+def test_a_path_that_no_system_has_is_refused_before_anything_runs(p):
+    trace = trace_of(p)
+    for wrong in ("a\0b", "", 5):
+        with pytest.raises(LensError, match="folder must be the path of a file or folder"):
+            trace.save(wrong)
