@@ -318,6 +318,7 @@ def test_a_sound_is_heard_by_the_commands(heard, lens_command, tmp_path):
         atol=1e-4,
     )
     page = str(render(Library(tmp_path), f"/run/{cross.id}/head/1/2", "?prompt=p000&query=2"))
+    assert "– to –" not in page, "of one sound there is no interval"
     assert "along the sound, in seconds" in page
     row = trace.tile(1, 2, (2, 3), (0, trace.length))[0]
     assert f"The highest moment holds {row.max():.1%}" in page

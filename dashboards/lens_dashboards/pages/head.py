@@ -20,6 +20,7 @@ from lens_dashboards.pages.next_steps import missing
 from lens_dashboards.pages.overview import NOT_ATTENDING
 from lens_dashboards.pages.parts import (
     Cell,
+    between,
     card,
     crumbs,
     data_table,
@@ -210,7 +211,7 @@ def _effect(library: Library, run: Run, view: Selection, name: str) -> list[Any]
         [
             (measure, "", section.columns[measure]),
             number(float(row[measure])),
-            f"{number(float(row[f'{measure}_low']))} to {number(float(row[f'{measure}_high']))}",
+            between(float(row[f"{measure}_low"]), float(row[f"{measure}_high"])),
         ]
         for measure in measures
     ]

@@ -388,3 +388,8 @@ def number(value: float | None, digits: int = 3) -> str:
     if value is None or value != value:
         return "–"
     return f"{value:,.{digits}g}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
+def between(low: float, high: float) -> str:
+    """An interval for a table; a dash where there is none."""
+    return number(low) if low != low else f"{number(low)} to {number(high)}"

@@ -9,6 +9,7 @@ from lens.runs.sections import Section
 from lens_dashboards.library import Library
 from lens_dashboards.pages.parts import (
     Cell,
+    between,
     card,
     choice,
     data_table,
@@ -54,7 +55,7 @@ def _cards(
             str(row["position"]),
             number(row["effect"]),
             number(row["change"]),
-            f"{number(row['change_low'])} to {number(row['change_high'])}",
+            between(row["change_low"], row["change_high"]),
         ]
         for row in rows.to_dict("records")
     ]

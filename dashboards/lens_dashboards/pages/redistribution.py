@@ -10,6 +10,7 @@ from lens.runs import Run
 from lens.runs.sections import Section
 from lens_dashboards.library import Library
 from lens_dashboards.pages.parts import (
+    between,
     card,
     choice,
     named,
@@ -117,7 +118,7 @@ def _one_dose(held: list[Section], view: Selection, notes: list[str]) -> list[An
                 html.Th(_MEASURES[row["measure"]], scope="row"),
                 html.Td(_CONDITIONS.get(row["condition"], row["condition"])),
                 html.Td(number(row["value"]), className="number"),
-                html.Td(_interval(row), className="number"),
+                html.Td(between(row["low"], row["high"]), className="number"),
                 html.Td(number(row["n"]), className="number"),
             ]
         )
@@ -166,9 +167,3 @@ def _one_dose(held: list[Section], view: Selection, notes: list[str]) -> list[An
 def _amounts_of(table: pd.DataFrame, rule: str) -> str:
     amounts = sorted(set(table.loc[(table["rule"] == rule).to_numpy(), "amount"]))
     return ", ".join(f"{amount:g}" for amount in amounts)
-
-
-def _interval(row: dict[Any, Any]) -> str:
-    if row["low"] != row["low"]:
-        return "–"
-    return f"{number(row['low'])} to {number(row['high'])}"
