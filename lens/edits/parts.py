@@ -105,7 +105,8 @@ class Ablate(Edit):
         """See `Edit`."""
         if self.baseline != "zero" and self.over is None:
             raise LensError(
-                f"Ablate(..., {self.baseline!r}) needs the prompts that the mean is taken over: over=texts"
+                f"Ablate(..., {self.baseline!r}) needs the prompts that the mean is taken over: over=texts; 'zero' "
+                "needs none, and lens.effect takes its own"
             )
         heads = hooked = None
         chosen, modules = self.chosen(model), self.modules(model)

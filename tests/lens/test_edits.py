@@ -701,7 +701,7 @@ def test_parts_and_recipes_that_make_no_sense_cannot_be_made(make, match):
 @pytest.mark.parametrize(
     ("one", "match"),
     [
-        (edits.Ablate("L0H0", "mean"), "needs the prompts that the mean is taken over: over=texts"),
+        (edits.Ablate("L0H0", "mean"), "over: over=texts; 'zero' needs none, and lens.effect takes its own"),
         (edits.Ablate("L0H0", "mean", [[3, 4, 5]]), "the mean over one prompt is that prompt"),
         (edits.Ablate("L0H0", "mean", [[3, 4], [3, 5]]), "position 28 has no mean: fewer than 2 of"),
         (edits.Ablate("L3.mlp"), "has no sub-layer L3.mlp; it has L0.attention, L0.mlp"),
