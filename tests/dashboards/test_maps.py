@@ -129,6 +129,15 @@ def test_two_runs_are_shown_on_the_prompt_that_both_have(runs, run, tmp_path):
     assert [one["title"] for one in config["maps"]] == titles
     assert all(f"Remove {title}" in said for title in titles[1:])
     assert {one["prompt"] for one in config["maps"]} == {"p000"}
+    elsewhere = shutil.copytree(other, tmp_path / f"{run.id[:-2]}zzz")  # later, of another model
+    meta = index | {"id": elsewhere.name, "model": index["model"] | {"name": "another"}}
+    (elsewhere / "run.json").write_text(json.dumps(meta))
+    parts = json.dumps(
+        [part.to_plotly_json() for part in maps.page(Library(tmp_path), view)],
+        default=lambda one: one.to_plotly_json(),
+    )
+    offered = [f'"value": "{name}"' for name in (other.name, elsewhere.name)]
+    assert parts.index(offered[0]) < parts.index(offered[1])
     nothing, said = _told(Library(tmp_path), view.where(vs="missing"))
     assert len(nothing["maps"]) == 1
     assert "missing" in said

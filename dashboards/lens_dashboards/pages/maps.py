@@ -145,6 +145,7 @@ def _controls(
 ) -> html.Div:
     """Heads by their names, and another run."""
     runs = [one for one in library.runs() if not isinstance(one, BrokenRun) and one.id != run.id]
+    runs.sort(key=lambda one: one.meta["model"]["name"] != run.meta["model"]["name"])  # same tokens
     options = {"": "none", **{one.id: f"{one.id}: {one.title}" for one in runs[:_RUNS]}}
     parts = [names_control("heads", "Heads, with commas", ",".join(heads))]
     parts.append(
