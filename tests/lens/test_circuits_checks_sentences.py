@@ -97,3 +97,26 @@ def test_patch_effects(patched):
     assert nothing.startswith(
         "Both runs have the same loss (1, mean of 4 prompts), so there is nothing"
     )
+
+
+def test_the_place_that_moves_most_is_the_one_of_the_table_and_the_repr(patched):
+    """It was the largest effect with its sign: of one that moves 0.9 against the other run nothing was said."""
+    moved = np.array([[-0.1] * 4, [0.9] * 4, [0.0] * 4])
+    found = replace(patched, patched=1 + moved[:, None])
+    assert found.findings()[0] == (
+        "Of 3 places a0.h1 at 7 moves most, away from the other run: +0.9 [+0.9, +0.9] of the -1 loss between both "
+        "runs, the median place +0; towards it a0.h0 at 7 most, -0.1 [-0.1, -0.1]."
+    )
+    assert "largest a0.h1@7 -0.90" in repr(found)
+    against = replace(patched, patched=1 + np.abs(moved)[:, None])
+    assert "towards it" not in against.findings()[0]
+
+
+def test_prompts_that_change_both_ways_are_not_said_to_change_nothing(patched):
+    (same,) = replace(patched, source=ONES).findings()
+    assert same.endswith("the corrupt prompts do not change what is measured.")
+    base, source = np.array([1.0, 2.0, 1.0, 2.0]), np.array([2.0, 1.0, 2.0, 1.0])
+    (found,) = replace(patched, base=base, source=source).findings()
+    assert found.endswith(
+        "do not change what is measured on average, though of single prompts by up to 1."
+    )

@@ -92,29 +92,36 @@ class PatchEffects(Result):
         return rows.loc[order].reset_index(drop=True)
 
     def findings(self) -> tuple[Sentence, ...]:
-        """The place that moves most, beside the median place, and how many are told apart from nothing."""
+        """The place that moves most by size, beside the median place, and how many are told apart from nothing."""
+        largest = max(np.abs(self.base).max(), np.abs(self.source).max())
         if not self.whole:
+            apart = np.abs(self.source - self.base).max()
+            why = "the corrupt prompts do not change what is measured"
+            if apart > ROUNDING * largest:
+                why += f" on average, though of single prompts by up to {apart:.3g}"
             text = (
                 f"Both runs have the same {self.metric} ({self.base.mean():.3g}, mean of {len(self.base)} prompts), so "
-                "there is nothing for a patch to move: the corrupt prompts do not change what is measured."
+                f"there is nothing for a patch to move: {why}."
             )
             return (Sentence(text, kind="nothing"),)
         rows = self.table()
-        best = rows.loc[rows["effect"].idxmax()]
-        at = "" if best["position"] == "all" else f" at {best['position']}"
-        largest = max(np.abs(self.base).max(), np.abs(self.source).max())
+        best = rows.iloc[0]
         moved = rows["change"].abs() > ROUNDING * largest
         clear = int((moved & ((rows["low"] > 0) | (rows["high"] < 0))).sum())
+        away = bool(best["effect"] < 0)
         text = (
-            f"Of {len(rows)} places {best['node']}{at} moves most: {best['change']:+z.3g}"
-            f"{ends(best['low'], best['high'], '+z.3g')} of the {self.whole:+.3g} {self.metric} between both runs, the "
-            f"median place {rows['change'].median():+z.3g}."
+            f"Of {len(rows)} places {_place(best)} moves most{', away from the other run' * away}: {_change(best)} of the "
+            f"{self.whole:+.3g} {self.metric} between both runs, the median place {rows['change'].median():+z.3g}"
         )
+        most = int(np.argmax(rows["effect"]))
+        towards = rows.iloc[most]
+        if away and towards["effect"] > 0 and moved.iloc[most]:
+            text += f"; towards it {_place(towards)} most, {_change(towards)}"
         many = (
             f"{clear} of {len(rows)} places have a 95 % interval that leaves out 0 "
             f"({by_chance(len(rows)):.1f} by chance)."
         )
-        said = Sentence(text, kind="most")
+        said = Sentence(f"{text}.", kind="most")
         return (said, Sentence(many, kind="chance")) if len(self.base) > 1 else (said,)
 
     def __repr__(self) -> str:
@@ -128,6 +135,14 @@ class PatchEffects(Result):
             f"PatchEffects({self.direction}{to} on {self.task!r}, {self.model}: {len(self.nodes)} nodes, "
             f"{len(self.base)} prompts; largest {best})"
         )
+
+
+def _place(row: pd.Series) -> str:
+    return row["node"] + ("" if row["position"] == "all" else f" at {row['position']}")
+
+
+def _change(row: pd.Series) -> str:
+    return f"{row['change']:+z.3g}{ends(row['low'], row['high'], '+z.3g')}"
 
 
 def places_of(task: Task, positions: str | None) -> list[tuple[str, Tensor]]:
