@@ -11,6 +11,7 @@ from lens.circuits.checks._stability import Stability
 from lens.circuits.checks.evaluation import CircuitEvaluation, Outcome
 from lens.circuits.graph.activations import Ablation
 from lens.circuits.patches.effects import PatchEffects
+from lens.common.errors import LensError
 
 ONES, ZEROS = np.ones(4), np.zeros(4)
 
@@ -33,6 +34,11 @@ def test_control():
         "The circuit of 12 edges has a faithfulness of 0.90 [0.90, 0.90]; of as many edges, random ones 0.20 "
         "[0.11, 0.29] (p = 0.25); random ones with the same degrees 0.95 [0.95, 0.95] (p = 1.00).",
     )
+    one = Outcome(np.array([[0.9]]), ZEROS[:1, None], ONES[:1], ZEROS[:1])
+    alone = replace(found, outcome=one, faithfulness={"uniform": np.array([0.2])})
+    assert alone.findings() == (
+        "The circuit of 12 edges has a faithfulness of 0.90; of as many edges, random ones 0.20 (p = 0.50).",
+    )
 
 
 def test_evaluation():
@@ -54,8 +60,18 @@ def test_minimality():
     )
     assert found.findings() == (
         "1 of the 2 heads and MLPs that were taken out of it change the task by at least 1 %, 1 with an interval that "
-        "excludes 0; most do a0.h0 50%, m1 0% (a part of a random circuit: 1.9%).",
+        "excludes 0; most do a0.h0 50%, m1 0% (95 of 100 parts of random circuits at most 1.9%).",
     )
+    worse = replace(found, drops=-drops[:, :1], full=ZEROS[:1], empty=ONES[:1])
+    assert worse.findings() == (
+        "1 of the 2 heads and MLPs that were taken out of it change the task by at least 1 %; most do a0.h0 40%, m1 0% "
+        "(95 of 100 parts of random circuits at most 1.9%).",
+    )
+    against = replace(found, drops=-drops)
+    assert "most do a0.h0 -50%, m1 0%" in against.findings()[0]
+    assert list(against.table()["node"]) == ["a0.h0", "m1"]
+    with pytest.raises(LensError, match="ablating every edge does not change the metric"):
+        replace(found, empty=ONES).findings()
 
 
 def test_stability():

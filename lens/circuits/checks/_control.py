@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pandas as pd
@@ -21,7 +21,7 @@ from lens.circuits.graph.selection import random_edges, same_degrees
 from lens.circuits.scores.attribution import written
 from lens.common.choices import Count, Seed, check_choice, check_lists
 from lens.common.given import given_as
-from lens.common.results import Result, Sentence
+from lens.common.results import Result, Sentence, ends
 from lens.models.loaded import LoadedModel
 from lens.stats.controls import p_value
 from lens.tasks.task import Task
@@ -61,30 +61,30 @@ class Control(Result):
 
         Columns: `circuit`, `edges`, `faithfulness` with `low` and `high` (of the circuit the 95 %
         bootstrap interval over prompts, of a control the 2.5th and 97.5th percentile of its draws),
-        `draws`, `p` (NaN for the circuit).
+        `draws`, `p` (NaN for the circuit). NaN for the ends of a single prompt, and of a single draw.
         """
         low, high = self.outcome.interval(self.seed)
-        rows = [("circuit", self.outcome.faithfulness()[0], low[0], high[0], 1, np.nan)]
+        rows: list[tuple[Any, ...]] = [
+            ("circuit", self.outcome.faithfulness()[0], low[0], high[0], 1, np.nan)
+        ]
         for name, drawn in self.faithfulness.items():
-            rows.append(
-                (name, drawn.mean(), *stats.interval(drawn), len(drawn), self.p_value(name))
-            )
+            spread = stats.interval(drawn) if len(drawn) > 1 else (np.nan, np.nan)
+            rows.append((name, drawn.mean(), *spread, len(drawn), self.p_value(name)))
         columns = ["circuit", "faithfulness", "low", "high", "draws", "p"]
         return pd.DataFrame(rows, columns=columns).assign(edges=self.edges)
 
     def findings(self) -> tuple[Sentence, ...]:
         """The faithfulness of the circuit, beside that of each control."""
-        rows = self.table().set_index("circuit")
-        one = rows.loc["circuit"]
+        rows = {row["circuit"]: row for row in self.table().to_dict("records")}
+        found = {
+            name: f"{row['faithfulness']:.2f}{ends(row['low'], row['high'], '.2f')}"
+            for name, row in rows.items()
+        }
         others = "; ".join(
-            f"{CONTROLS[kind]} {rows.loc[kind, 'faithfulness']:.2f} [{rows.loc[kind, 'low']:.2f}, "
-            f"{rows.loc[kind, 'high']:.2f}] (p = {rows.loc[kind, 'p']:.2f})"
+            f"{CONTROLS[kind]} {found[kind]} (p = {rows[kind]['p']:.2f})"
             for kind in self.faithfulness
         )
-        text = (
-            f"The circuit of {self.edges:,} edges has a faithfulness of {one['faithfulness']:.2f} "
-            f"[{one['low']:.2f}, {one['high']:.2f}]; of as many edges, {others}."
-        )
+        text = f"The circuit of {self.edges:,} edges has a faithfulness of {found['circuit']}; of as many edges, {others}."
         return (Sentence(text, kind="faithful"),)
 
     def __repr__(self) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from lens import stats
-from lens.circuits.checks.evaluation import run_circuits
+from lens.circuits.checks.evaluation import ratio, run_circuits
 from lens.circuits.graph.circuit import Circuit
 from lens.circuits.graph.selection import random_edges, without
 from lens.common.choices import Count, Seed
@@ -52,8 +52,12 @@ class Minimality(Result):
 
     @property
     def shares(self) -> np.ndarray:
-        """[nodes], mean drop as a share of `whole`; negative: the circuit is better without it."""
-        return self.drops.mean(1) / self.whole
+        """[nodes], mean drop as a share of `whole`; negative: the circuit is better without it.
+
+        Raises:
+            LensError: ablating every edge does not change the metric.
+        """
+        return ratio(self.drops.mean(1), self.whole)
 
     def needed(self, share: float = 0.01) -> tuple[str, ...]:
         """Nodes whose drop is at least this share of `whole` by size (1 % in Wang et al.)."""
@@ -62,7 +66,7 @@ class Minimality(Result):
         )
 
     def table(self) -> pd.DataFrame:
-        """One row per node, largest drop first.
+        """One row per node, largest drop by size first; errors as of `shares`.
 
         Columns: `node`, `given` (names of K), `drop` with `low` and `high` (95 % bootstrap interval over
         prompts), `share` (of `whole`), `random` (95th percentile of the sizes of the random drops).
@@ -76,18 +80,20 @@ class Minimality(Result):
                 "random": stats.quantile(np.abs(self.random), 0.95),
             }
         )
-        return rows.sort_values("drop", ascending=False, kind="stable", ignore_index=True)
+        order = rows["drop"].abs().sort_values(ascending=False, kind="stable").index
+        return rows.loc[order].reset_index(drop=True)
 
     def findings(self) -> tuple[Sentence, ...]:
-        """How many parts are needed, and which do most, beside a part of a random circuit."""
+        """How many parts are needed, and which do most by size, beside parts of random circuits."""
         rows = self.table()
         clear = int(((rows["low"] > 0) | (rows["high"] < 0)).sum())
+        apart = "" if rows["low"].isna().all() else f", {clear} with an interval that excludes 0"
         records = rows.head(4).to_dict("records")
         best = ", ".join(f"{row['node']} {row['share']:.0%}" for row in records)
         text = (
             f"{len(self.needed())} of the {len(self.nodes)} heads and MLPs that were taken out of it change the task "
-            f"by at least 1 %, {clear} with an interval that excludes 0; most do {best} (a part of a "
-            f"random circuit: {rows['random'].iloc[0] / abs(self.whole):.1%})."
+            f"by at least 1 %{apart}; most do {best} (95 of 100 parts of random circuits at most "
+            f"{rows['random'].iloc[0] / abs(self.whole):.1%})."
         )
         return (Sentence(text, kind="needed"),)
 
@@ -121,7 +127,8 @@ def minimality(
         progress: show a bar with the time left, on stderr, if that is a terminal.
 
     Raises:
-        LensError: no node, an unknown one in `given`, no random draw, or another graph.
+        LensError: no node, an unknown one in `given`, no random draw, another graph, or a task that ablation does not
+            change.
 
     Reference: Wang et al. 2022, arXiv 2211.00593.
 
@@ -159,6 +166,7 @@ def minimality(
     base = [1 + common[sets[name]] if name in sets else 0 for name in nodes]
     drops, apart = start[base] - after_, tuple(sets.get(name, ()) for name in nodes)
     drawn = (plain_ - reduced_).mean(1)
+    ratio(drawn, float((found.full - found.empty).mean()))
     return Minimality(
         nodes, drops, apart, drawn, found.full, found.empty, task.metric, task.name, seed
     )

@@ -63,7 +63,7 @@ class Outcome:
         Raises:
             LensError: ablating everything does not change the metric.
         """
-        return _ratio(self.metric.mean(1) - self.empty.mean(), self.full.mean() - self.empty.mean())
+        return ratio(self.metric.mean(1) - self.empty.mean(), self.full.mean() - self.empty.mean())
 
     def interval(self, seed: int) -> tuple[np.ndarray, np.ndarray]:
         """95 % percentile bootstrap interval of `faithfulness` over prompts: low and high, [circuits].
@@ -317,7 +317,8 @@ def _part(outcome: Outcome, start: int, stop: int) -> Outcome:
     return Outcome(outcome.metric[start:stop], outcome.kl[start:stop], outcome.full, outcome.empty)
 
 
-def _ratio(gain: np.ndarray, whole: float) -> np.ndarray:
+def ratio(gain: np.ndarray, whole: float) -> np.ndarray:
+    """Gains [...] as shares of what ablating every edge changes; raises LensError where that is nothing."""
     if abs(whole) < 1e-9:
         raise LensError(
             "ablating every edge does not change the metric, so there is nothing to be faithful to; "
