@@ -4,7 +4,6 @@ import hashlib
 import importlib
 import inspect
 import logging
-import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from lens.common.errors import LensError, first_line
 from lens.common.files import read_json
 from lens.common.results import of_kind
 from lens.figures.denoising import denoising_quadrants
+from lens.models.tokens import is_special
 from lens.runs import open_run
 from lens.runs.sections import Section
 from lens.runs.writer import find_by_config
@@ -34,7 +34,6 @@ from lens_analyses.runner import Finished, readable
 from lens_analyses.scoring import with_pooled
 from lens_analyses.steps.columns import defined
 
-_SPECIAL = re.compile(r"\s*(<[^<>]+>|\[\w+\])\s*")
 _WORDS = 4  # of a text whose maps are drawn, where none are named
 _DRAWN_WORDS = 7  # positions of the text that a denoiser alone reads
 
@@ -221,7 +220,7 @@ def _words(found: Denoising, asked: str | None) -> list[str]:
     texts = [found.trace(part) for part in found.parts if part.startswith(("cross", "joint"))]
     if asked is None:
         every = list(dict.fromkeys(_text(texts[0]))) if texts else []
-        words = [word for word in every if not _SPECIAL.fullmatch(word)]
+        words = [word for word in every if not is_special(word)]
         return (words or every)[:_WORDS]  # of a text without words its tokens
     chosen = [word.strip() for word in asked.split(",")]
     known = {word for trace in texts for word in _text(trace)}

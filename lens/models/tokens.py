@@ -13,6 +13,7 @@ _FEWEST = (
     0.5  # of a model's tokens that its tokenizer must know: vocabularies are padded, not doubled
 )
 _MOST = 1.1  # and how many times as many it may know: some add tokens that no model has learnt
+_SPECIAL = re.compile(r"<[^<>]+>|\[\w+\]")
 
 
 def readable(tokenizer: Any, token: str | None, index: int) -> str:
@@ -31,6 +32,14 @@ def readable(tokenizer: Any, token: str | None, index: int) -> str:
     if "\ufffd" not in text or not all(letter in _byte_of() for letter in token):
         return text
     return bytes(map(_byte_of().__getitem__, token)).decode("utf-8", errors="lens.bytes")
+
+
+def is_special(token: str) -> bool:
+    """Whether a token is one mark between brackets, such as `<s>`, `<|en|>` or `[CLS]`; spaces around do not matter.
+
+    Tags in a row, such as `<b><i>`, are text.
+    """
+    return _SPECIAL.fullmatch(token.strip()) is not None
 
 
 def check_fit(tokenizer: Any, vocab: int | None, name: str) -> None:

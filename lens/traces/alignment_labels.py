@@ -11,6 +11,7 @@ import numpy as np
 
 from lens.common.choices import check_lists, is_whole
 from lens.common.errors import LensError
+from lens.models.tokens import is_special
 from lens.traces.trace import AttentionTrace
 
 Labels: TypeAlias = (
@@ -28,7 +29,6 @@ At = Literal["read", "predicted"]
 _LETTER = (
     r"[^\W\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff]"  # of scripts that put spaces between words
 )
-_SPECIAL = re.compile(r"^\s*(<.+>|\[\w+\])$")
 
 
 def rows_of(trace: AttentionTrace, labels: Labels | None, at: At) -> dict[int, list[int]]:
@@ -89,7 +89,8 @@ def places_of(tokens: Sequence[str], word: str, side: str) -> list[int]:
     Raises:
         LensError: it is not among them, or more than once; `side` says where, "source" or "target".
     """
-    pieces, wanted = [_SPECIAL.sub(" ", one) for one in tokens], word.strip()
+    pieces = [" " if is_special(one) else one for one in tokens]
+    wanted = word.strip()
     letters = re.escape(wanted)
     if any(one.startswith("##") for one in pieces):  # WordPiece has no spaces
         pieces = [one[2:] if one.startswith("##") else f" {one}" for one in pieces]

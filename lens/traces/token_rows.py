@@ -7,8 +7,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from lens.models.tokens import is_special
+
 _CONTINUES = "##"
-_OPENS = ("<", "[")  # how special tokens begin
 
 
 def is_delimiter(token: str) -> bool:
@@ -58,5 +59,5 @@ def token_classes(tokens: Sequence[str]) -> list[str]:
         else:
             found.append("word" if whole or opens or token[0].isspace() else "piece")
         opens = found[-1] == "delimiter" or token[-1:].isspace()
-        opens = opens or (place == 0 and text[:1] in _OPENS)  # behind a BOS
+        opens = opens or (place == 0 and is_special(token))  # behind a BOS
     return ["first", *found[1:]] if found else []

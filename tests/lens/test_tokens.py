@@ -6,8 +6,10 @@ import pytest
 
 import lens
 from lens.common.errors import LensError
-from lens.models.tokens import check_fit, readable
+from lens.models.tokens import check_fit, is_special, readable
 from lens.models.vocabulary import around, ordinary_ids
+from lens.traces.alignment_labels import places_of
+from lens.traces.token_rows import token_classes
 
 
 @pytest.fixture(scope="module")
@@ -87,3 +89,19 @@ def test_a_tokenizer_of_another_model_is_noticed_when_it_is_loaded(model):
 def test_what_stands_round_a_text_is_the_tokenizers_own(model):
     assert around(model) == ([model.bos_id], [])
     assert around(lens.load("induction-2l")) == ([64], [])
+
+
+@pytest.mark.parametrize(
+    ("token", "special"),
+    [("<s>", 1), (" <|en|>", 1), ("[CLS] ", 1), ("<b><i>", 0), ("a < b > c", 0), ("[1, 2]", 0)],
+)
+def test_a_special_token_is_one_mark_wherever_it_is_asked(token, special):
+    """A row of tags is text: of labels in words it was a mark, of maps of words none."""
+    assert is_special(token) == special
+    if special:
+        with pytest.raises(LensError, match="the source has no word"):
+            places_of(["x", f" {token}"], token, "source")
+    else:
+        assert places_of(["x", f" {token}"], token, "source") == [1]
+    row = token_classes([token, "was", " x"])
+    assert row == ["first", "word" if special or token.endswith(" ") else "piece", "word"]
