@@ -99,15 +99,15 @@
       }
     };
     element.addEventListener("change", fit);
-    /* Words of one's own take the place of the text that the form begins with; what was typed stays. */
+    /* Words of one's own take the place of what stands in fields that say how the form begins; without them it is put back. */
+    const beginnings = form.filter(({ name, start }) => name.startsWith("prompts.") && name !== "prompts.prompt"
+      && ![null, undefined, ""].includes(start)).map(({ name }) => element.elements.namedItem(name));
+    let stood = null; // while there are such words, [field, what stood in it]
     element.addEventListener("input", ({ target }) => {
-      if (target.name !== "prompts.prompt") return;
-      for (const { name, start } of form) {
-        if (!name.startsWith("prompts.") || [null, undefined, ""].includes(start)) continue;
-        const other = element.elements.namedItem(name), begun = String(start);
-        if (target.value && other.value === begun) other.value = "";
-        else if (!target.value && other.value === "") other.value = begun;
-      }
+      if (target.name !== "prompts.prompt" || Boolean(target.value) === Boolean(stood)) return;
+      if (stood) for (const [field, was] of stood) field.value = field.value || was;
+      stood = target.value ? beginnings.map((field) => [field, field.value]) : null;
+      if (stood) for (const field of beginnings) field.value = "";
     });
     element.addEventListener("submit", (event) => { event.preventDefault(); send("run"); });
     estimate.addEventListener("click", () => send("estimate"));
