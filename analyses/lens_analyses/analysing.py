@@ -41,7 +41,6 @@ def analyse(subject: Subject, writer: RunWriter, pace: Pace) -> LensError | None
             continue
         if step.name in subject.run.sections:
             log.info("%s was finished before", step.name)
-            pace.took(step.name, None)
         elif step.needs in failed:
             failed[step.name] = f"needs the section {step.needs}, which failed"
         elif step.needs in writer.meta["unsupported"]:
@@ -56,6 +55,7 @@ def analyse(subject: Subject, writer: RunWriter, pace: Pace) -> LensError | None
             except Exception as failure:
                 log.debug("%s", traceback.format_exc())
                 failed[step.name] = f"{type(failure).__name__}: {one_line(str(failure))}"
+        pace.took(step.name, None)  # where it ran, that is known already
     _clear(subject.run.path / "work")
     told = [f"the section {name} failed: {reason}" for name, reason in failed.items()]
     for line in told:
@@ -72,12 +72,8 @@ def _make(step: Step, subject: Subject, writer: RunWriter, pace: Pace) -> None:
     def left() -> str:
         return pace.words(step.name, time.monotonic() - start)
 
-    try:
-        with told_each_minute(subject.output, step.name, left):
-            section = step.run(subject)
-    except Exception:
-        pace.took(step.name, None)
-        raise
+    with told_each_minute(subject.output, step.name, left):
+        section = step.run(subject)
     pace.took(step.name, time.monotonic() - start)
     made = [name for name, state in _circuits(writer.path).items() if before.get(name) != state]
     writer.record(*made, *section.save(writer.path))

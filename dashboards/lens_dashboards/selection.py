@@ -23,13 +23,13 @@ Every page of a run, and the comparison, takes `?variant=sink_excluded`, and lin
 The options of each page are in `OPTIONS`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from urllib.parse import parse_qs, quote, unquote, urlencode
 
 from lens.traces.metrics import METRICS, VARIANTS
 
-DEFAULT_METRIC = "induction"
+_USUAL = "induction", "entropy", *METRICS
 OPTIONS: dict[str, dict[str, str]] = {
     "runs": {"part": "1", "find": "", "what": "", "sort": "-created"},
     "overview": {"group": "", "metric": ""},
@@ -69,6 +69,11 @@ _PLAIN = (
 )
 _WITH_PROMPT = ("head", "maps", "atlas", "vision")
 _ZOOMED = ("head", "maps")
+
+
+def usual_metric(scored: Collection[str]) -> str:
+    """The metric that is shown where none is asked for: induction, or without it the first of those that have scores."""
+    return next((name for name in _USUAL if name in scored), _USUAL[0])
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,10 @@ def small(figure: go.Figure) -> go.Figure:
     across: Any = list(made.select_xaxes())
     for one in across + down:
         if one.tickvals is not None and len(one.tickvals) > _MOST_TICKS:
-            one.tickvals = one.tickvals[:: tick_step(len(one.tickvals), _MOST_TICKS)]
+            each = tick_step(len(one.tickvals), _MOST_TICKS)
+            one.tickvals = one.tickvals[::each]
+            if one.ticktext is not None:  # plotly names the first place by the first text
+                one.ticktext = one.ticktext[::each]
     rows = max((_rows(trace) for trace in made.data), default=0)
     for one in down:
         if isinstance(one.dtick, int | float) and rows / one.dtick > _MOST_TICKS:

@@ -1,6 +1,8 @@
 """A section that fails in a way that nobody foresaw: the run keeps the others, says so and is tried again."""
 
 import pytest
+from lens_analyses import runner
+from lens_analyses.estimate import Pace
 from lens_analyses.steps import circuits, patterns, roles
 
 from lens.runs import open_run
@@ -59,9 +61,12 @@ def test_the_same_command_makes_what_is_missing(made, lens_command, monkeypatch)
 
 
 def test_what_needs_a_failed_section_says_so(lens_command, tmp_path, monkeypatch):
+    paces = []
     monkeypatch.setattr(circuits, "edges", fail)
+    monkeypatch.setattr(runner, "Pace", lambda steps: paces.append(Pace(steps)) or paces[-1])
     answer = lens_command(*CIRCUIT.split(), "--out", tmp_path, "--json")
     assert answer.code == 3
+    assert [pace.left() for pace in paces] == [0]  # nothing is waited for that was left out
     run = open_run(answer.json["path"])
     assert (run.sections, run.unsupported) == ([], {})
     assert run.meta["warnings"] == [

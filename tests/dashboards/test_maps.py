@@ -6,6 +6,7 @@ import shutil
 import pytest
 from lens_dashboards.library import Library
 from lens_dashboards.pages import heads, maps
+from lens_dashboards.pages.maps import _apart
 from lens_dashboards.selection import Selection, read_url
 
 
@@ -108,6 +109,21 @@ def test_what_is_not_there_is_said_and_nine_are_the_most(runs, run):
     ]
     assert "there is no L9H9" in said
     assert "At most 9 maps are shown" in said
+
+
+@pytest.mark.parametrize(
+    ("ids", "names"),
+    [
+        (("2026-11-29-t5-profile-bba8", "2026-11-30-t5-profile-bba8"), ("2026-11-29", "2026-11-30")),
+        (("2026-11-29-t5-profile-bba8", "2026-11-30-t5-profile-c0de"), ("bba8", "c0de")),
+        (("2026-11-29-t5-encoder-profile-bba8", "2026-11-29-t5-cross-profile-bba8"), ("encoder", "cross")),
+        (("run-1", "run-1-again"), ("run-1", "again")),
+        (("a", "a-b-a"), ("a", "b-a")),
+    ],
+)  # fmt: skip
+def test_runs_of_one_model_are_named_by_what_their_ids_do_not_share(ids, names):
+    assert _apart(("m", "m"), ids) == names
+    assert _apart(("m", "n"), ids) == ("m", "n")
 
 
 def test_two_runs_are_shown_on_the_prompt_that_both_have(runs, run, tmp_path):

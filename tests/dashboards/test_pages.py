@@ -5,6 +5,7 @@ import io
 import itertools
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -12,10 +13,13 @@ import pytest
 from lens_dashboards.circuit_edges import circuit_edges
 from lens_dashboards.head_columns import head_columns
 from lens_dashboards.library import Library
+from lens_dashboards.pages.compare import _heads
+from lens_dashboards.selection import Selection
 from lens_dashboards.server import create_app
 from lens_dashboards.views import RENDER, render
 
 from lens.common.errors import LensError
+from lens.runs import compare_runs
 
 CIRCUIT = """[id='{"points":"circuit"}']"""
 WORTH = re.compile(r"([\d,]+) edges.*faithfulness (-?[\d.]+)")
@@ -198,6 +202,20 @@ def test_one_amount_of_redistribution_shows_its_numbers(page, site, redistribute
 
 
 @pytest.mark.browser
+def test_runs_without_induction_are_compared_by_a_metric_that_they_have(heads_run, circuit_run):
+    found = compare_runs(heads_run, circuit_run)
+    unknown = found.heads["metric"] == "induction"
+    assert unknown.any()
+    heads = found.heads.assign(difference=found.heads["difference"].mask(unknown))
+    (shown,) = _heads(replace(found, heads=heads), Selection(page="compare"))
+    words = str(shown)
+    assert "Entropy" in words
+    assert "Induction" not in words
+    none = heads.assign(difference=np.nan)
+    (card,) = _heads(replace(found, heads=none), Selection(page="compare"))
+    assert "share no score of a head" in str(card)
+
+
 def test_two_runs_are_compared_and_one_with_itself_refused(page, site, heads_run, circuit_run):
     page.goto(f"{site}/compare?a={heads_run.id}&b={circuit_run.id}&metric=previous_token")
     page.wait_for_selector("#scatter .point")

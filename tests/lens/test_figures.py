@@ -2,7 +2,7 @@
 
 import inspect
 import json
-from typing import Unpack
+from typing import Any, Unpack
 
 import numpy as np
 import pandas as pd
@@ -16,6 +16,7 @@ from lens.common.errors import LensError
 from lens.figures.heads import plain_grids
 from lens.figures.reading import pair_products
 from lens.figures.roles import share_grid
+from lens.figures.small import small
 from lens.figures.style import Look, set_axes, set_layout, style
 from lens.traces.profiles import prompt_table
 from tests.lens.traces import LENGTH, probabilities, trace_of
@@ -347,6 +348,14 @@ def test_scores_that_are_all_missing_are_said_to_be(table):
     assert figure.layout.title.text == "Induction (probability): not scored (too short)"
     with pytest.raises(LensError, match="no rows of 'entropie'"):
         figures.head_scatter(table, "entropie", "induction")
+
+
+def test_named_ticks_of_a_small_picture_keep_their_names():
+    figure = go.Figure(go.Scatter(x=list(range(12)), y=list(range(12))))
+    figure.update_xaxes(tickvals=list(range(12)), ticktext=[f"h{head}" for head in range(12)])
+    axis: Any = small(figure).layout.xaxis
+    assert len(axis.tickvals) <= 7
+    assert [f"h{place}" for place in axis.tickvals] == list(axis.ticktext)
 
 
 def test_a_short_prompt_with_q_and_k_is_drawn_token_by_token_with_names():

@@ -23,7 +23,7 @@ from lens_dashboards.pages.parts import (
     select,
     trail,
 )
-from lens_dashboards.selection import DEFAULT_METRIC, Selection
+from lens_dashboards.selection import Selection, usual_metric
 
 _MOST_ROWS = 60
 
@@ -91,15 +91,18 @@ def _heads(found: Comparison, view: Selection) -> list[Any]:
     """Heads of the same number against each other, or why not."""
     if not found.aligned:
         return [card(html.P(found.refusal), "Heads are not compared", className="empty")]
-    if found.heads.empty:
+    plain = {name for name, one in METRICS.items() if not one.sink_excluded}
+    shown = found.heads["metric"].isin(plain) | (found.heads["variant"] == view.variant)
+    scored = found.heads[shown & found.heads["difference"].notna()]
+    if scored.empty:
         why = "The runs share no score of a head of attention: see the tables of their analyses."
         return [card(html.P(why), "Heads are not compared", className="empty")]
     notes = []
-    kinds = list(dict.fromkeys(found.heads["prompts"]))
-    metrics = {name: METRICS[name].label for name in dict.fromkeys(found.heads["metric"])}
-    usual = DEFAULT_METRIC if DEFAULT_METRIC in metrics else next(iter(metrics))
-    metric = choice(view, "metric", metrics, usual, notes)
+    kinds = list(dict.fromkeys(scored["prompts"]))
     kind = choice(view, "group", kinds, kinds[0], notes)
+    names = dict.fromkeys(scored.loc[scored["prompts"] == kind, "metric"])
+    metrics = {name: METRICS[name].label for name in names}
+    metric = choice(view, "metric", metrics, usual_metric(metrics), notes)
     variant = view.variant if METRICS[metric].sink_excluded else "raw"
     if variant != view.variant:
         notes.append(f"{metrics[metric]} has no sink-excluded form; raw is shown.")

@@ -1,5 +1,7 @@
 """Page `/run/<id>/maps`: up to nine heads of one run or of two, on one prompt, with one zoom and one cursor."""
 
+import re
+from itertools import takewhile
 from typing import Any
 
 from dash import dcc, html
@@ -37,6 +39,7 @@ def page(library: Library, view: Selection) -> list[Any]:
     heads = _heads(trace, view.option("heads") or f"L{trace.layers[0]}H0", MOST_MAPS, notes)
     maps = [map_config(view, run, prompt, trace, name) for name in heads]
     chosen = [_chip(view, "heads", heads, name, "") for name in heads]
+    title = trace.model
     other = _other(library, view, run, prompt, notes)
     if other is not None and other[2].query_tokens != trace.query_tokens:
         notes.append(f"The rows of {other[0].id} are other tokens, so its maps are not shown.")
@@ -45,6 +48,7 @@ def page(library: Library, view: Selection) -> list[Any]:
         run_b, prompt_b, trace_b = other
         given = view.option("others") or ",".join(heads)
         theirs = _heads(trace_b, given, MOST_MAPS - len(heads), notes)
+        title = " and ".join(dict.fromkeys((trace.model, trace_b.model)))
         a, b = _apart((trace.model, trace_b.model), (run.id, run_b.id))
         maps = [one | {"title": f"{name} of {a}"} for one, name in zip(maps, heads, strict=True)]
         maps += [
@@ -55,7 +59,7 @@ def page(library: Library, view: Selection) -> list[Any]:
         chosen += [_chip(view, "others", theirs, name, f" of {b}") for name in theirs]
     return [
         crumbs(run, view),
-        html.H1(f"Heads of {trace.model} side by side"),
+        html.H1(f"Heads of {title} side by side"),
         *run_banner(run),
         *map(note_banner, notes),
         dcc.Store(id="maps-config", data={"side": _SIDE, "maps": maps}),
@@ -100,10 +104,25 @@ def _apart(models: tuple[str, str], ids: tuple[str, str]) -> tuple[str, str]:
     """Short names of two runs: their models, or of one model what their ids do not share."""
     if models[0] != models[1]:
         return models
-    words = [one.split("-") for one in ids]
-    first = next((at for at, (a, b) in enumerate(zip(*words, strict=False)) if a != b), 0)
-    a, b = ("-".join(one[first:]) for one in words)
-    return a, b
+    dates, names = zip(*(_dated(one) for one in ids), strict=True)
+    if dates[0] != dates[1] and names[0] == names[1]:
+        return dates
+    words = [one.split("-") for one in names]
+    first, last = (_alike(words[0][::step], words[1][::step]) for step in (1, -1))
+    last = min(last, *(len(one) - first - 1 for one in words))  # each keeps a word
+    a, b = ("-".join(one[first : len(one) - max(last, 0)]) for one in words)
+    return a or names[0], b or names[1]
+
+
+def _dated(run: str) -> tuple[str, str]:
+    """The date that an id begins with, and the rest."""
+    match = re.match(r"(\d{4}-\d\d-\d\d)-(.+)", run)
+    return (match[1], match[2]) if match else ("", run)
+
+
+def _alike(a: list[str], b: list[str]) -> int:
+    """How many words two lists begin with alike."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
 
 
 def _chip(view: Selection, option: str, heads: list[str], name: str, words: str) -> html.Span:

@@ -27,7 +27,7 @@ from lens_dashboards.pages.parts import (
     run_banner,
     select,
 )
-from lens_dashboards.selection import DEFAULT_METRIC, Selection
+from lens_dashboards.selection import Selection, usual_metric
 
 _GROUP_WORDS = {
     "text": "all text prompts",
@@ -60,7 +60,8 @@ def page(library: Library, view: Selection) -> list[Any]:
     groups = list(dict.fromkeys(table["prompt_id"]))
     group = choice(view, "group", groups, best_group(groups), notes)
     cut = table[(table["prompt_id"] == group).to_numpy()]
-    metric = METRICS[view.option("metric") or _usual(cut)]
+    scored = set(cut.loc[cut["value"].notna(), "metric"])
+    metric = METRICS[view.option("metric") or usual_metric(scored)]
     variant = view.variant if metric.sink_excluded else "raw"
     prompt = _prompt_of(run, group)
     rows = rows_of(cut, metric.name, variant)
@@ -153,13 +154,6 @@ def page(library: Library, view: Selection) -> list[Any]:
             "Take it with you",
         ),
     ]
-
-
-def _usual(cut: pd.DataFrame) -> str:
-    """The metric that is shown where none is asked for: induction, or of prompts without it the first that has scores."""
-    scored = set(cut.loc[cut["value"].notna(), "metric"])
-    ordered = (DEFAULT_METRIC, "entropy", *METRICS)
-    return next((name for name in ordered if name in scored), DEFAULT_METRIC)
 
 
 def _definition(view: Selection, metric: Metric) -> str:
