@@ -309,7 +309,6 @@ def test_labels_that_do_not_fit_are_refused(labels, said):
         alignment([traces, traces], [labels])
 
 
-@torch.no_grad()
 def test_blocks_of_cross_attention_have_as_many_rows_as_the_target():
     """Seven queries of ninety keys in one block of rows: their bounds were those of ninety rows."""
     model = lens.load(made("t5"))
@@ -332,6 +331,7 @@ def test_blocks_of_cross_attention_have_as_many_rows_as_the_target():
         assert (counts == one.queries).all()
 
 
+@torch.no_grad()
 def test_edits_act_on_the_chosen_part_alone():
     model, given = made("bart"), inputs_of("bart")
     loaded = lens.load(model)
