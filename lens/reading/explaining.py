@@ -318,10 +318,11 @@ class _Gathered:
             sums += [one[some].sum() for one in (cells.mass, cells.even, above)] + [some.sum()]
             found = self._sums.setdefault((group, prompt), [np.zeros_like(one) for one in sums])
             self._sums[group, prompt] = [one + more for one, more in zip(found, sums, strict=True)]
-        kept = len(self._sums) * cells.values[0].size
+        many = len({name for name, _ in self._sums})
+        kept = many * (prompt + 1) * cells.values[0].size  # also of groups that a prompt has not
         if kept > _KEPT:
             raise LensError(
-                f"{len({name for name, _ in self._sums})} groups of {prompt + 1} prompts have {kept:,} products of parts, "
+                f"{many} groups of {prompt + 1} prompts have {kept:,} products of parts, "
                 f"more than the {_KEPT:,} that are kept; take fewer prompts, or fewer groups (by='class', or your own)"
             )
 

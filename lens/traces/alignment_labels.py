@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import Any, Literal, TypeAlias
@@ -26,8 +27,8 @@ seconds, floating numbers.
 """
 At = Literal["read", "predicted"]
 
-_LETTER = (
-    r"[^\W\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff]"  # of scripts that put spaces between words
+_SPACELESS = re.compile(  # Thai, Lao, Tibetan, Burmese, Khmer, Japanese, Chinese
+    "[\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]"
 )
 
 
@@ -98,8 +99,8 @@ def places_of(tokens: Sequence[str], word: str, side: str) -> list[int]:
         pieces = [f" {one}" for one in pieces]
         letters = " ?".join(map(re.escape, wanted.replace(" ", "")))
     ends, text = list(accumulate(map(len, pieces))), "".join(pieces)
-    words = re.finditer(rf"(?<!{_LETTER}){letters}(?!{_LETTER})", text)
-    spans = [match.span() for match in words if wanted]
+    spans = [match.span() for match in re.finditer(letters, text) if wanted]
+    spans = [(first, last) for first, last in spans if not _is_cut(text, first, last)]
     found = [
         [
             place
@@ -117,6 +118,19 @@ def places_of(tokens: Sequence[str], word: str, side: str) -> list[int]:
         f"the {side} has {word!r} {len(found)} times, at the positions "
         f"{', '.join(str(places[0]) for places in found)}; give numbers"
     )
+
+
+def _is_cut(text: str, first: int, last: int) -> bool:
+    """Whether a word goes on before or behind this piece of a text, with a letter or a mark on one (as vowels of Hindi)."""
+    before, behind = text[:first][-1:], text[last : last + 1]
+    letters = [one.isalnum() or one == "_" or _is_mark(one) for one in (before, behind)]
+    spaceless = [_SPACELESS.match(one) for one in (before, behind)]
+    goes_on = (one and not other for one, other in zip(letters, spaceless, strict=True))
+    return any(goes_on) or _is_mark(behind)
+
+
+def _is_mark(one: str) -> bool:
+    return one != "" and unicodedata.category(one).startswith("M")
 
 
 def _moments(span: np.ndarray, step: float) -> np.ndarray:

@@ -27,6 +27,10 @@ SENTENCEPIECE = ["<pad>", " Das", " klein", "e", " Haus", ",", " das", " da", " 
         (["<s>", "hou", "se", "keeper", "s"], "house", [1, 2]),
         ([" 这是", "我", "的", "房", "子", "。"], "房子", [3, 4]),
         (["<|en|>", " ship", " carried", "."], "ship", [1]),
+        ([" रामायण", " राम", " की", " कथा"], "राम", [1]),
+        ([" cafe\u0301", " cafe"], "cafe", [1]),
+        ([" មាន", "ផ្ទះ", "តូច"], "ផ្ទះ", [1]),
+        ([" l'", "eau"], "eau", [1]),
     ],
 )
 def test_the_tokens_of_a_word_are_found(tokens, word, places):
@@ -41,12 +45,16 @@ def test_the_tokens_of_a_word_are_found(tokens, word, places):
             "the source has no word 'Hau'; it reads '<pad> Das kleine Haus, das da steht.</s>'",
         ),
         ("", "the source has no word ''"),
+        ("राम", "the source has no word 'राम'; it reads 'यह रामायण'"),
+        ("ताब", "the source has no word 'ताब'; it reads 'किताब'"),
         ("s", "the source has no word 's'"),
         ("a", "the source has 'a' 2 times, at the positions 1, 3; give numbers"),
     ],
 )
 def test_a_word_that_is_not_one_place_is_refused(word, said):
     tokens = [" x", " a", " y", " a"] if "times" in said else SENTENCEPIECE
+    if "reads 'यह" in said or "reads 'कि" in said:
+        tokens = [" यह", " रामायण"] if word == "राम" else [" किताब"]
     with pytest.raises(lens.LensError) as error:
         places_of(tokens, word, "source")
     assert str(error.value).startswith(said)

@@ -520,6 +520,18 @@ def explain_duplicates(model, ids, **options):
     )
 
 
+def test_groups_that_a_prompt_has_not_are_counted(monkeypatch):
+    """The means of all groups are held for every prompt: three words of each of 6 prompts are 18 groups of 6."""
+    monkeypatch.setattr(explaining, "_KEPT", 17 * 6 * 9)
+    gathered = explaining._Gathered()
+    one, flat = np.ones((3, 3, 3)), np.ones(3)
+    cells = explaining.Cells((tuple("abc"),) * 2, one, one, one, flat, flat, flat, flat, flat, 0.0)
+    for prompt in range(5):
+        gathered.add(prompt, [f"{prompt}{word}" for word in "xyz"], cells)
+    with pytest.raises(LensError, match="18 groups of 6 prompts have 972 products"):
+        gathered.add(5, ["5x", "5y", "5z"], cells)
+
+
 def test_groups_are_not_held_twice():
     """The sums of cells are let go of while their means are made."""
     tracemalloc.start()
