@@ -67,3 +67,20 @@ def jaccard(
     shared = members @ members.T
     either = members.sum(1)[:, None] + members.sum(1) - shared
     return np.where(either > 0, shared / np.where(either > 0, either, 1), empty)
+
+
+def jaccard_by_chance(
+    shares: Float[np.ndarray, "sets"],
+) -> Float[np.ndarray, "sets sets"]:
+    """Jaccard index expected of each pair of sets drawn at random, of their shares of all members: ab / (a + b - ab).
+
+    Expected shared over expected union, near the mean of drawn ones; 1 where both are empty.
+
+    Example:
+        >>> from lens.stats.controls import jaccard_by_chance
+        >>> jaccard_by_chance(np.array([0.5, 0.5]))[0, 1].round(3)
+        0.333
+    """
+    both = shares[:, None] * shares
+    either = shares[:, None] + shares - both
+    return np.where(either > 0, both / np.where(either > 0, either, 1), 1.0)

@@ -77,8 +77,8 @@ def test_minimality():
 def test_stability():
     found = Stability(np.array([0.5, 0.7]), np.array([0.8, 1.0]), 0.1, ZEROS, "resamples", 3)
     assert found.findings() == (
-        "Made anew from prompts drawn again, 3 times, circuits share 60% of their edges (Jaccard index, least 50%; "
-        "random ones 10.0%) and 90% of their parts.",
+        "Made anew from prompts drawn again, 3 times, circuits share 60% of their edges (Jaccard index, pairs 50% to "
+        "70%; random ones of these sizes 10.0%) and 90% of their parts.",
     )
     said = " ".join(replace(found, what="circuits").findings())
     assert said.startswith("The 3 circuits share 60% of their edges")

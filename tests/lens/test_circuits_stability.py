@@ -38,12 +38,14 @@ def test_overlaps_by_hand():
     assert "3 circuits: Jaccard index of edges 0.56 (0.33 to 1.00" in repr(found)
 
 
-def test_the_chance_level_is_what_random_circuits_have():
+@pytest.mark.parametrize("parts", [(5, 5), (4, 40)])
+def test_the_chance_level_is_what_random_circuits_have(parts):
+    """Also of circuits of two sizes: that of their mean size is far above."""
     draw = np.random.default_rng(1)
     graph = Graph(4, 6, 6)
     circuits = []
-    for _ in range(30):
-        names = draw.choice(graph.edges, graph.n // 5, replace=False)
+    for number in range(60):
+        names = draw.choice(graph.edges, graph.n // parts[number % 2], replace=False)
         circuits.append(make_circuit(graph, [str(name) for name in names]))
     found = jaccard(circuits)
     assert found.values.mean() == pytest.approx(found.chance, rel=0.03)
@@ -129,7 +131,7 @@ def test_the_core_is_in_every_view_and_more_views_never_grow_it():
     assert three.findings()[0].startswith(
         "All 3 views keep 2 of the 7 edges that any keeps; of random circuits of these sizes "
     )
-    assert "Jaccard; the pairs 33% to 60%), random" in three.findings()[1]
+    assert "(Jaccard index, pairs 33% to 60%; random ones of these sizes " in three.findings()[1]
 
 
 def test_edges_whose_sign_hangs_on_the_prompts_are_left_out():

@@ -57,11 +57,7 @@ class Consensus(Result):
             f"All {len(self.views)} views keep {self.core.n:,} of the {self.union.n:,} edges that any keeps; of "
             f"random circuits of these sizes {self.by_chance:.2g} would be in all."
         )
-        shared = self.stability.values
-        chance = (
-            f"Two views share {shared.mean():.0%} of their edges (Jaccard; the pairs {shared.min():.0%} to "
-            f"{shared.max():.0%}), random circuits of these sizes {self.stability.chance:.0%}."
-        )
+        chance = f"Two views share {self.stability.in_words}."
         return Sentence(core, kind="core"), Sentence(chance, kind="chance")
 
 

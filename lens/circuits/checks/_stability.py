@@ -29,7 +29,7 @@ class Stability(Result):
     Attributes:
         values: [pairs] Jaccard index of the edges: shared / in either.
         nodes: [pairs] the same of the writers.
-        chance: Jaccard index expected of random circuits of these sizes.
+        chance: Jaccard index expected of random circuits of these sizes, mean over the pairs.
         frequency: [edges] share of the circuits that have the edge.
         what: "resamples" or "circuits".
         circuits: their number.
@@ -47,6 +47,14 @@ class Stability(Result):
         """Over the pairs; 0.8 has been asked for, and IOI in GPT-2 has 0.67 at 100 prompts."""
         return float(self.values.mean())
 
+    @property
+    def in_words(self) -> str:
+        """What the circuits share of their edges, with the pairs that share least and most, beside random ones."""
+        return (
+            f"{self.mean:.0%} of their edges (Jaccard index, pairs {self.values.min():.0%} to {self.values.max():.0%}; "
+            f"random ones of these sizes {self.chance:.1%})"
+        )
+
     def table(self) -> pd.DataFrame:
         """Two rows, `edges` and `nodes`: `mean`, `least`, `most`, `chance` (NaN for nodes), `circuits`."""
         rows = [
@@ -59,11 +67,8 @@ class Stability(Result):
     def findings(self) -> tuple[Sentence, ...]:
         """How much the circuits share, beside random ones."""
         drawn = f"Made anew from prompts drawn again, {self.circuits} times, circuits"
-        text = (
-            f"{drawn if self.what == 'resamples' else f'The {self.circuits} circuits'} share {self.mean:.0%} of "
-            f"their edges (Jaccard index, least {self.values.min():.0%}; random ones {self.chance:.1%}) and "
-            f"{self.nodes.mean():.0%} of their parts."
-        )
+        who = drawn if self.what == "resamples" else f"The {self.circuits} circuits"
+        text = f"{who} share {self.in_words} and {self.nodes.mean():.0%} of their parts."
         return (Sentence(text, kind="shared"),)
 
     def __repr__(self) -> str:
@@ -136,9 +141,8 @@ def jaccard(circuits: Sequence[Circuit]) -> Stability:
         raise LensError("the circuits are of different graphs, whose edges cannot be compared")
     kept = np.stack([circuit.kept for circuit in circuits])
     read = np.stack([np.isin(graph.writers, circuit.nodes) for circuit in circuits])
-    share = kept.mean()
-    chance = float(share / (2 - share)) if share else 1.0
     pairs = np.triu_indices(len(circuits), 1)
+    chance = float(controls.jaccard_by_chance(kept.mean(1))[pairs].mean())
     edges, nodes = (controls.jaccard(sets)[pairs] for sets in (kept, read))
     return Stability(edges, nodes, chance, kept.mean(0), "circuits", len(circuits))
 

@@ -180,7 +180,7 @@ def map_scores(
     count = max(1, round(density * len(x)))
     top_a, top_b = (set(stats.top(values, count).tolist()) for values in (x, y))
     share = count / len(x)
-    by_chance = share / (2 - share)
+    by_chance = share / (2 - share)  # both sets are of this size
     jaccard = len(top_a & top_b) / len(top_a | top_b)
     total = y.sum()
     recall = y[sorted(top_a)].sum() / total if total > 0 else np.nan

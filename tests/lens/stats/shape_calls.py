@@ -3,7 +3,7 @@
 import numpy as np
 
 from lens import stats
-from lens.stats.controls import jaccard, others
+from lens.stats.controls import jaccard, jaccard_by_chance, others
 from lens.stats.intervals import columns
 
 LINE = np.abs(np.subtract.outer(np.arange(5.0), np.arange(5.0)))
@@ -27,6 +27,7 @@ RIGHT = {
     "cut_tree": lambda: stats.cut_tree(TREE, 2),
     "adjusted_rand": lambda: stats.adjusted_rand(LABELS, LABELS % 2),
     "jaccard": lambda: jaccard(MEASURES[0] > 0),
+    "jaccard_by_chance": lambda: jaccard_by_chance(MEASURES[0, :, 0] ** 2),
     "others": lambda: others(MEASURES[0] > 0, np.random.default_rng(0), within=True),
     "columns": lambda: [columns("x", MEASURES, 0), columns("x", np.arange(5.0), 0, plain=True)],
 }
