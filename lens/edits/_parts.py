@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lens.common.errors import LensError
 from lens.edits.base import AttentionEdit, queries_at
+from lens.models.layout import blocks
 from lens.models.loaded import LoadedModel
 from lens.passes.calls import LayerCall, attend, first_of
 from lens.passes.head_outputs import FEWEST, mean_heads
@@ -139,9 +140,15 @@ class Means:
 def mean_sublayers(
     model: LoadedModel, prompts: Any, modules: Mapping[str, nn.Module]
 ) -> dict[str, Float[Tensor, "width"]]:
-    """Of each sub-layer the mean of what it returns, over all positions of the prompts."""
+    """Of each sub-layer the mean of what it returns, over all positions of the prompts.
+
+    Raises:
+        LensError: one that returns more than its layer, which is the padding of windows.
+    """
     sums: dict[str, Tensor] = {}
     rows = dict.fromkeys(modules, 0)
+    latest: dict[str, int] = {}  # numbers that it gave
+    layers = blocks(model)
     with ExitStack() as stack, torch.no_grad():
         for name, module in modules.items():
 
@@ -149,7 +156,17 @@ def mean_sublayers(
                 given = first_of(output).double().flatten(0, -2)  # [positions, width]
                 sums[name] = sums.get(name, 0.0) + given.sum(0)
                 rows[name] += len(given)
+                latest[name] = given.numel()
 
+            def check(_: nn.Module, __: Any, output: Any, name: str = name) -> None:
+                if latest.get(name, 0) > first_of(output).numel():
+                    raise LensError(
+                        f"{name} attends in windows that padding fills up, and its mean would be of padding too; take "
+                        "its heads, or baseline='zero'"
+                    )
+
+            layer = layers[int(name[1:].partition(".")[0])]
+            stack.callback(layer.register_forward_hook(check).remove)
             stack.callback(module.register_forward_hook(hook).remove)
         for prompt in read_prompts(model, prompts)[0]:
             base(model)(**prompt.inputs)

@@ -31,6 +31,13 @@ class Places:
     patches: Mapping[str, Any]
     cells: tuple[tuple[int, int], ...] | None = None
 
+    @property
+    def real(self) -> int:
+        """How many there are before those of the padding of windows, which stand last."""
+        if self.cells is None:
+            return len(self.names)
+        return int(self.patches["height"] * self.patches["width"])
+
 
 @dataclass(frozen=True)
 class LayerCall:

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -66,31 +65,39 @@ def read_calls(model: LoadedModel, ids: Int[Tensor, "batch tokens"]) -> list[Lay
 
 
 def read_heads(
-    model: LoadedModel, ids: Given, keep: Callable[[int, Tensor], None]
+    model: LoadedModel, ids: Given, keep: Callable[[int, Tensor], None], *, padding: bool = True
 ) -> Float[Tensor, "batch tokens vocab"]:
     """Logits of what is given; z [rows, heads, queries, value_dim] of each layer goes to `keep`.
+
+    Without `padding` it goes there without the positions that fill windows up.
 
     Raises:
         LensError: as `lens.capture`, or layers that are not those of `model.info`.
     """
 
+    def on_layer(call: LayerCall) -> Tensor:
+        output = attend(call, statistics=()).output
+        keep(call.layer, output if padding else without_padding(call, output))
+        return output
+
     with torch.no_grad():
-        return _run(model, ids, partial(_kept, keep))
+        return _run(model, ids, on_layer)
 
 
-def _kept(keep: Callable[[int, Tensor], None], call: LayerCall) -> Tensor:
-    output = attend(call, statistics=()).output
-    keep(call.layer, output)
-    return output
+def without_padding(call: LayerCall, output: Tensor) -> Tensor:
+    """[rows, heads, queries, value_dim] at the positions that do not fill windows up."""
+    places = call.query_places
+    return output if places is None else output[:, :, : places.real]
 
 
 def mean_heads(model: LoadedModel, prompts: Any, keep_positions: bool) -> list[Tensor]:
     """Per layer [heads, positions | 1, value_dim], mean output of every head over prompts.
 
-    Of pictures in windows the positions are those of the trace, which fill the last windows up.
+    Of pictures in windows the positions are those of the trace, whose last ones fill the windows up; a mean over positions
+    is one over patches alone.
 
     Raises:
-        LensError: no position that `FEWEST` prompts reach.
+        LensError: no position that `FEWEST` prompts reach, or positions of pictures that are other patches in each.
     """
     read = read_any if model.is_encoder_decoder else read_prompts
     given = [prompt.inputs for prompt in read(model, prompts)[0]]
@@ -100,34 +107,48 @@ def mean_heads(model: LoadedModel, prompts: Any, keep_positions: bool) -> list[T
             "baseline='pooled_mean', the mean over positions too"
         )
     sums: list[Tensor] = [torch.zeros(())] * model.info.layers
-    lengths: list[int] = []  # rows of each prompt: of its tokens, or of those of its target
-    for one in given:
-        rows: dict[int, int] = {}
+    counts = list(sums)  # [1, positions | 1, 1]: prompts, or positions of all prompts
+    grids: set[Any] = set()
 
-        def add(layer: int, output: Tensor, rows: dict[int, int] = rows) -> None:
-            z = output[0].double().cpu()  # [heads, queries, value_dim]
-            rows[layer] = z.shape[1]
-            if not keep_positions:
-                z = z.sum(1, keepdim=True)
-            sums[layer] = _padded(sums[layer], z.shape[1]) + _padded(z, _rows(sums[layer]))
+    def on_layer(call: LayerCall) -> Tensor:
+        output = attend(call, statistics=()).output
+        z = output if keep_positions else without_padding(call, output)
+        z = z[0].double().cpu()  # [heads, positions, value_dim]
+        count = torch.ones(1, z.shape[1], 1)
+        if keep_positions:
+            grids.add(None if call.query_places is None else call.query_places.cells)
+        else:
+            z, count = z.sum(1, keepdim=True), count.sum(1, keepdim=True)
+        for kept, more in ((sums, z), (counts, count)):
+            kept[call.layer] = _added(kept[call.layer], more)
+        return output
 
-        with torch.no_grad():
-            _run(model, one, partial(_kept, add), run)
-        lengths.append(next(iter(rows.values())))
+    with torch.no_grad():
+        for one in given:
+            _run(model, one, on_layer, run)
+    if len(grids) > 1:
+        raise LensError(
+            "the pictures have grids of several sizes, so that a position is another patch in each; take "
+            "pictures of one size, or baseline='pooled_mean', the mean over positions too"
+        )
     if not keep_positions:
-        return [total / sum(lengths) for total in sums]
-    reached = sorted(lengths)[-FEWEST]
-    counts = torch.stack([torch.arange(reached) < length for length in lengths]).sum(0)
-    return [total[:, :reached] / counts[:, None] if total.dim() else total for total in sums]
+        return [total / count.clamp(min=1) for total, count in zip(sums, counts, strict=True)]
+    reached = [int((count >= FEWEST).sum()) for count in counts]
+    return [
+        (total / count)[:, :length] if total.dim() else total
+        for total, count, length in zip(sums, counts, reached, strict=True)
+    ]
 
 
-def _rows(total: Tensor) -> int:
-    return total.shape[1] if total.dim() else 0
-
-
-def _padded(z: Tensor, rows: int) -> Tensor:
-    """[heads, queries, value_dim] with zeros behind, up to so many queries."""
-    return nn.functional.pad(z, (0, 0, 0, max(0, rows - z.shape[1]))) if z.dim() else z
+def _added(total: Tensor, more: Tensor) -> Tensor:
+    """[heads, positions, value_dim], the sum of two of other lengths; a number has none."""
+    if not total.dim():
+        return more
+    length = max(total.shape[1], more.shape[1])
+    one, other = (
+        nn.functional.pad(part, (0, 0, 0, length - part.shape[1])) for part in (total, more)
+    )
+    return one + other
 
 
 def edited_logits(

@@ -12,6 +12,9 @@ import lens
 from lens import edits
 from lens.common.errors import LensError
 from lens.edits.effect_results import Effect
+from lens.heads.measures import baselines, optimal
+from lens.passes import calls, head_outputs
+from lens.passes.head_outputs import mean_heads
 from lens.tasks.task import Task
 from tests.lens.architectures import build
 from tests.lens.test_tasks_classification import strong
@@ -266,3 +269,64 @@ def test_a_mean_at_each_position_of_windows_is_that_position_s():
                 edited = model.model(**inputs).last_hidden_state
             assert done.calls == 2
             assert torch.allclose(edited, clean, atol=1e-4) == same
+
+
+@pytest.mark.parametrize("name", ["vitdet", "sam"])
+def test_a_mean_over_positions_of_windows_is_one_of_patches(name):
+    """A layer in windows that padding fills up, and one that sees all: the mean of z at the patches of two pictures."""
+    root, inputs = built(name)
+    model = lens.load(root)
+    pixels = torch.cat([inputs["pixel_values"], inputs["pixel_values"].flip(-1) ** 2])
+    given: dict[int, list[torch.Tensor]] = {0: [], 1: []}
+    layers = root.encoder.layer if name == "vitdet" else root.vision_encoder.layers
+    for number, layer in enumerate(layers):
+        projection = layer.attention.proj if name == "vitdet" else layer.attn.proj
+        projection.register_forward_pre_hook(lambda _, args, n=number: given[n].append(args[0]))
+    down = (torch.arange(3)[:, None] * 2 + torch.arange(2)).repeat_interleave(3, 0)
+    across = (torch.arange(3)[:, None] * 2 + torch.arange(2)).repeat(3, 1)
+    real = (down < 5)[:, :, None] & (across < 5)[:, None]  # [windows, rows, columns] of 5 by 5
+    with torch.no_grad():
+        for one in pixels:
+            root(pixel_values=one[None])
+    expected = []
+    for number, rows in given.items():
+        z = torch.stack([one.reshape(-1, 24) for one in rows])
+        kept = real.flatten() if number == 0 else slice(None)
+        expected.append(z[:, kept].mean((0, 1)).view(3, 1, 8))
+    found = mean_heads(model, pixels, False)
+    for mine, own in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, own.double(), atol=1e-5, rtol=1e-5)
+    with pytest.raises(LensError, match=r"L0\.attention attends in windows that padding fills up"):
+        edits.Ablate("L0.attention", "pooled_mean", over=pixels).start(model, "auto")
+    edits.Ablate("L1.attention", "pooled_mean", over=pixels).start(model, "auto")
+    if name == "vitdet":  # takes pictures of any size
+        sizes = [{"pixel_values": one} for one in (pixels[:1], pixels[:1, :, :32])]
+        with pytest.raises(LensError, match="grids of several sizes"):
+            mean_heads(model, sizes, True)
+
+
+@pytest.mark.parametrize("baseline", ["pooled_mean", "optimal"])
+def test_importance_by_windows_puts_in_a_mean_of_patches(baseline, monkeypatch):
+    """What stands at the padding of windows, large or not, does not reach the mean."""
+    config = built("swin")[0].config
+    config.num_labels = 3
+    torch.manual_seed(0)
+    model = lens.load(strong(transformers.SwinForImageClassification(config))).part("stage0")
+    pixels = torch.randn(4, 3, 16, 20, generator=torch.Generator().manual_seed(1))
+    task = lens.tasks.classification(model, pixels, [0, 1, 2, 0])
+    seen: list[dict[int, torch.Tensor]] = [{}, {}]
+    for spoilt in (False, True):
+
+        def attended(call, spoilt=spoilt, **asked):
+            result = calls.attend(call, **asked)
+            result.output[:, :, 80:] += 100.0 * spoilt
+            return result
+
+        monkeypatch.setattr(head_outputs, "attend", attended)
+        if baseline == "optimal":
+            means, spreads = optimal._moments(model, task, torch.arange(4))
+            seen[spoilt] = means | {10 + layer: one for layer, one in spreads.items()}
+        else:
+            seen[spoilt] = baselines._means(model, task, keep_positions=False)
+    for layer, one in seen[0].items():
+        torch.testing.assert_close(one, seen[1][layer])

@@ -118,7 +118,8 @@ def _means(model: LoadedModel, task: Task, *, keep_positions: bool) -> dict[int,
             sums[layer] = sums.get(layer, 0) + total
             counts[layer] = counts.get(layer, 0) + weights.sum(axes, keepdim=True)
 
-        read_heads(model, task.given(model, rows), add)
+        # a mean over positions is one of patches, and not of what fills windows up
+        read_heads(model, task.given(model, rows), add, padding=keep_positions)
     return {layer: total / counts[layer].clamp(min=1) for layer, total in sums.items()}
 
 

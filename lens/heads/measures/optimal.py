@@ -172,7 +172,7 @@ def _moments(
         squares[layer] = squares.get(layer, 0) + z.square().sum(0).mean(1)
 
     for chunk in rows.split(task.rows_at_once(model)):
-        read_heads(model, task.given(model, chunk), add)
+        read_heads(model, task.given(model, chunk), add, padding=False)
     means, spreads = {}, {}
     for layer, total in sums.items():
         mean = total / len(rows)
