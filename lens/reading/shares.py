@@ -9,8 +9,9 @@ import numpy as np
 import pandas as pd
 
 from lens.common.head_ids import HeadId
-from lens.common.results import Result, Sentence, ends, told
+from lens.common.results import Result, Sentence, ends
 from lens.stats.intervals import columns, draws, interval, over_units
+from lens.stats.verdicts import of_many
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -106,10 +107,11 @@ class ComponentShares(Result):
         for name in MAPS:
             rows = table[table["map"] == name]
             best = rows.iloc[int(np.argmax(rows["share"]))]
+            held = of_many(best["share"], best["share_low"], best["share_high"], len(rows))
             said.append(
                 Sentence(
                     f"{name}: component {best['component']} (singular value {best['singular_value']:.3g}) carries "
-                    f"{told(best, 'share', '.0%')}; all alike would {1 / len(rows):.0%}.",
+                    f"{best['share']:.0%}{ends(*held, '.0%')} (the largest of {len(rows)}); all alike would {1 / len(rows):.0%}.",
                     kind="component",
                 )
             )

@@ -301,7 +301,7 @@ def test_what_is_said_draws_of_what_it_names_alone(exact, monkeypatch):
     assert sizes == [3, 3]
     table = scores.table()
     best = table[table["key_span"] == ""].iloc[0]
-    start = f"Largest within spans: {best['edge']} at {best['span']} {best['value']:.3g} ["
+    start = f"Largest within spans (intervals as of the largest of all): {best['edge']} at {best['span']} {best['value']:.3g} ["
     assert said["within"].startswith(start)
     median = np.median(np.abs(scores.within.mean(0)))
     assert said["within"].endswith(f"the median size of {scores.within[0].size:,} is {median:.2g}.")

@@ -133,9 +133,9 @@ SAID = {
         "of the ways across spans and the others cut 50.00% (0.90 [0.90, 0.90]), random ones none."
     ],
     at_places: [
-        "Largest within spans: a0.h0->logits at rest 2 [2, 2], input->a0.h0<q> at name 0.5 [0.5, 0.5], input->a0.h0<q> at"
+        "Largest within spans (intervals as of the largest of all): a0.h0->logits at rest 2 [2, 2], input->a0.h0<q> at name 0.5 [0.5, 0.5], input->a0.h0<q> at"
         " rest -0.5 [-0.5, -0.5]; the median size of 10 is 0.",
-        "Largest across spans: a0.h0<v> at rest from name 1.25 [1.25, 1.25], a0.h0<q> at name from name 0 [0, 0], "
+        "Largest across spans (intervals as of the largest of all): a0.h0<v> at rest from name 1.25 [1.25, 1.25], a0.h0<q> at name from name 0 [0, 0], "
         "a0.h0<q> at name from rest 0 [0, 0]; the median size of 12 is 0.",
         "Summed over 2 spans, 33% of the size of the edges' scores cancels.",
     ],
@@ -152,8 +152,8 @@ SAID = {
     components: [
         "L1H2 on 7 pairs at distance 3: about 1.6 [1.6, 1.6] of 2 components of its query-key map carry the logits, 1.5 "
         "[1.5, 1.5] of 2 of its value-output map what it writes.",
-        "query-key: component 0 (singular value 2) carries 75% [75%, 75%]; all alike would 50%.",
-        "value-output: component 1 (singular value 3) carries 80% [80%, 80%]; all alike would 50%.",
+        "query-key: component 0 (singular value 2) carries 75% [75%, 75%] (the largest of 2); all alike would 50%.",
+        "value-output: component 1 (singular value 3) carries 80% [80%, 80%] (the largest of 2); all alike would 50%.",
     ],
     retrieval: [
         "Retrieval heads by where they look while the needle is written (literal): L0H1 0.9 [0.9, 0.9], L0H2 0.5 [0.5, "

@@ -15,6 +15,7 @@ from lens.common.choices import is_whole
 from lens.common.errors import LensError
 from lens.common.results import Result, Sentence, ends
 from lens.stats.intervals import columns
+from lens.stats.verdicts import of_many
 
 _NAMED = 3  # scores that a sentence names
 
@@ -121,11 +122,16 @@ class PositionScores(Result):
             rows = self._rows(first + np.argsort(-own, kind="stable")[:_NAMED])
             best = ", ".join(
                 f"{row['edge']} at {row['span']}" + (f" from {row['key_span']}" if row["key_span"] else "")
-                + f" {row['value']:.3g}{ends(row['low'], row['high'])}"
+                + f" {row['value']:.3g}{ends(*of_many(row['value'], row['low'], row['high'], own.size))}"
                 for row in rows.to_dict("records")
             )  # fmt: skip
             median = f"the median size of {own.size:,} is {np.median(own):.2g}"
-            said.append(Sentence(f"Largest {kind} spans: {best}; {median}.", kind=kind))
+            said.append(
+                Sentence(
+                    f"Largest {kind} spans (intervals as of the largest of all): {best}; {median}.",
+                    kind=kind,
+                )
+            )
         said.append(
             Sentence(
                 f"Summed over {len(self.spans)} spans, {self.cancelled:.0%} of the size of the edges' scores cancels.",
