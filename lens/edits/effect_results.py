@@ -240,7 +240,7 @@ def _with_interval(row: Any, name: str) -> str:
 
 def _better(gain: float, low: float, high: float) -> str:
     """ "better by 0.2 [0.1, 0.3]": a gain is of the task, whatever the sign of its metric."""
-    if f"{gain:z.4f}" == "0.0000":
+    if all(f"{one:z.4f}" in ("0.0000", "nan") for one in (gain, low, high)):
         return "neither better nor worse by 0.0001"
     sign = -1 if gain < 0 else 1
     low, high = (low, high) if sign > 0 else (-high, -low)

@@ -11,7 +11,7 @@ import pandas as pd
 from lens.common.head_ids import HeadId
 from lens.common.results import Result, Sentence, told
 from lens.stats.intervals import columns, mean_told
-from lens.stats.orders import spearman, spearman_by_chance
+from lens.stats.orders import random_orders, spearman
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -87,10 +87,8 @@ class Removals(Result):
         off = mean_told(np.abs(self.predicted - self.measured).mean(0), self.seed, ".1%")
         ranks = ""
         if not np.isnan(self.agreement):
-            chance = spearman_by_chance(len(self.parts))
-            ranks = (
-                f", rank correlation {self.agreement:.2f} (orders at random: within ±{chance:.2f})"
-            )
+            beside = random_orders(len(self.parts))
+            ranks = f", rank correlation {self.agreement:.2f}" + (f" ({beside})" if beside else "")
         said.append(
             Sentence(
                 f"Over {len(self.parts)} parts predictions are off by {off} of a row on average"

@@ -13,7 +13,7 @@ from lens.common.choices import check_choice
 from lens.common.head_ids import HeadId, all_heads, head_columns
 from lens.common.results import Result, Sentence, told
 from lens.stats.intervals import columns, mean_told
-from lens.stats.orders import spearman, spearman_by_chance
+from lens.stats.orders import random_orders, spearman
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -120,10 +120,10 @@ class RetrievalKinds(Result):
             f"{row['a']} and {row['b']} {row['correlation']:.2f}"
             for _, row in self.agreement().iterrows()
         ]
-        chance = spearman_by_chance(len(table)) if len(table) > 1 else np.nan
+        beside = "; ".join(filter(None, (", ".join(pairs), random_orders(len(table)))))
         said.append(
             Sentence(
-                f"Rank correlations of {len(table)} heads: {', '.join(pairs)}; orders at random: within ±{chance:.2f}.",
+                f"Rank correlations of {len(table)} heads: {beside}.",
                 kind="agreement",
             )
         )

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from lens.common.head_ids import HeadId, head_columns
-from lens.common.results import Result, Sentence, ends, few, told
+from lens.common.results import Result, Sentence, few, told
 from lens.stats.intervals import columns
 
 if TYPE_CHECKING:
@@ -67,8 +67,8 @@ class Robustness(Result):
         said = [
             Sentence(
                 f"A change of size {self.sizes[last]:g} of the attention logits of {row['name']} {way[0]} costs the answer "
-                f"{row['worst']:+z.3g}{ends(row['worst_low'], row['worst_high'])} nats, {way[1]} "
-                f"{row['random']:+z.3g}{ends(row['random_low'], row['random_high'])}.",
+                f"{told(row, 'worst', '+z.3g')} nats, {way[1]} "
+                f"{told(row, 'random', '+z.3g')}.",
                 kind="head",
             )
             for row in _largest(rows[~alike], "worst")
@@ -128,10 +128,10 @@ class Adversaries(Result):
         alone = pd.Series(self.divergence.max(1)) < _NOTHING  # on every prompt, not on the mean
         said = [
             Sentence(
-                f"{row['name']}: a row of attention that differs by {row['divergence']:.2g}"
-                f"{ends(row['divergence_low'], row['divergence_high'], '.2g')} nats (at most {np.log(2):.2f}) writes the same, "
+                f"{row['name']}: a row of attention that differs by "
+                f"{told(row, 'divergence', '.2g')} nats (at most {np.log(2):.2f}) writes the same, "
                 f"and changes the answer's loss by {_rounded(row)}; even attention differs by {told(row, 'uniform', '.2g')} and "
-                f"changes it by {row['uniform_change']:+z.2g}{ends(row['uniform_change_low'], row['uniform_change_high'], '.2g')}.",
+                f"changes it by {told(row, 'uniform_change', '+z.2g')}.",
                 kind="same",
             )
             for row in _largest(rows[~alone], "divergence")
@@ -158,5 +158,6 @@ def _largest(rows: pd.DataFrame, column: str) -> list[dict]:
 
 
 def _rounded(row: dict) -> str:
-    """The change with its interval, without the rounding of single precision."""
-    return "0.0000" if abs(row["change"]) < 5e-5 else told(row, "change", "+z.4f")
+    """The change with its interval; a bare 0 where all of it is the rounding of single precision."""
+    sizes = np.abs([row[name] for name in ("change", "change_low", "change_high")])
+    return "0.0000" if np.nanmax(sizes) < 5e-5 else told(row, "change", "+z.4f")

@@ -73,6 +73,18 @@ def spearman_by_chance(items: int) -> float:
     return min(1.0, NormalDist().inv_cdf((1 + LEVEL) / 2) / (items - 1) ** 0.5)
 
 
+def random_orders(items: int) -> str:
+    """What `spearman_by_chance` says, in words; empty where so few items (up to 4) leave no size out.
+
+    Example:
+        >>> from lens.stats.orders import random_orders
+        >>> random_orders(270)
+        '95 of 100 orders at random: within ±0.12'
+    """
+    bound = spearman_by_chance(items) if items > 1 else 1.0
+    return f"{100 * LEVEL:.0f} of 100 orders at random: within ±{bound:.2f}" if bound < 1 else ""
+
+
 def kendall(values: ArrayLike) -> Float[np.ndarray, "*rest measures measures"]:
     """Kendall's tau-b between all pairs of measures.
 

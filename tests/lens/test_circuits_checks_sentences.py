@@ -48,9 +48,12 @@ def test_evaluation():
         np.array([0, 5, 10]), Ablation("zero"), "eap", "loss", "made", "small", 0,
     )  # fmt: skip
     assert found.findings() == (
-        "Over all sizes the circuit performance ratio (CPR, more is better) is 0.75 and of random circuits 0.40; "
-        "the circuit-model distance (CMD, less is better) 0.50 and 0.60.",
+        "Over all sizes the circuit performance ratio (CPR, more is better) is 0.75 and of random circuits, drawn 2 times, "
+        "0.40 (0.35 to 0.45); the circuit-model distance (CMD, less is better) 0.50 and 0.60 (0.55 to 0.65).",
     )
+    (one,) = replace(found, random=found.random[:1]).findings()
+    assert "of random circuits, drawn 1 time, 0.35; the" in one
+    assert one.endswith("0.50 and 0.65.")
 
 
 def test_minimality():

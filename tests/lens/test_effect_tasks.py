@@ -145,6 +145,7 @@ def test_a_loss_is_not_told_to_grow_by_a_step_whose_interval_holds_0():
     [
         ((0.2, 0.4, 0.3), "toy goes better by 0.3000 [0.2000, 0.4000]"),
         ((-0.2, 0.4, 0.0), "the interval holds 0"),
+        ((0.2, -0.2, 0.0), "toy goes better by 0.0000 [-0.2000, 0.2000]"),
         ((-3e-6, -1e-6, -2e-6), "toy goes neither better nor worse by 0.0001 in"),
     ],
 )

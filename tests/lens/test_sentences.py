@@ -164,8 +164,7 @@ SAID = {
         "L0H1 0.1 [0.1, 0.1] come first; the median head has 0.5.",
         "Recall is 0.75 [0.50, 1.00] over 2 trials; without the first 1: literal 0.50 [0.50, 0.50], query 0.25 [0.25, "
         "0.25], output 0.00 [0.00, 0.00]; without random others 0.70 [0.70, 0.70].",
-        "Rank correlations of 3 heads: literal and query -1.00, literal and output -0.50, query and output 0.50; orders "
-        "at random: within ±1.00.",
+        "Rank correlations of 3 heads: literal and query -1.00, literal and output -0.50, query and output 0.50.",
     ],
     terms: [
         "2 of 4 heads of m change more without a term of position than without content, 2 of them beyond the interval (0.1 of all by chance).",

@@ -160,11 +160,17 @@ class CircuitEvaluation(Result):
         return pd.concat(parts, ignore_index=True)
 
     def findings(self) -> tuple[Sentence, ...]:
-        """Both areas, beside those of random circuits."""
+        """Both areas, beside those of random circuits: mean, least and most of the draws."""
+        draws = len(self.random)
+        random_cpr, random_cmd = (
+            f"{drawn.mean():.2f}"
+            + (f" ({drawn.min():.2f} to {drawn.max():.2f})" if draws > 1 else "")
+            for drawn in (self.random_cpr, self.random_cmd)
+        )
         text = (
             f"Over all sizes the circuit performance ratio (CPR, more is better) is {self.cpr:.2f} and of "
-            f"random circuits {self.random_cpr.mean():.2f}; the circuit-model distance (CMD, less is better) "
-            f"{self.cmd:.2f} and {self.random_cmd.mean():.2f}."
+            f"random circuits, drawn {draws} time{'s' * (draws > 1)}, {random_cpr}; the circuit-model distance (CMD, less is "
+            f"better) {self.cmd:.2f} and {random_cmd}."
         )
         return (Sentence(text, kind="areas"),)
 

@@ -6,7 +6,7 @@ from scipy.stats import kendalltau
 
 from lens import stats
 from lens.common.errors import LensError
-from lens.stats.orders import spearman_by_chance
+from lens.stats.orders import random_orders, spearman_by_chance
 
 
 def naive_tau(a, b):
@@ -27,6 +27,12 @@ def test_one_of_20_orders_at_random_agrees_more_than_by_chance(items):
     random = np.random.default_rng(0)
     found = [stats.spearman(np.arange(items), random.permutation(items)) for _ in range(2000)]
     assert np.mean(np.abs(found) > spearman_by_chance(items)) == pytest.approx(0.05, abs=0.015)
+
+
+def test_few_items_leave_no_order_out():
+    """Of three every order is within 1, which says nothing; of more 5 of 100 are beyond."""
+    assert [random_orders(items) for items in (1, 3, 4)] == ["", "", ""]
+    assert random_orders(6) == "95 of 100 orders at random: within ±0.88"
 
 
 def tau(a, b):
