@@ -248,6 +248,8 @@ def test_effects_on_pictures_are_said_of_patches():
     assert str(found.findings()[-1]) == (
         "Measured on 5 pictures of 9 patches; intervals are 95 % over pictures."
     )
+    rate = lens.sinks.rate(lens.capture(model, task.clean, progress=False))
+    assert (rate.samples.bos, "T = 10, n = 5)" in str(rate.findings()[0])) == ("", True)
     said = {one.kind: str(one) for one in replace(found, patches=()).findings()}
     assert said["limit"].startswith("Measured on 5 prompts of 10 positions; intervals")
     assert found.plot().layout.title.text == "Edit Mask first of all heads (n = 5)"

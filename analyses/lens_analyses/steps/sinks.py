@@ -37,8 +37,8 @@ def detection(subject: Subject) -> Section:
     section = detected(
         rate,
         keys,
-        f"Every number is for ε = {rate.epsilon}, T = {rate.samples.tokens} tokens, BOS "
-        f"{rate.samples.bos}, n = {rate.samples.n}; rates compare only where these agree.",
+        f"Every number is for ε = {rate.epsilon}, T = {rate.samples.tokens} tokens"
+        f"{rate.samples.start}, n = {rate.samples.n}; rates compare only where these agree.",
         "α is the mean over the queries that see the key. Gu et al. take all queries from it on: "
         + ("layers have windows, so that rate stands beside it." if differ else "the same here."),
         last=(

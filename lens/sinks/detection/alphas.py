@@ -36,7 +36,7 @@ class Samples:
     Attributes:
         model, dtype: of the traces.
         tokens: T, the same in all of them.
-        bos: "added" or "absent", the same in all of them.
+        bos: "added" or "absent", the same in all of them; "" of prompts that are no tokens.
         n: number of traces.
     """
 
@@ -46,8 +46,13 @@ class Samples:
     bos: str
     n: int
 
+    @property
+    def start(self) -> str:
+        """ "What sentences say of it behind T, ", BOS absent"; nothing of prompts that are no tokens."""
+        return f", BOS {self.bos}" if self.bos else ""
+
     def __str__(self) -> str:
-        return f"{self.model}, T = {self.tokens}, BOS {self.bos}, n = {self.n}, {self.dtype}"
+        return f"{self.model}, T = {self.tokens}{self.start}, n = {self.n}, {self.dtype}"
 
 
 def samples_of(traces: Sequence[AttentionTrace]) -> Samples:
@@ -69,7 +74,9 @@ def samples_of(traces: Sequence[AttentionTrace]) -> Samples:
                 f"{sorted(set(values))}: cut the prompts alike, or measure each kind apart"
             )
     first = traces[0]
-    return Samples(first.model, first.attrs["dtype"], first.length, first.attrs["bos"], len(traces))
+    of_tokens = bool((first.dataset["token_id"].values >= 0).any())
+    bos = first.attrs["bos"] if of_tokens else ""
+    return Samples(first.model, first.attrs["dtype"], first.length, bos, len(traces))
 
 
 def divisors(trace: AttentionTrace, normalise: Normalise = "visible") -> np.ndarray:

@@ -63,7 +63,7 @@ class SinkEmergence(Result):
             text = (
                 f'Prompts "{condition}": key {one.key} is a sink in {one.value:.1%}{interval} of layers × heads, '
                 f"{where} (with uniform attention {even}; α above {one.epsilon:g}, "
-                f"{DIVIDED[one.normalise]}; T = {one.samples.tokens}, BOS {one.samples.bos}, "
+                f"{DIVIDED[one.normalise]}; T = {one.samples.tokens}{one.samples.start}, "
                 f"n = {one.samples.n})."
             )
             found.append(Sentence(text, kind="rate"))

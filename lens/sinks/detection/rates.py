@@ -136,8 +136,8 @@ class SinkRate(Result):
         return (
             Sentence(
                 f"{place} is a sink in {self.value:.1%}{interval} of heads (with uniform attention {even}; α "
-                f"above {self.epsilon:g}, {DIVIDED[self.normalise]}; T = {self.samples.tokens}, BOS "
-                f"{self.samples.bos}, n = {self.samples.n}).",
+                f"above {self.epsilon:g}, {DIVIDED[self.normalise]}; T = {self.samples.tokens}"
+                f"{self.samples.start}, n = {self.samples.n}).",
                 kind="rate",
             ),
             Sentence(f"It receives most in {heads} (mean α){beside}.", kind="heads"),
