@@ -9,6 +9,8 @@ from lens_dashboards.pages import heads, maps
 from lens_dashboards.pages.maps import _apart
 from lens_dashboards.selection import Selection, read_url
 
+from tests.dashboards.test_pages import figures_of
+
 
 def _told(library, view):
     parts = maps.page(library, view)
@@ -89,10 +91,10 @@ def test_full_screen_fills_the_screen(page, address, run):
 
 def test_heads_of_a_profile_stand_by_two_usual_scores(runs, run):
     parts = heads.page(Library(runs), Selection(page="heads", run=run.id))
-    said = json.dumps(
-        [part.to_plotly_json() for part in parts], default=lambda one: one.to_plotly_json()
-    )
-    assert "column_scatter(rows, 'induction', 'previous_token', None" in said
+    figure, _ = next(figures_of(parts))
+    layout = figure.layout
+    titles = [layout[axis].title.text.partition(" (")[0] for axis in ("xaxis", "yaxis")]
+    assert titles == ["Induction", "Previous token"]
 
 
 def _ready(page):

@@ -274,7 +274,7 @@ def test_the_python_of_every_page_makes_its_numbers_again(
     ]
     for link in links:
         path, _, search = link.partition("?")
-        found = list(_figures(render(library, path, search)))
+        found = list(figures_of(render(library, path, search)))
         assert found, link
         for shown, code in found:
             *lines, last = code.strip().split("\n")
@@ -418,7 +418,7 @@ def _every(parts, kind):
         yield from _every(getattr(parts, "children", None), kind)
 
 
-def _figures(parts):
+def figures_of(parts):
     """Every figure of a page that has a `Python` block, with the code."""
     for box in _every(parts, "Div"):
         if getattr(box, "className", "") == "figure":

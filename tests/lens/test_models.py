@@ -527,8 +527,12 @@ def _the_same(*given, **named):
     return sdpa_attention_forward(*given, **named)
 
 
-def test_an_attention_function_of_somebody_else_is_refused_where_it_computes_something_else():
+def test_an_attention_function_of_somebody_else_is_refused_where_it_computes_something_else(
+    monkeypatch,
+):
     """Of what one has registered capture knows nothing: it would give the numbers of eager attention."""
+    for interface in (transformers.AttentionInterface, transformers.AttentionMaskInterface):
+        monkeypatch.setattr(interface, "_global_mapping", dict(interface._global_mapping))
     for name, function in (("thrice", _thrice), ("the_same", _the_same)):
         transformers.AttentionInterface.register(name, function)
         transformers.AttentionMaskInterface.register(name, sdpa_mask)
