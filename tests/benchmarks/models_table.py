@@ -66,10 +66,7 @@ _SIZES = {
     **{"max_length": 64, "max_source_positions": 32, "moe_num_experts": 4},
 }
 _OF_TYPE: dict[str, dict[str, Any]] = {
-    "qwen3_next": {"num_hidden_layers": 4},
-    "qwen3_5_text": {"num_hidden_layers": 4},
     "qwen3_5_moe_text": {"num_hidden_layers": 4},
-    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     **{
         kind: {
             **{"embed_dim": 32, "depths": [2, 2], "num_heads": [4, 4]},
@@ -118,13 +115,10 @@ _OF_TYPE |= {
     for kind in ("detr", "conditional_detr", "dab-detr", "table-transformer")
 }
 _OF_TYPE |= {
-    kind: {"prediction_length": 4, "context_length": 12, "lags_sequence": [1, 2]}
-    for kind in ("time_series_transformer", "informer", "autoformer")
-}
-_OF_TYPE |= {
     kind: {**HYBRID_SIZES, "vocab_size": 160, "num_hidden_layers": 4, **HYBRIDS[kind][0]}
-    for kind in ("bamba", "zamba", "zamba2", "granitemoehybrid", "falcon_h1", "kimi_linear")
+    for kind in HYBRIDS
 }
+_OF_TYPE["lfm2_moe"] = {"num_hidden_layers": 4, "layer_types": HYBRIDS["lfm2"][0]["layer_types"]}
 _OF_TYPE["mamba2"] = {
     "hidden_size": 64,
     "num_heads": 4,

@@ -53,6 +53,14 @@ def test_a_captured_model_is_exact_and_its_analyses_run(kind, analyses):
     assert f"({kind}) | exact | " in models_table.page([row])
 
 
+def test_a_hybrid_is_made_of_layers_of_both_kinds():
+    """A small LFM2 had softmax attention alone, and the page said that its circuits are refused."""
+    row = models_table.examine("lfm2")
+    assert not models_table.wrong(row)
+    assert row["layers"] == 2
+    assert "(lfm2) | exact | yes | refused | refused | yes | yes |" in models_table.page([row])
+
+
 def test_what_is_told_by_an_example_is_held_layer_by_layer():
     row = models_table.examine(
         "bridgetower"

@@ -52,6 +52,7 @@ HEADS = {  # kind -> (its mixer's output projection in layer 0, columns of head 
     "qwen3_5_text": (
         lambda m: m.model.layers[0].linear_attn.out_proj, slice(32, 48), lambda m: m.model.layers[2].post_attention_layernorm
     ),
+    "lfm2": (lambda m: m.model.layers[0].conv.out_proj, slice(2, 3), lambda m: m.model.layers[2].ffn_norm),
     "falcon_h1": (
         lambda m: m.model.layers[0].mamba.out_proj, slice(64, 96), lambda m: m.model.layers[2].pre_ff_layernorm
     ),
