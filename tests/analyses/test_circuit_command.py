@@ -64,7 +64,7 @@ def test_the_induction_circuit_is_faithful_and_needs_the_previous_token_head(run
     assert minimal.loc["a0.h1", "share"] > 0.5  # the model card's previous-token head
     assert minimal.loc["a0.h1", "low"] > 0
     words = " ".join(run.section("circuit").summary)
-    assert "On held-out prompts the circuit of" in words
+    assert "On held-out prompts: The circuit of" in words
     assert "random ones with the same degrees" in words
     assert "As many random edges are incomplete by 100% with nothing taken out" in words
     assert np.isfinite(tables["completeness"]["gap"]).all()

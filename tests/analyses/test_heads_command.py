@@ -48,6 +48,12 @@ def test_the_numbers_are_those_of_the_library(folder):
     )
 
 
+def test_patterns_are_said_with_the_prompts_that_they_are_of(folder):
+    section = folder.section("patterns")
+    (said,) = section.summary
+    assert said.startswith("On copied prompts: With 25% of the visible pairs, of ")
+
+
 def test_the_summary_says_that_redundant_heads_are_understated(folder):
     said = [
         text for text in folder.section("importance").summary if "stand in for each other" in text

@@ -143,7 +143,7 @@ def circuit(subject: Subject) -> Section:
         name="circuit",
         title="The circuit: is it faithful, complete and minimal?",
         summary=(
-            *(f"On held-out prompts {said[0].lower()}{said[1:]}" for said in beside.findings()),
+            *(f"On held-out prompts: {said}" for said in beside.findings()),
             *curve.findings(),
             _complete(complete, beside),
             *minimal.findings(),

@@ -30,7 +30,7 @@ def patterns(subject: Subject) -> Section:
     return Section(
         name="patterns",
         title="Which sparse pattern each head has",
-        summary=found.findings(),
+        summary=tuple(f"On {kind} prompts: {said}" for said in found.findings()),
         limits=(
             "Kept mass is no quality: what the model loses when only the pattern is run was not measured.",
             "The best pattern was chosen and measured on the same prompts, so kept mass is an upper bound "

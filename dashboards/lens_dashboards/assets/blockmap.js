@@ -361,21 +361,21 @@
       return moments(first * seconds, last * seconds, (last - first) * seconds / 6).map(([t, text]) => [t / seconds, text]);
     }
 
-    /* Every token of the rectangle on an axis. */
-    nameIn(g, room) {
+    /* Letters for the tokens of an axis, of which each has so much room. */
+    lettersFor(g, room) {
       g.font = `${clamp(Math.floor(room), 7, 12)}px Inter, 'Helvetica Neue', Arial, sans-serif`;
       g.textBaseline = "middle";
       g.textAlign = "right";
     }
 
     drawQueries(g, side) {
-      this.nameIn(g, side / (this.view.q1 - this.view.q0));
+      this.lettersFor(g, side / (this.view.q1 - this.view.q0));
       for (let q = this.view.q0; q < this.view.q1; q += 1) g.fillText(brief(this.queries[q]), this.left - 5, this.y(q + 0.5), this.left - 26);
       g.font = "11px Inter, 'Helvetica Neue', Arial, sans-serif";
     }
 
     drawKeys(g, side) {
-      this.nameIn(g, side / (this.view.k1 - this.view.k0));
+      this.lettersFor(g, side / (this.view.k1 - this.view.k0));
       for (let k = this.view.k0; k < this.view.k1; k += 1) {
         g.save();
         g.translate(this.x(k + 0.5), TOP + side + 5);
