@@ -55,9 +55,14 @@ def ends(low: float, high: float, form: str = ".3g") -> str:
     return "" if math.isnan(low) or math.isnan(high) else f" [{low:{form}}, {high:{form}}]"
 
 
-def told(row: Any, name: str, form: str = ".3g") -> str:
-    """A number of a row of a table with its interval: `0.5 [0.4, 0.6]` of the columns `name`, `name_low` and `name_high`."""
-    return f"{row[name]:{form}}{ends(row[f'{name}_low'], row[f'{name}_high'], form)}"
+def with_ends(row: Any, name: str, form: str = ".3g", *, plain: bool = False) -> str:
+    """A number of a row of a table with its interval: `0.5 [0.4, 0.6]` of the columns `name`, `name_low` and `name_high`.
+
+    Args:
+        plain: the ends are `low` and `high`, as of `lens.stats.intervals.columns`.
+    """
+    start = "" if plain else f"{name}_"
+    return f"{row[name]:{form}}{ends(row[f'{start}low'], row[f'{start}high'], form)}"
 
 
 def few(names: Sequence[object], most: int = 6, joint: str = ", ") -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import pandas as pd
 
-from lens.common.results import Result, Sentence, ends, told
+from lens.common.results import Result, Sentence, ends, with_ends
 
 NO_KIND = "another token"
 LOOKS: Mapping[str, Callable[[Sequence[int], int, int], bool]] = {
@@ -104,7 +104,7 @@ def _because(row: Mapping, looks: Mapping[str, str]) -> str:  # type: ignore[typ
         if looks.get(row["writer"], NO_KIND) != NO_KIND
         else ""
     )
-    share = told(row, "share", ".0%")
+    share = with_ends(row, "share", ".0%")
     what = (
         f"{share} of what it writes comes from {row['writer']}{looking.rstrip(',')}"
         if row["side"] == "v"
@@ -115,4 +115,4 @@ def _because(row: Mapping, looks: Mapping[str, str]) -> str:  # type: ignore[typ
 
 
 def _cost(row: Mapping) -> str:  # type: ignore[type-arg]
-    return f"{told(row, 'of_effect', '.0%')} of the effect"
+    return f"{with_ends(row, 'of_effect', '.0%')} of the effect"

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from lens.common.head_ids import HeadId
-from lens.common.results import Result, Sentence, told
+from lens.common.results import Result, Sentence, with_ends
 from lens.stats.intervals import columns
 from lens.stats.verdicts import verdict
 
@@ -68,13 +68,13 @@ class SubspaceRemovals(Result):
         said = [
             Sentence(
                 f"{self.head} gives {self.pairs!r} pairs {own['clean']:.1%}; without {self.rank} of {self.width} directions "
-                f"of its queries, found by contrast on other prompts, {told(own, 'mass', '.1%')}, "
-                f"without as many random ones {told(chance, 'mass', '.1%')}.",
+                f"of its queries, found by contrast on other prompts, {with_ends(own, 'mass', '.1%')}, "
+                f"without as many random ones {with_ends(chance, 'mass', '.1%')}.",
                 kind="contrast",
             ),
             Sentence(
-                f"As many principal components of its queries leave {told(rows['queries'], 'mass', '.1%')}, of its keys "
-                f"{told(rows['keys'], 'mass', '.1%')}, another head's contrast {told(rows['other head'], 'mass', '.1%')}: "
+                f"As many principal components of its queries leave {with_ends(rows['queries'], 'mass', '.1%')}, of its keys "
+                f"{with_ends(rows['keys'], 'mass', '.1%')}, another head's contrast {with_ends(rows['other head'], 'mass', '.1%')}: "
                 f"the drop alone {self._beside()}",
                 kind="control",
             ),
@@ -83,9 +83,9 @@ class SubspaceRemovals(Result):
             said.append(
                 Sentence(
                     f"The same removal takes its {self.beside!r} pairs from {own['clean_other']:.1%} to "
-                    f"{told(own, 'other', '.1%')}, random directions to {told(chance, 'other', '.1%')}; "
-                    f"the loss at these queries changes by {told(own, 'loss_change', '+z.3g')} nats, without "
-                    f"random directions by {told(chance, 'loss_change', '+z.3g')}.",
+                    f"{with_ends(own, 'other', '.1%')}, random directions to {with_ends(chance, 'other', '.1%')}; "
+                    f"the loss at these queries changes by {with_ends(own, 'loss_change', '+z.3g')} nats, without "
+                    f"random directions by {with_ends(chance, 'loss_change', '+z.3g')}.",
                     kind="specific",
                 )
             )

@@ -11,7 +11,7 @@ import pandas as pd
 
 from lens.common.choices import check_choice
 from lens.common.head_ids import HeadId
-from lens.common.results import Result, Sentence, few, told
+from lens.common.results import Result, Sentence, few, with_ends
 from lens.stats.intervals import columns, mean_told, over_units
 
 if TYPE_CHECKING:
@@ -303,7 +303,7 @@ class PairExplanation(Result):
         best = rows["part"].mode()[0]
         own, others = rows[rows["part"] == best], rows[rows["part"] != best]
         least, most = (
-            f"{told(row, 'share', '.0%')} ({row['group']})"
+            f"{with_ends(row, 'share', '.0%')} ({row['group']})"
             for row in own.sort_values("share").iloc[[0, -1]].to_dict("records")
         )
         span = least if len(own) == 1 else f"{least} to {most}"
@@ -358,7 +358,7 @@ class PairExplanation(Result):
             )
             for side in ("key", "query"):
                 rows = self.side(side)
-                shares = [told(row, "share", ".0%") for row in rows.head(2).to_dict("records")]
+                shares = [with_ends(row, "share", ".0%") for row in rows.head(2).to_dict("records")]
                 second = f", the next, {rows['part'][1]}, {shares[1]}" if len(rows) > 1 else ""
                 said.append(
                     Sentence(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from lens.common.results import Result, Sentence, few, told
+from lens.common.results import Result, Sentence, few, with_ends
 from lens.stats.intervals import columns
 from lens.stats.verdicts import rivals
 
@@ -95,8 +95,8 @@ class Faithfulness(Result):
             best = others.loc[ranked.index[0]]
             said.append(
                 Sentence(
-                    f"Deleting what {ranked.index[0]} scores highest costs the answer {told(best, 'comprehensiveness', '.3f')} of "
-                    f"probability, random tokens {told(chance, 'comprehensiveness', '.3f')}{_oracle(table, 'comprehensiveness')}{self._beside('comprehensiveness', str(ranked.index[0]), 1)}; "
+                    f"Deleting what {ranked.index[0]} scores highest costs the answer {with_ends(best, 'comprehensiveness', '.3f')} of "
+                    f"probability, random tokens {with_ends(chance, 'comprehensiveness', '.3f')}{_oracle(table, 'comprehensiveness')}{self._beside('comprehensiveness', str(ranked.index[0]), 1)}; "
                     f"{int(best['n'])} prompts.",
                     kind="best",
                 )
@@ -105,8 +105,8 @@ class Faithfulness(Result):
             best = others.loc[ranked.index[0]]
             said.append(
                 Sentence(
-                    f"With what {ranked.index[0]} scores highest alone the answer loses {told(best, 'sufficiency', '.3f')}, with "
-                    f"random tokens alone {told(chance, 'sufficiency', '.3f')}{_oracle(table, 'sufficiency')}{self._beside('sufficiency', str(ranked.index[0]), -1)}.",
+                    f"With what {ranked.index[0]} scores highest alone the answer loses {with_ends(best, 'sufficiency', '.3f')}, with "
+                    f"random tokens alone {with_ends(chance, 'sufficiency', '.3f')}{_oracle(table, 'sufficiency')}{self._beside('sufficiency', str(ranked.index[0]), -1)}.",
                     kind="sufficiency",
                 )
             )
@@ -148,4 +148,4 @@ def _oracle(table: pd.DataFrame, measure: str) -> str:
     """What leave-one-out does, where it was asked for."""
     if ORACLE not in table.index:
         return ""
-    return f" (leave-one-out {told(table.loc[ORACLE], measure, '.3f')})"
+    return f" (leave-one-out {with_ends(table.loc[ORACLE], measure, '.3f')})"

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from lens.common.head_ids import HeadId
-from lens.common.results import Result, Sentence, told
+from lens.common.results import Result, Sentence, with_ends
 from lens.stats.intervals import columns, mean_told
 from lens.stats.orders import random_orders, spearman
 
@@ -79,7 +79,7 @@ class Removals(Result):
         said = [
             Sentence(
                 f"{self.head} gives {self.pairs} {self.clean.mean():.1%}; without what {least['part']} wrote on the "
-                f"{self.side} side {told(least, 'measured', '.1%')} (predicted {told(least, 'predicted', '.1%')}){beside}.",
+                f"{self.side} side {with_ends(least, 'measured', '.1%')} (predicted {with_ends(least, 'predicted', '.1%')}){beside}.",
                 kind="part",
             )
         ]

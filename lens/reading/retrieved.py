@@ -11,7 +11,7 @@ import pandas as pd
 
 from lens.common.choices import check_choice
 from lens.common.head_ids import HeadId, all_heads, head_columns
-from lens.common.results import Result, Sentence, told
+from lens.common.results import Result, Sentence, with_ends
 from lens.stats.intervals import columns, mean_told
 from lens.stats.orders import random_orders, spearman
 
@@ -95,7 +95,9 @@ class RetrievalKinds(Result):
         said = []
         for kind in KINDS:
             first = table.loc[[str(head) for head in self.heads(kind, 3)]].to_dict("index")
-            named = ", ".join(f"{name} {told(row, kind, '.2g')}" for name, row in first.items())
+            named = ", ".join(
+                f"{name} {with_ends(row, kind, '.2g')}" for name, row in first.items()
+            )
             said.append(
                 Sentence(
                     f"Retrieval heads {_WORDS[kind]} ({kind}): {named} come first; the median head has {table[kind].median():.2g}.",
@@ -108,11 +110,11 @@ class RetrievalKinds(Result):
             parts, random = [], rows["random", count]
             for kind in KINDS:
                 row = rows[kind, count]
-                parts.append(f"{kind} {told(row, 'recall', '.2f')}")
+                parts.append(f"{kind} {with_ends(row, 'recall', '.2f')}")
             said.append(
                 Sentence(
                     f"Recall is {clean} over {len(self.clean)} trials; without the first {count}: "
-                    f"{', '.join(parts)}; without random others {told(random, 'recall', '.2f')}.",
+                    f"{', '.join(parts)}; without random others {with_ends(random, 'recall', '.2f')}.",
                     kind="masked",
                 )
             )

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from lens.common.head_ids import HeadId, head_columns
-from lens.common.results import Result, Sentence, few, told
+from lens.common.results import Result, Sentence, few, with_ends
 from lens.stats.intervals import columns
 
 if TYPE_CHECKING:
@@ -67,8 +67,8 @@ class Robustness(Result):
         said = [
             Sentence(
                 f"A change of size {self.sizes[last]:g} of the attention logits of {row['name']} {way[0]} costs the answer "
-                f"{told(row, 'worst', '+z.3g')} nats, {way[1]} "
-                f"{told(row, 'random', '+z.3g')}.",
+                f"{with_ends(row, 'worst', '+z.3g')} nats, {way[1]} "
+                f"{with_ends(row, 'random', '+z.3g')}.",
                 kind="head",
             )
             for row in _largest(rows[~alike], "worst")
@@ -129,9 +129,9 @@ class Adversaries(Result):
         said = [
             Sentence(
                 f"{row['name']}: a row of attention that differs by "
-                f"{told(row, 'divergence', '.2g')} nats (at most {np.log(2):.2f}) writes the same, "
-                f"and changes the answer's loss by {_rounded(row)}; even attention differs by {told(row, 'uniform', '.2g')} and "
-                f"changes it by {told(row, 'uniform_change', '+z.2g')}.",
+                f"{with_ends(row, 'divergence', '.2g')} nats (at most {np.log(2):.2f}) writes the same, "
+                f"and changes the answer's loss by {_rounded(row)}; even attention differs by {with_ends(row, 'uniform', '.2g')} and "
+                f"changes it by {with_ends(row, 'uniform_change', '+z.2g')}.",
                 kind="same",
             )
             for row in _largest(rows[~alone], "divergence")
@@ -160,4 +160,4 @@ def _largest(rows: pd.DataFrame, column: str) -> list[dict]:
 def _rounded(row: dict) -> str:
     """The change with its interval; a bare 0 where all of it is the rounding of single precision."""
     sizes = np.abs([row[name] for name in ("change", "change_low", "change_high")])
-    return "0.0000" if np.nanmax(sizes) < 5e-5 else told(row, "change", "+z.4f")
+    return "0.0000" if np.nanmax(sizes) < 5e-5 else with_ends(row, "change", "+z.4f")

@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike
 
 from lens.common.choices import Seed, check_counts, is_number, is_whole
 from lens.common.errors import LensError
+from lens.common.results import ends
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Shaped
@@ -126,11 +127,11 @@ def over_units(
     sums, counts = sums.reshape(units, -1), counts.reshape(units, -1).astype(float)
     drawn = draws(units, seed)
     step = max(1, _AT_ONCE // len(drawn))
-    ends = [
+    parts = [
         _drawn_ends(drawn, sums[:, start : start + step], counts[:, start : start + step])
         for start in range(0, max(1, sums.shape[1]), step)
     ]
-    low, high = np.concatenate(ends, -1)
+    low, high = np.concatenate(parts, -1)
     return low.reshape(shape), high.reshape(shape)
 
 
@@ -199,7 +200,7 @@ def mean_told(values: Shaped[np.ndarray, " units"], seed: int, form: str = ".3g"
         '2.0 [1.2, 2.8]'
     """
     (mean,), (low,), (high,) = columns("", values[None], seed).values()
-    return f"{mean:{form}}" + ("" if np.isnan(low) else f" [{low:{form}}, {high:{form}}]")
+    return f"{mean:{form}}{ends(low, high, form)}"
 
 
 def known_mean(values: Shaped[np.ndarray, "..."], axis: int = -1) -> Float[np.ndarray, "..."]:

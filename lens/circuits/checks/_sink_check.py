@@ -21,7 +21,7 @@ from lens.circuits.known.circuit import KnownCircuit
 from lens.common.choices import Count, Seed
 from lens.common.head_ids import AnyHead, HeadId
 from lens.common.progress import advancing
-from lens.common.results import Result, Sentence, told
+from lens.common.results import Result, Sentence, with_ends
 from lens.edits.attention import Drop, Move
 from lens.edits.base import selected_heads
 from lens.edits.running import edit
@@ -85,11 +85,11 @@ class SinkCheck(Result):
             row = rows.iloc[0]
             words = (
                 f"With the first key {name} in {len(self.heads)} heads, {self.task} goes from "
-                f"{self.plain.mean():.3g} to {row['value']:.3g} ({told(row, 'change', '+z.3g')} {self.metric}, "
+                f"{self.plain.mean():.3g} to {row['value']:.3g} ({with_ends(row, 'change', '+z.3g')} {self.metric}, "
                 "more is better)"
             )
             if len(rows) > 1:
-                other = told(rows.iloc[1], "change", "+z.3g")
+                other = with_ends(rows.iloc[1], "change", "+z.3g")
                 words += f"; in {self.drawn} others of the same layers by {other}"
             found.append(Sentence(f"{words}.", kind=str(name)))
         return tuple(found)

@@ -144,12 +144,12 @@ class Mixed:
             start = 0
             for one, own in enumerate(differences, -1):  # what entered, then each part
                 alpha = alphas[:, number, start : start + own.shape[1]].to(own)
-                change = torch.einsum("rw,rwtd->rtd", alpha, own)
+                shift = torch.einsum("rw,rwtd->rtd", alpha, own)
                 start += own.shape[1]
                 if one >= 0 and (norm := self._parts[one].after) is not None:
                     whole = self._whole(one, found.heads[one])
-                    change = norm(whole + change) - norm(whole)
-                read = read + change
+                    shift = norm(whole + shift) - norm(whole)
+                read = read + shift
             return read
 
         with self._listening(found, change, None):

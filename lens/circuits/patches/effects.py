@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lens.common.errors import LensError
-from lens.common.results import Result, Sentence, ends
+from lens.common.results import Result, Sentence, with_ends
 from lens.stats.intervals import columns
 from lens.stats.verdicts import by_chance
 from lens.tasks.task import Task
@@ -110,13 +110,15 @@ class PatchEffects(Result):
         clear = int((moved & ((rows["low"] > 0) | (rows["high"] < 0))).sum())
         away = bool(best["effect"] < 0)
         text = (
-            f"Of {len(rows)} places {_place(best)} moves most{', away from the other run' * away}: {_change(best)} of the "
-            f"{self.whole:+.3g} {self.metric} between both runs, the median place {rows['change'].median():+z.3g}"
+            f"Of {len(rows)} places {_place(best)} moves most{', away from the other run' * away}: "
+            f"{with_ends(best, 'change', '+z.3g', plain=True)} of the {self.whole:+.3g} {self.metric} between both runs, "
+            f"the median place {rows['change'].median():+z.3g}"
         )
         most = int(np.argmax(rows["effect"]))
         towards = rows.iloc[most]
         if away and towards["effect"] > 0 and moved.iloc[most]:
-            text += f"; towards it {_place(towards)} most, {_change(towards)}"
+            change = with_ends(towards, "change", "+z.3g", plain=True)
+            text += f"; towards it {_place(towards)} most, {change}"
         many = (
             f"{clear} of {len(rows)} places have a 95 % interval that leaves out 0 "
             f"({by_chance(len(rows)):.1f} by chance)."
@@ -139,10 +141,6 @@ class PatchEffects(Result):
 
 def _place(row: pd.Series) -> str:
     return row["node"] + ("" if row["position"] == "all" else f" at {row['position']}")
-
-
-def _change(row: pd.Series) -> str:
-    return f"{row['change']:+z.3g}{ends(row['low'], row['high'], '+z.3g')}"
 
 
 def places_of(task: Task, positions: str | None) -> list[tuple[str, Tensor]]:

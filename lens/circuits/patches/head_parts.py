@@ -15,7 +15,7 @@ from lens.circuits.known.circuit import KnownCircuit
 from lens.circuits.patches.head_patching import PARTS, split_effects
 from lens.common.choices import Count, Seed
 from lens.common.head_ids import AnyHead, HeadId, head_columns
-from lens.common.results import Result, Sentence, told
+from lens.common.results import Result, Sentence, with_ends
 from lens.edits.base import part_of
 from lens.heads.behaviour.roles import roles
 from lens.models.loaded import LoadedModel
@@ -124,9 +124,9 @@ class JoinedHeads(Result):
         through = self._through(row)
         text = (
             f"{row['name']}: effect {row['full']:+z.3g} {interval} {self.metric}, "
-            f"{through} (pattern {told(row, 'pattern', '+z.3g')}, value {told(row, 'value', '+z.3g')}, interaction "
-            f"{told(row, 'interaction', '+z.3g')}); {looks}; without the first key the effect is "
-            f"{told(row, 'without_sink', '+z.3g')}."
+            f"{through} (pattern {with_ends(row, 'pattern', '+z.3g')}, value {with_ends(row, 'value', '+z.3g')}, interaction "
+            f"{with_ends(row, 'interaction', '+z.3g')}); {looks}; without the first key the effect is "
+            f"{with_ends(row, 'without_sink', '+z.3g')}."
         )
         return Sentence(text, kind="effect")
 

@@ -8,7 +8,7 @@ which head is which stay as they are.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -20,7 +20,7 @@ from lens.circuits.reuse._sides import Comparable, EdgeSide, measured, renaming,
 from lens.common.choices import Count, Seed
 from lens.common.errors import LensError
 from lens.common.head_ids import HeadId, head_columns
-from lens.common.results import Result, Sentence, ends
+from lens.common.results import Result, Sentence, with_ends
 from lens.heads.measures.scores import HeadScores
 from lens.stats.controls import p_value
 
@@ -110,15 +110,15 @@ class Overlap(Result):
         kept = "of the same layers" if self.kind == "layers" else "of any layer"
         shared = (
             f"{self.names[0]} and {self.names[1]} share {len(self.shared)} of {either} heads "
-            f"(Jaccard {_told(row)}; heads {kept} at random "
-            f"{row['chance']:.2f} [{row['chance_low']:.2f}, {row['chance_high']:.2f}], p {row['p']:.2g})."
+            f"(Jaccard {with_ends(row, 'value', '.2f', plain=True)}; heads {kept} at random "
+            f"{with_ends(row, 'chance', '.2f')}, p {row['p']:.2g})."
         )
         found = [Sentence(shared, kind="shared")]
         if "rank correlation" in self.values:
             row = rows.loc["rank correlation"]
             orders = (
-                f"All scores put in order agree to {_told(row)} (Spearman; "
-                f"{row['chance']:.2f} [{row['chance_low']:.2f}, {row['chance_high']:.2f}] by chance, p {row['p']:.2g})."
+                f"All scores put in order agree to {with_ends(row, 'value', '.2f', plain=True)} (Spearman; "
+                f"{with_ends(row, 'chance', '.2f')} by chance, p {row['p']:.2g})."
             )
             found.append(Sentence(orders, kind="orders"))
         limit = (
@@ -203,7 +203,3 @@ def overlap(
 def _name(given: Comparable, otherwise: str) -> str:
     task = given.task if isinstance(given, HeadScores | EdgeScores | Circuit) else ""
     return task or otherwise
-
-
-def _told(row: Any) -> str:
-    return f"{row['value']:.2f}{ends(row['low'], row['high'], '.2f')}"
