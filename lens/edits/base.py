@@ -48,13 +48,17 @@ def selected_heads(
     return chosen
 
 
-def check_edited(edits: Sequence[AttentionEdit]) -> None:
-    """Raises LensError where rows were looked at and every one had to be left as it was."""
+class NothingEditedError(LensError):
+    """Rows were looked at, and every one had to be left as it was."""
+
+
+def check_edited(edits: Sequence[AttentionEdit], prompt: int) -> None:
+    """Raises NothingEditedError where rows were looked at and every one had to be left as it was; `prompt` is its number."""
     if any(one.skipped_rows for one in edits) and not any(one.edited_rows for one in edits):
         named = " and ".join(dict.fromkeys(one.word for one in edits))
-        raise LensError(
-            f"{named} changed nothing: every key that a query of this prompt sees is one of those that lose their "
-            "attention, and such rows are left as they are; edit fewer keys"
+        raise NothingEditedError(
+            f"{named} changed nothing in prompt {prompt}: in no row that it would change do keys that the row sees and "
+            "that could take over hold 1e-8 of the attention or more, and such rows are left as they are"
         )
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from lens.common.choices import Count, Seed, check_choice, check_counts, check_lists, is_number
 from lens.common.errors import LensError
 from lens.common.progress import advancing
-from lens.edits.base import check_edited
+from lens.edits.base import NothingEditedError, check_edited
 from lens.edits.clean_runs import CleanRuns, clean_runs, looks_ahead, of_layers
 from lens.edits.controls import CONTROLS, DRAWN, Case, Control, Kind, Trial, kinds_of
 from lens.edits.effect_refusals import check_predicts_next, refuse_scored, refuse_stages
@@ -71,7 +71,8 @@ def effect(
         controls: some of "size", "mass", "position", "self", "layer", "norm", for which see
             `lens.edits.controls`; None: those of its kind; a number: those of its kind with so many
             draws. Where one makes no sense the result says why there is none.
-        draws: of each random control; their mean counts.
+        draws: of each random control; their mean counts, without those that have to leave every row of a prompt as it is.
+            Where all have to the result says that there is no such control.
         amounts: of the edit, each once, instead of its own; the controls edit the same at each.
         among: keys that controls may take; None: all.
         scored: positions (of a target) whose next token is measured; None: all.
@@ -80,8 +81,8 @@ def effect(
         progress: show a bar.
 
     Raises:
-        LensError: prompts of one token or without the keys, a model that predicts no next token where no task is given, what is
-            no edit, unknown controls, no amount or one twice or of an edit that has none, `clean` of
+        LensError: prompts of one token or without the keys, an edit that has to leave every row of a prompt as it is,
+            a model that predicts no next token where no task is given, what is no edit, unknown controls, no amount or one twice or of an edit that has none, `clean` of
             another model, and as `lens.edit`.
 
     Example:
@@ -154,7 +155,7 @@ def effect(
         tokens=tuple(run.lengths),
         bos=bos_policy(model, ids) if ids else "",
         seed=seed,
-        missing=missing,
+        missing=missing | run.missing,
         held=" or ".join(dict.fromkeys(kind.held for kind in kinds)),
         part=model.chosen,
         metric="" if task is None else task.metric,
@@ -182,6 +183,8 @@ class _Run:
         self.moves: list[np.ndarray] = []
         self.alphas: list[np.ndarray] = []
         self.lengths: list[int] = []
+        self.missing: dict[str, str] = {}
+        """Control -> why it is left out, of one whose draws all left a prompt as it was."""
 
     def prompt(
         self,
@@ -215,20 +218,30 @@ class _Run:
                     "next-token loss; give an answer behind what is seen both ways"
                 )
         for condition in conditions:
+            if condition in self.missing:
+                continue
             reasons = [kind.missing(condition) for kind in kinds]
             if all(reasons):
                 raise LensError(
                     f"the first prompt has a {condition} control and prompt {number} has none: {reasons[0]}; "
                     "leave it out of controls"
                 )
-            rows, digest = [], prompt.inputs_sha256
+            rows, digest, why = [], prompt.inputs_sha256, ""
             case = replace(case, random=drawing(self._seed, condition, digest))
             for _ in range(draws if condition in DRAWN else 1):
                 trials = [
                     kind.trial("edit" if kind.missing(condition) else condition, case)
                     for kind in kinds
                 ]
-                rows.append(self._measured(number, case, kept, condition, trials, kinds))
+                try:
+                    rows.append(self._measured(number, case, kept, condition, trials, kinds))
+                except NothingEditedError as error:
+                    why = str(error)
+            if not rows and condition == "edit":
+                raise LensError(f"{why}; edit other or fewer keys, or leave the prompt out")
+            if not rows:
+                self.missing[condition] = why
+                continue
             for name in rows[0][0]:
                 values = np.array([[dose[name] for dose in row] for row in rows]).mean(0)
                 self._found.setdefault((condition, name), []).append(values)
@@ -253,12 +266,18 @@ class _Run:
         for dose in self._doses or [None]:
             last = condition == "edit" and (dose is None or dose == (self._doses or [0])[-1])
             at = edits if dose is None else [one.at(dose) for one in edits]
-            after = self._edited(case, at, kinds, record=last)
+            after = self._edited(number, case, at, kinds, record=last)
             found.append(known | self._compared(number, case, kept, after))
         return found
 
     def _edited(
-        self, case: Case, edits: Sequence[Edit], kinds: Sequence[Kind], *, record: bool
+        self,
+        number: int,
+        case: Case,
+        edits: Sequence[Edit],
+        kinds: Sequence[Kind],
+        *,
+        record: bool,
     ) -> Tensor:
         """Predictions [tokens, vocab] with the edits."""
         running = [one.start(self._model, "auto") for one in edits]
@@ -269,7 +288,7 @@ class _Run:
             for one in running:
                 stack.enter_context(one.hooks)
             after = predictions(self._model, case.prompt, watch.on_layer, parts=True)
-        check_edited(attention)
+        check_edited(attention, number)
         if record:
             alpha = case.before.alpha
             if rows is not None:
@@ -297,9 +316,12 @@ class _Run:
 
     def values(self, conditions: Sequence[str]) -> dict[str, dict[str, np.ndarray]]:
         """condition -> measure -> [amounts, prompts]."""
-        found: dict[str, dict[str, np.ndarray]] = {name: {} for name in conditions}
+        found: dict[str, dict[str, np.ndarray]] = {
+            name: {} for name in conditions if name not in self.missing
+        }
         for (condition, name), rows in self._found.items():
-            found[condition][name] = np.stack(rows, 1)
+            if condition in found:
+                found[condition][name] = np.stack(rows, 1)
         return found
 
 

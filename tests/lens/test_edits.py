@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import transformers
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
@@ -365,11 +366,64 @@ def test_an_effect_of_an_edit_that_leaves_every_row_as_it_is_is_refused():
     """It said that nothing changes, as if the keys were of no use."""
     model, ids = loaded()
     everything = list(range(ids.shape[1]))
-    with pytest.raises(LensError, match=r"Mask changed nothing: every key .* edit fewer keys"):
+    with pytest.raises(
+        LensError, match=r"Mask changed nothing in prompt 0: .* edit other or fewer"
+    ):
         lens.effect(model, ids, edits.Mask(everything), controls=(), progress=False)
+    short = [ids[0].tolist(), ids[0, :4].tolist()]
+    with pytest.raises(LensError, match="Mask changed nothing in prompt 1"):
+        lens.effect(model, short, edits.Mask([0, 1, 2, 3]), controls=(), progress=False)
     for one in (edits.Mask(everything[1:]), edits.Drop(everything)):
         found = lens.effect(model, ids, one, controls=(), progress=False)
         assert found.values["edit"]["kl"].all()
+
+
+def in_a_window():
+    """A model whose rows see four keys, and a prompt of 12 tokens."""
+    torch.manual_seed(0)
+    config = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 2}
+    config |= {"num_attention_heads": 2, "num_key_value_heads": 1, "sliding_window": 4}
+    root = transformers.MistralForCausalLM(transformers.MistralConfig(**config)).eval()
+    with torch.no_grad():
+        for weight in root.parameters():
+            weight.add_(0.3 * torch.randn(weight.shape))
+    return lens.load(root), list(range(3, 15))
+
+
+@pytest.mark.parametrize("keys", [{"keys": "first", "to": [11]}, {"keys": [11], "to": [0]}])
+def test_keys_that_no_row_sees_together_are_said_to_be_so(keys):
+    """It was said that every key that a row sees loses its attention, which is untrue here."""
+    model, ids = in_a_window()
+    said = (
+        "Move changed nothing in prompt 0: in no row that it would change do keys that the row sees"
+    )
+    with pytest.raises(LensError, match=said):
+        lens.effect(model, ids, edits.Move(**keys, heads=["L0H0"]), controls=(), progress=False)
+
+
+def test_a_control_that_can_change_nothing_is_missing_and_such_a_draw_left_out():
+    """Keys 9 go to 10: those of a control at 0 or 1 are never seen beside 10."""
+    model, ids = in_a_window()
+
+    def moved(among, prompts=None, draws=8):
+        asked = {"controls": "size", "draws": draws, "among": among, "progress": False}
+        return lens.effect(
+            model, prompts or [ids], edits.Move([9], to=[10], heads=["L0H0"]), **asked
+        )
+
+    alone, mixed, never = moved([8]), moved([0, 1, 8]), moved([0, 1])
+    for name, values in alone.values["size"].items():
+        np.testing.assert_array_equal(values, mixed.values["size"][name])
+    assert abs(alone.values["size"]["kl"]).max() > 1e-6
+    assert list(never.values) == ["edit"]
+    assert never.missing["size"].startswith("Move changed nothing in prompt 0: in no row")
+    said = {one.kind: str(one) for one in never.findings()}
+    assert "changed nothing in prompt 0" in said["size"]
+    # of one prompt alone: the control is left out of all, as its numbers are beside the edit's
+    both = moved(lambda at: (at.tokens == 11) | (at.tokens == 3), [ids, [*ids[:8], 9, *ids[9:]]])
+    assert list(both.values) == ["edit"]
+    assert "in prompt 1" in both.missing["size"]
+    assert len(both.table()) == 1
 
 
 def test_losses_leave_out_what_the_mask_hides():

@@ -1,5 +1,7 @@
 """`lens.sinks.kinds`: measures equal to whole probabilities, and planted sinks found, tested and moved."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ import lens
 from lens.common.errors import LensError
 from lens.common.results import of_kind
 from lens.figures.sink_mechanism import sink_origin, sink_tests
+from lens.sinks.causes import kind_tests
 from tests.lens.architectures import build
 from tests.lens.naive import probabilities_and_values, rms_ratio
 
@@ -168,6 +171,24 @@ def test_one_prompt_has_numbers_without_intervals(planted):
     said = lens.sinks.kinds(planted, ids, progress=False).findings()
     assert {"test", "origin", "move"} <= {one.kind for one in said}
     assert "nan" not in " ".join(said)
+
+
+def test_tests_of_sinks_stand_alone_where_no_random_keys_could_be_edited(planted, monkeypatch):
+    """A control whose every draw leaves a prompt as it is, is missing; it ended in a raw error."""
+
+    def without_control(*given, **asked):
+        done = lens.effect(*given, **asked)
+        return replace(done, values={"edit": done.values["edit"]})
+
+    monkeypatch.setattr(kind_tests, "effect", without_control)
+    ids = torch.randint(4, 50, (2, LENGTH), generator=torch.Generator().manual_seed(1))
+    ids[:, 0] = torch.arange(2)
+    result = lens.sinks.kinds(planted, ids, progress=False)
+    rows = result.tests[result.tests["test"].isin(["zero", "mask"])]
+    assert len(rows) > 0
+    assert rows["delta_loss"].notna().all()
+    assert rows[["control", "excess", "control_mass"]].isna().to_numpy().all()
+    assert "random keys" not in " ".join(of_kind(result.findings(), "test"))
 
 
 def test_learned_sinks_are_a_kind():

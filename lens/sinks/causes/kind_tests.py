@@ -76,7 +76,7 @@ def tests_of(
                     model, read, edit(sources, heads=heads), controls="mass", draws=draws, seed=seed,
                     clean=clean, progress=False,
                 )  # fmt: skip
-                table = done.table().set_index("condition")
+                table = done.table().set_index("condition").reindex(["edit", "mass"])
                 names = [f"delta_loss{end}" for end in ("", "_low", "_high")]
                 row = said | {"test": test, "mass": table.loc["edit", "mass"]}
                 row |= {name: table.loc["edit", name] for name in names}
