@@ -12,11 +12,13 @@ from lens.circuits import score_edges
 from lens.circuits.checks._control import magnitudes
 from lens.circuits.checks.evaluation import run_circuits
 from lens.circuits.graph.activations import Ablation
-from lens.circuits.graph.mixed import Mixed
+from lens.circuits.graph.mixed import Mixed, mixed_of
+from lens.circuits.graph.nodes import find_nodes
 from lens.common.errors import LensError
 from lens.figures.circuits import head_map, layered_graph
 from lens.runs.schema import CircuitFile, ImportancesFile
 
+from .architectures import build
 from .hybrids import hybrid
 
 CLEAN = torch.tensor([list(range(3, 15)), list(range(40, 52))])
@@ -288,6 +290,41 @@ def test_magnitudes_are_the_lengths_of_what_the_ablation_changes():
     own = model.model.embed_tokens.weight
     entered = (own[CORRUPT] - own[CLEAN]).norm(dim=-1).mean()
     assert found[0] == pytest.approx(float(entered), rel=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("make", [lambda: hybrid("olmo_hybrid"), lambda: build("gemma2")])
+def test_magnitudes_of_heads_are_what_comes_out_of_the_norm_behind_them(make):
+    """They were those of what goes in, beside MLPs behind their norm: two scales in one order."""
+    model = make()
+    layer = model.model.layers[1]
+    output, norm = layer.self_attn.o_proj, layer.post_attention_layernorm
+    clean, corrupt = (read_of(output, model, ids) for ids in (CLEAN, CORRUPT))
+    loaded = lens.load(model)
+    found = magnitudes(loaded, task_of(), Ablation())
+    graph = (mixed_of(loaded) or find_nodes(loaded)).graph
+    width = clean.shape[-1] // loaded.info.heads
+    for head in (0, 2):
+        replaced, own = clean.clone(), slice(head * width, (head + 1) * width)
+        replaced[..., own] = corrupt[..., own]
+        change = norm(output(clean)) - norm(output(replaced))
+        expected = float(change.norm(dim=-1).mean())
+        assert found[graph.writers.index(f"a1.h{head}")] == pytest.approx(expected, rel=1e-4)
+
+
+def test_slopes_are_taken_back_to_what_a_reader_reads_alone(monkeypatch):
+    loaded, asked = lens.load(hybrid("olmo_hybrid")), []
+    own = Mixed.slope
+    monkeypatch.setattr(
+        Mixed, "slope", lambda self, number, *rest: asked.append(number) or own(self, number, *rest)
+    )
+    score_edges(loaded, task_of(), method="eap", progress=False)
+    graph = Mixed(loaded).graph
+    starts = [
+        feeds[0] for feeds in graph.feeds if feeds
+    ]  # of this model each sub-layer is one part
+    assert len(asked) == sum(start < before for before in graph.before for start in starts)
+    assert len(asked) < len(graph.readers) * len(starts)
 
 
 def test_an_attribution_graph_hangs_together(tmp_path):

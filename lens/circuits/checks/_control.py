@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import pandas as pd
+import torch
 from torch import Tensor
 
 from lens import stats
@@ -154,8 +155,12 @@ def control(
     return Control(one, dict(zip(kinds, values, strict=True)), circuit.n, task.name, seed)
 
 
+@torch.no_grad()
 def magnitudes(model: LoadedModel, task: Task, ablation: Ablation) -> np.ndarray:
-    """[writers], mean over prompts and tokens of the norm of (output - its reference)."""
+    """[writers], mean over prompts and tokens of the norm of (output - its reference), in the stream.
+
+    Where heads go through a norm before they are added, of what comes out of it when one alone is replaced.
+    """
     nodes = mixed_of(model) or find_nodes(model, kv=ablation.kv)
     references, total, count = References(nodes, task, ablation), 0.0, 0
     for rows in task.chunks(min(8, task.rows_at_once(model))):
@@ -163,16 +168,23 @@ def magnitudes(model: LoadedModel, task: Task, ablation: Ablation) -> np.ndarray
         own = own_positions(task, found.input.shape[1])[rows].to(found.input)[:, None]
         count += int(own.sum())
         change = found.minus(references.of(rows))
-        norms = [(one.norm(dim=-1) * own).sum((0, 2)) for one in _written(nodes, change)]
+        norms = [(one.norm(dim=-1) * own).sum((0, 2)) for one in _written(nodes, found, change)]
         total = total + np.concatenate([part.cpu().double().numpy() for part in norms])
     return np.asarray(total) / count
 
 
-def _written(nodes: Nodes | Mixed, change: Activations) -> Iterator[Tensor]:
+def _written(nodes: Nodes | Mixed, found: Activations, change: Activations) -> Iterator[Tensor]:
     """[rows, writers, tokens, d_model] of some writers at a time, in the order of the graph."""
     yield change.input[:, None]
     for number, heads in enumerate(change.heads):
         if isinstance(nodes, Mixed):
-            yield nodes.written(number, heads)
-        else:
-            yield written(nodes, change, number)
+            yield nodes.moved(number, found.heads[number], heads)
+            continue
+        own, block = written(nodes, change, number), nodes.layers[number].block
+        if block.after.changes:
+            whole = block.attended(found.heads[number])[:, None]
+            alone = block.after.forward(whole) - block.after.forward(
+                whole - own[:, : heads.shape[1]]
+            )
+            own = torch.cat([alone, own[:, heads.shape[1] :]], 1)
+        yield own

@@ -164,6 +164,14 @@ class Mixed:
         weight = matrix(one.output, self.model)[0].to(heads) * one.scale
         return torch.einsum("rhtw,hwd->rhtd", heads, weight.unflatten(0, (len(one.names), -1)))
 
+    def moved(self, number: int, heads: Tensor, change: Tensor) -> Tensor:
+        """[rows, heads, tokens, d_model]: by what the stream is less where each of a part's `heads` alone is less by `change`."""
+        own = self.written(number, change)
+        if (norm := self._parts[number].after) is None:
+            return own
+        whole = self._whole(number, heads)[:, None]
+        return norm(whole) - norm(whole - own)
+
     def slope(self, number: int, heads: Tensor, slope: Tensor) -> Tensor:
         """Gradient [rows, tokens, d_model] by the sum of a part's `heads`, of that by what it adds to the stream."""
         if (norm := self._parts[number].after) is None:

@@ -118,10 +118,13 @@ def _attributed(
             if not values.requires_grad:
                 raise LensError("the metric has no gradient; use 'logit_difference' or 'loss'")
             slopes = torch.autograd.grad(values.sum(), read, materialize_grads=True)
-        for number, slope in enumerate(slopes):
-            found = [torch.einsum("rtd,rtd->r", change.input, slope)[:, None]]
+        for number, (slope, before) in enumerate(zip(slopes, mixed.graph.before, strict=True)):
+            count, found = 1, [torch.einsum("rtd,rtd->r", change.input, slope)[:, None]]
             for part, (heads, output) in enumerate(zip(own.heads, written, strict=True)):
+                if count >= before:  # what is written after the reader
+                    break
                 back = mixed.slope(part, heads, slope)
                 found.append(torch.einsum("rwtd,rtd->rw", output, back))
-            total[:, number] += torch.cat(found, 1) / len(fractions)
+                count += output.shape[1]
+            total[:, number, :count] += torch.cat(found, 1) / len(fractions)
     return total[:, torch.as_tensor(mixed.graph.allowed, device=total.device)]
