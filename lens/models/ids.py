@@ -33,6 +33,16 @@ def shape_of(prompt: Any) -> str:
     return type(prompt).__name__
 
 
+def length_of(given: Any) -> int | None:
+    """How many things stand in this; None where it is one: a text, a number, an array of no axis."""
+    if isinstance(given, str | bytes):
+        return None
+    try:
+        return len(given)
+    except TypeError:
+        return None
+
+
 def numbers_of(ids: Any) -> list[int]:
     """Token ids as plain numbers.
 
@@ -67,11 +77,7 @@ def check_ids(ids: Any, name: str, vocab: int | None, context: int | None) -> No
     Raises:
         LensError: none, too many, or ids outside the vocabulary; a text, or anything else.
     """
-    is_empty = (
-        isinstance(ids, Sequence | torch.Tensor | np.ndarray)
-        and not isinstance(ids, str)
-        and not len(ids)
-    )
+    is_empty = length_of(ids) == 0
     if not is_empty and not is_ids(ids):
         raise LensError(
             f"token ids must be a list of integers, got {shape_of(ids)}; of a text they are model.encode(text)"

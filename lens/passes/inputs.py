@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from lens.common.choices import is_whole
 from lens.common.errors import LensError
-from lens.models.ids import is_ids, shape_of
+from lens.models.ids import is_ids, length_of, shape_of
 from lens.models.loaded import LoadedModel, check_loaded
 from lens.models.sizes import reads_pictured_text
 from lens.passes.padding import without_padding_before
@@ -113,9 +114,8 @@ def read_prompts(
 
 def _is_table_of_ids(model: LoadedModel, given: Any) -> bool:
     """Rows of token ids as an array, of a model that reads no pictures: of others it is a picture without colours."""
-    is_table = isinstance(given, np.ndarray) and given.ndim == 2
-    reads_text = model.processor is None and model_input(model) == "input_ids"
-    return is_table and reads_text and np.issubdtype(given.dtype, np.integer)
+    is_table = isinstance(given, np.ndarray) and given.ndim == 2 and given.dtype.kind in "iu"
+    return is_table and model.processor is None and model_input(model) == "input_ids"
 
 
 def _is_pixels(model: LoadedModel, given: Any) -> bool:
@@ -172,7 +172,7 @@ def _from_one(model: LoadedModel, prompt: Any, whole: bool) -> Prompt:
     if isinstance(prompt, tuple) and len(prompt) == 2 and all(isinstance(t, str) for t in prompt):
         model.encode(prompt[0])  # says what is missing
         return _from_mapping(model, _of_tokenizer(model, *prompt), whole)[0]
-    if isinstance(prompt, list | tuple | np.ndarray) and not len(prompt):
+    if length_of(prompt) == 0:
         raise LensError("a prompt of the list has no tokens; pass at least one")
     raise LensError(
         "a prompt must be a text or token ids (a list of integers), a picture, a pair of texts or of a picture and "
@@ -220,11 +220,12 @@ def _from_mapping(model: LoadedModel, given: Mapping[str, Any], whole: bool) -> 
             "lens.traces.capturing(model)"
         )
     _check_names(model, given)
-    if not isinstance(ids, torch.Tensor | np.ndarray):
-        ids = ids if len(ids) and not isinstance(ids[0], int) else [ids]
-    elif ids.ndim == 1:
-        ids = ids[None]
-    if isinstance(ids, list | tuple) and len({len(row) for row in ids}) > 1:  # of several lengths
+    if isinstance(ids, torch.Tensor | np.ndarray):
+        ids = ids[None] if ids.ndim == 1 else ids
+    elif isinstance(ids, Sequence):
+        ids = ids if len(ids) and not is_whole(ids[0]) else [ids]
+    lengths = {length_of(row) for row in ids} if isinstance(ids, list | tuple) else {0}
+    if len(lengths) > 1 and None not in lengths:
         return [
             prompt
             for number in range(len(ids))
@@ -234,6 +235,8 @@ def _from_mapping(model: LoadedModel, given: Mapping[str, Any], whole: bool) -> 
         ]
     tensors = {name: _tensor(name, value) for name, value in given.items()}
     tensors["input_ids"] = rows = _tensor("input_ids", ids)
+    if rows.dim() != 2:
+        raise LensError(f"input_ids must be [prompts, tokens], got {list(rows.shape)}")
     for name, tensor in tensors.items():
         if tensor.dim() == 1 and tensor.shape == rows.shape[1:]:
             tensors[name] = tensor[None]
@@ -312,6 +315,8 @@ def _from_features(model: LoadedModel, given: Mapping[str, Any]) -> list[Prompt]
     tensors = {name: _tensor(name, value) for name, value in given.items()}
     if PACKED in tensors:
         return _unpacked(model, tensors, main)
+    if not tensors[main].dim():
+        raise LensError(f"{main} must have a row for each prompt, and is one number")
     rows = len(tensors[main])
     for name, tensor in tensors.items():
         if tensor.dim() == 0 or len(tensor) != rows:

@@ -12,6 +12,7 @@ from torch import Tensor
 from lens.common.choices import check_choice, check_counts
 from lens.common.errors import LensError
 from lens.common.results import few
+from lens.models.ids import length_of
 from lens.models.loaded import LoadedModel
 from lens.models.vocabulary import around, windows
 from lens.passes.inputs import read_prompts
@@ -83,12 +84,14 @@ def classification(
         )
     if isinstance(prompts, Mapping):
         prompts = prompts["pixel_values"] if "pixel_values" in prompts else _ids_of(model, prompts)
-    if not hasattr(prompts, "__len__") or isinstance(prompts, str) or not len(prompts):
+    if not length_of(prompts):
         raise LensError(
             "prompts must be a list of texts, token ids or pictures, or pixel values; got none"
         )
-    if len(labels) != len(prompts):
-        raise LensError(f"each prompt needs a label; got {len(prompts)} and {len(labels)} labels")
+    if (given := length_of(labels)) != len(prompts):
+        raise LensError(
+            f"each prompt needs a label; got {len(prompts)} and {'no list of' if given is None else given} labels"
+        )
     right = torch.tensor([_number(model, label, count) for label in labels])
     if not isinstance(prompts, Tensor) and reads_pictures_alone(model):
         prompts = _pixels(model, list(prompts))
@@ -161,12 +164,11 @@ def _number(model: LoadedModel, label: Any, count: int) -> int:
         number is None and isinstance(label, str) and label.strip().isdecimal()
     ):  # of a folder, or a table of words
         number = int(label)
-    if (
-        isinstance(number, bool)
-        or number is None
-        or int(number) != number
-        or not 0 <= number < count
-    ):
+    try:
+        is_known = not isinstance(number, bool) and int(number) == number and 0 <= number < count  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError):  # no number, or none that is whole
+        is_known = False
+    if number is None or not is_known:
         known = ", ".join(list(names)[:8])
         raise LensError(f"labels are 0 to {count - 1}, or names ({known}); got {label!r}")
     return int(number)

@@ -284,6 +284,41 @@ def test_ids_in_arrays_are_those_in_tensors():
             read_prompts(loaded, wrong)
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        np.array(3), torch.tensor(3), np.array(3.0), np.array("a"), np.array(None), iter([1, 2]), {3, 4}, [[3], 4],
+    ],
+)  # fmt: skip
+def test_what_is_no_row_of_ids_is_refused_in_words(given):
+    """Arrays and tensors of no axis ended in "len() of unsized object"."""
+    loaded = llama()
+    words = "token ids must be|a prompt must be|input_ids must be"
+    for prompts in (given, [given], {"input_ids": given}, [{"input_ids": given}]):
+        with pytest.raises(LensError, match=words):
+            read_prompts(loaded, prompts)
+    with pytest.raises(LensError, match=words):
+        loaded.check_ids(given)
+    sizes = {"image_size": 8, "patch_size": 4, "hidden_size": 8, "intermediate_size": 8}
+    config = transformers.ViTConfig(**sizes, num_hidden_layers=1, num_attention_heads=1)
+    pictures = lens.load(transformers.ViTForImageClassification(config).eval())
+    with pytest.raises(LensError):
+        read_prompts(pictures, {"pixel_values": given})
+    with pytest.raises(LensError):
+        lens.tasks.classification(pictures, given, [0])
+    with pytest.raises(LensError, match=r"needs a label|labels are"):
+        lens.tasks.classification(pictures, torch.zeros(1, 3, 8, 8), given)
+
+
+@pytest.mark.parametrize("given", [3, np.int64(3), torch.zeros(1, 2, 3, dtype=torch.long)], ids=str)
+def test_input_ids_of_one_axis_or_three_are_refused_in_words(given):
+    for prompts in ({"input_ids": given}, [{"input_ids": given}]):
+        with pytest.raises(LensError, match=r"input_ids must be \[prompts, tokens\], got \["):
+            read_prompts(llama(), prompts)
+    (one,), _ = read_prompts(llama(), {"input_ids": [np.int64(3), np.int64(4)]})
+    assert one.ids == [3, 4]
+
+
 IDS = {"input_ids": [[5, 6, 7]]}
 REFUSED = {
     "a name that no model takes": ({**IDS, "labels": [[5, 6, 7]]}, "takes no labels"),
