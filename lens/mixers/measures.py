@@ -16,7 +16,7 @@ import torch
 from lens.common.choices import Count
 from lens.common.errors import LensError
 from lens.common.head_ids import head_columns
-from lens.common.results import Result, Sentence
+from lens.common.results import Result, Sentence, ends
 from lens.mixers.phi import BLOCK, Phi
 from lens.stats import over_rows
 from lens.stats.intervals import known_mean
@@ -94,8 +94,8 @@ class MixerMeasures(Result):
         if far is not None:
             said.append(
                 Sentence(
-                    f"{far['name']} looks furthest: {far['distance']:.3g} tokens back on average "
-                    f"[{far['distance_low']:.3g}, {far['distance_high']:.3g}].",
+                    f"{far['name']} looks furthest: {far['distance']:.3g} tokens back on "
+                    f"average{ends(far['distance_low'], far['distance_high'])}.",
                     kind="distance",
                 )
             )

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from lens.common.errors import LensError
-from lens.common.results import Result, Sentence
+from lens.common.results import Result, Sentence, with_ends
 from lens.policies.a_shape import AShape
 from lens.policies.per_head import PerHead
 from lens.policies.scores import PolicyScores
@@ -121,8 +121,8 @@ class PolicySearch(Result):
             chosen = row["chosen"]
             said += [
                 Sentence(
-                    f"On held-out prompts the loss changes by {chosen['loss_change']:+z.4f} "
-                    f"[{chosen['loss_change_low']:.4f}, {chosen['loss_change_high']:.4f}] nats per token from "
+                    f"On held-out prompts the loss changes by "
+                    f"{with_ends(chosen, 'loss_change', '+z.4f')} nats per token from "
                     f"{self.dense_loss:.4f}"
                     + (
                         "; one prompt tells nothing of others."
@@ -133,10 +133,8 @@ class PolicySearch(Result):
                 ),
                 Sentence(
                     "With as many blocks, the first and the query's own and the rest drawn at random, it changes by "
-                    f"{row['random']['loss_change']:+z.4f} "
-                    f"[{row['random']['loss_change_low']:.4f}, {row['random']['loss_change_high']:.4f}], with the "
-                    f"best ones by the exact masses by {row['oracle']['loss_change']:+z.4f} "
-                    f"[{row['oracle']['loss_change_low']:.4f}, {row['oracle']['loss_change_high']:.4f}].",
+                    f"{with_ends(row['random'], 'loss_change', '+z.4f')}, with the "
+                    f"best ones by the exact masses by {with_ends(row['oracle'], 'loss_change', '+z.4f')}.",
                     kind="controls",
                 ),
             ]

@@ -148,6 +148,8 @@ def test_find_says_when_no_circuit_is_faithful_enough():
     found = lens.circuits.find(model, task, method="eap", edges=24, progress=False)
     assert found.table()["edges"].max() <= 24
     assert found.table()["faithfulness"].max() < 0.85
+    one = replace(found, tried=found.tried.assign(low=np.nan, high=np.nan))  # of a single prompt
+    assert "nan" not in " ".join(one.findings())
     (said,) = of_kind(found.findings(), "enough")
     assert said == "None of 2 circuits tried reaches 0.85; this is the most faithful."
 

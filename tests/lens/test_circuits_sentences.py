@@ -91,7 +91,8 @@ def test_redirection(redirection):
     same = replace(redirection, accuracy=redirection.accuracy[[0, 0, 2, 3]])
     assert one(same, "effect").endswith("the interval holds 0.")
     single = replace(redirection, accuracy=redirection.accuracy[:, 1:2], metric=np.ones((4, 1)))
-    assert one(single, "effect").endswith("one prompt has no interval.")
+    assert one(single, "effect").endswith("(+100.0%): one prompt has no interval.")
+    assert "nan" not in " ".join(single.findings())
 
 
 def test_sink_check():

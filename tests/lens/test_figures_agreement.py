@@ -28,6 +28,12 @@ def test_a_sentence_names_six_of_many_heads():
     assert "L1H5 and 3 more only by b; " in first
 
 
+def test_of_a_single_prompt_no_interval_is_written():
+    found = some_agreement((0.5, -0.25, 0.125))
+    alone = replace(found, rows=found.rows.assign(tau_low=np.nan, tau_high=np.nan))
+    assert "a and b: tau 0.50, top 4 share" in repr(alone)
+
+
 def test_the_map_has_every_pair_both_ways():
     figure = agreement_map(some_agreement())
     (drawn,) = figure.data

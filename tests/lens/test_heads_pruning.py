@@ -197,6 +197,7 @@ def test_prunable_stops_before_the_first_step_that_costs_too_much():
     assert len(curve.prunable(9)) == 4
     assert curve.prunable(-1) == ()
     assert curve_of([1.0, 0.5], sign=1).cost[:, 0].tolist() == [0, 0.5]
+    assert "heads cost 0.4; 1 prompts)" in repr(curve)  # one prompt has no interval
 
 
 def test_the_figure_shows_cost_and_the_band_of_random_orders():

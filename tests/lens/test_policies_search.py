@@ -114,6 +114,7 @@ def test_one_held_out_prompt_promises_nothing(model, found, tmp_path):
     assert np.isnan(alone.promise()).all()
     (said,) = of_kind(alone.findings(), "loss")
     assert said.endswith("; one prompt tells nothing of others.")
+    assert "nan" not in " ".join(alone.findings())
     policies.write(alone, tmp_path / "heads.json", model)
     data = json.loads((tmp_path / "heads.json").read_text())
     assert data["loss_change_low"] is None

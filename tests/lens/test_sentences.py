@@ -1,5 +1,7 @@
 """What results say, word for word, of numbers by hand: another head, order, side or share would be another sentence."""
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -212,6 +214,8 @@ def test_a_capture_of_mixers_says_what_each_says_and_no_check_that_was_not_made(
     )  # fmt: skip
     assert [one.kind for one in second.findings()] == ["sign", "distance"]
     assert second.findings()[1].startswith("L5H1 looks furthest")
+    one = replace(first, rows={name: rows[:, :1] for name, rows in first.rows.items()})
+    assert one.findings()[1] == "L3H1 looks furthest: 3 tokens back on average."
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import numpy as np
 from lens import circuits
 from lens.circuits.checks._positions import ENOUGH, PositionEvaluation
 from lens.circuits.scores.methods import named
-from lens.common.results import of_kind
+from lens.common.results import of_kind, with_ends
 from lens.runs.headlines import Headline
 from lens.runs.sections import Section
 from lens_analyses.config.listed import spans_of
@@ -93,7 +93,7 @@ def _headlines(judged: PositionEvaluation) -> tuple[Headline, ...]:
     return (
         beside(
             f"With {size:.1%} of the edges' tokens and {one['ways']:.1%} of the ways between spans, the rest cut, a circuit "
-            f"has a faithfulness of {one['faithfulness']:.2f} [{one['low']:.2f}, {one['high']:.2f}] on held-out prompts, by "
+            f"has a faithfulness of {with_ends(one, 'faithfulness', '.2f', plain=True)} on held-out prompts, by "
             f"which its size was chosen (the smallest with {ENOUGH}); a "
             f"random one of this size has {chance['faithfulness']:.2f}.",
             "faithfulness",

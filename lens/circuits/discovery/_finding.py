@@ -18,7 +18,7 @@ from lens.circuits.scores.methods import EapIg, Hybrid, Method
 from lens.circuits.scores.scoring import score_edges
 from lens.common.choices import Seed, check_counts
 from lens.common.errors import LensError
-from lens.common.results import Result, Sentence
+from lens.common.results import Result, Sentence, with_ends
 from lens.models.loaded import LoadedModel
 from lens.tasks.task import Task
 
@@ -58,7 +58,7 @@ class FoundCircuit(Result):
         """Its size and faithfulness (`circuit`), and whether that is what was asked for (`enough`)."""
         graph, chosen = self.circuit.graph, self.circuit
         (row,) = self.tried[self.tried["chosen"]].to_dict("records")
-        interval = f"{row['faithfulness']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
+        interval = with_ends(row, "faithfulness", ".2f", plain=True)
         size = (
             f"The circuit has {chosen.n:,} of {graph.n:,} edges ({chosen.n / graph.n:.2%}) between "
             f"{len(chosen.nodes)} of {len(graph.writers)} parts ({_RANKINGS[self.ranking]}); on these "

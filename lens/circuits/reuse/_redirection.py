@@ -23,7 +23,7 @@ from lens.common.choices import Seed, check_choice, check_counts, is_number
 from lens.common.errors import LensError
 from lens.common.head_ids import AnyHead, HeadId
 from lens.common.progress import advancing
-from lens.common.results import Result, Sentence
+from lens.common.results import Result, Sentence, with_ends
 from lens.edits.attention import Force
 from lens.edits.base import selected_heads
 from lens.edits.running import edit
@@ -137,21 +137,19 @@ class Redirection(Result):
         effect = (
             f"With {self.amount:.0%} of the attention of {names} on {self.keys}, accuracy on {self.task} "
             f"goes from {self.accuracy[0].mean():.1%} to {self.accuracy[1].mean():.1%} "
-            f"({change['accuracy']:+.1%} [{change['accuracy_low']:+.1%}, "
-            f"{change['accuracy_high']:+.1%}]): {judged}."
+            f"({with_ends(change, 'accuracy', '+.1%')}): {judged}."
         )
         beside_others = (
             f"As many heads {'of the same layers' if self.match == 'layers' else 'of any layer'} at random "
             f"({len(self.controls)} draws) give {self.accuracy[2:].mean():.1%}; the difference is "
-            f"{beside['accuracy']:+.1%} [{beside['accuracy_low']:+.1%}, {beside['accuracy_high']:+.1%}], "
+            f"{with_ends(beside, 'accuracy', '+.1%')}, "
             f"p {self.p_value():.2g}. Before, the heads had {self.mass.mean():.1%} of their attention there."
         )
         found = [Sentence(effect, kind="effect"), Sentence(beside_others, kind="controls")]
         if self.name != "accuracy":
-            low, high = change[f"{self.name}_low"], change[f"{self.name}_high"]
             metric = (
                 f"The {self.name.replace('_', ' ')} goes from {self.metric[0].mean():.3g} to "
-                f"{self.metric[1].mean():.3g} ({change[self.name]:+z.3g} [{low:+z.3g}, {high:+z.3g}]), with "
+                f"{self.metric[1].mean():.3g} ({with_ends(change, self.name, '+z.3g')}), with "
                 f"other heads to {self.metric[2:].mean():.3g}, p {self.p_value('metric'):.2g}."
             )
             found.append(Sentence(metric, kind="metric"))

@@ -13,7 +13,7 @@ from lens import stats
 from lens.common.choices import Count, Seed, check_counts, is_whole
 from lens.common.errors import LensError
 from lens.common.head_ids import head_columns
-from lens.common.results import Result, Sentence, few
+from lens.common.results import Result, Sentence, few, with_ends
 from lens.heads.measures.scores import HeadScores
 
 COLUMNS = (
@@ -82,8 +82,8 @@ class Agreement(Result):
 
     def __repr__(self) -> str:
         rows = [
-            f"{row['first']} and {row['second']}: tau {row['tau']:.2f} "
-            f"[{row['tau_low']:.2f}, {row['tau_high']:.2f}], top {self.k} share {row['overlap']:.0%} "
+            f"{row['first']} and {row['second']}: tau {with_ends(row, 'tau', '.2f')}, "
+            f"top {self.k} share {row['overlap']:.0%} "
             f"(by chance {row['overlap_by_chance']:.0%})"
             for row in self.rows.to_dict("records")
         ]

@@ -16,7 +16,7 @@ import pandas as pd
 from lens.common.choices import Seed, check_counts
 from lens.common.errors import LensError
 from lens.common.head_ids import AnyHead, HeadId
-from lens.common.results import Result
+from lens.common.results import Result, with_ends
 from lens.heads.measures.scores import HeadScores, Intervention
 from lens.heads.pruning.groups import ablate_each
 from lens.stats.intervals import columns
@@ -111,8 +111,7 @@ class PruningCurve(Result):
         return (
             f"PruningCurve({self.ranking}, {self.intervention.baseline} on {self.task!r}, "
             f"{self.model}: {self.metric} {self.values[0]:.3g} whole; {half['removed']} of "
-            f"{len(self.order)} heads cost {half['cost']:.3g} [{half['low']:.3g}, "
-            f"{half['high']:.3g}]{beside}; {self.n} prompts)"
+            f"{len(self.order)} heads cost {with_ends(half, 'cost', plain=True)}{beside}; {self.n} prompts)"
         )
 
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from lens.common.errors import LensError
 from lens.common.head_ids import HeadId
-from lens.common.results import Sentence, few
+from lens.common.results import Sentence, ends, few
 from lens.heads.measures.scores import HeadScores, Intervention
 from lens.stats import over_units
 
@@ -114,5 +114,5 @@ class GroupAblation:
         return (
             f"GroupAblation({few(self.heads, joint='+')} by {self.intervention.baseline} on {self.task!r}, "
             f"{self.model}: {self.metric} {self.clean.mean():.3g} -> {self.ablated.mean():.3g}, "
-            f"worth {self.value:.3g} [{low:.3g}, {high:.3g}], {self.n} prompts)"
+            f"worth {self.value:.3g}{ends(low, high)}, {self.n} prompts)"
         )
