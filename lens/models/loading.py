@@ -88,6 +88,14 @@ def load_unchecked(
     return loaded
 
 
+_INSIDE = {
+    "OptimizedModule": "_orig_mod",
+    "DataParallel": "module",
+    "DistributedDataParallel": "module",
+}
+"""What wraps a model -> where it keeps it."""
+
+
 def _from_object(model: Any, tokenizer: Any) -> LoadedModel:
     if isinstance(model, PreTrainedModel):
         if model.training:
@@ -107,7 +115,7 @@ def _from_object(model: Any, tokenizer: Any) -> LoadedModel:
             None,
             describe_bridge(model),
         )
-    inside = {"OptimizedModule": "_orig_mod", "DataParallel": "module"}.get(type(model).__name__)
+    inside = _INSIDE.get(type(model).__name__)
     if inside is not None:
         raise LensError(
             f"a model inside {type(model).__name__} is loaded without it: lens.load(model.{inside})"

@@ -183,7 +183,7 @@ def _check_functions(
         raise LensError(
             f"{model.info.class_name} runs the attention function {', '.join(sorted(names))}, with which its output on "
             f"{_PROMPT} differs by {difference:.1e} from that of its eager attention, which is what capture reproduces; "
-            "model.set_attn_implementation('sdpa') takes it out"
+            "model.set_attn_implementation('eager') takes it out"
         )
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from functools import partial
 from pathlib import Path
@@ -9,12 +10,14 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
+import torch.distributed as dist
 import transformers
 from lens_kernels import attention
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import eager_mask, sdpa_mask
+from transformers.models.gpt_oss import modeling_gpt_oss as gpt_oss
 
 import lens
 from lens.common.errors import LensError
@@ -542,8 +545,37 @@ def test_an_attention_function_of_somebody_else_is_refused_where_it_computes_som
     model.set_attn_implementation("thrice")
     with pytest.raises(LensError, match=r"function thrice, with which its output .* differs by"):
         lens.load(model)
-    model.set_attn_implementation("sdpa")
+    model.set_attn_implementation("eager")
     assert lens.load(model).check < 1e-5
+
+
+def test_what_takes_a_foreign_function_out_works_in_a_model_without_sdpa(monkeypatch):
+    for interface in (transformers.AttentionInterface, transformers.AttentionMaskInterface):
+        monkeypatch.setattr(interface, "_global_mapping", dict(interface._global_mapping))
+
+    def thrice(module, query, *given, scaling, **named):
+        return gpt_oss.eager_attention_forward(module, query, *given, scaling=3 * scaling, **named)
+
+    transformers.AttentionInterface.register("thrice", thrice)
+    transformers.AttentionMaskInterface.register("thrice", eager_mask)
+    model = build("gpt_oss")
+    model.set_attn_implementation("thrice")
+    with pytest.raises(LensError, match="function thrice, with which its output") as refused:
+        lens.load(model)
+    (instead,) = re.findall(r"set_attn_implementation\('(\w+)'\) takes it out", str(refused.value))
+    model.set_attn_implementation(instead)
+    assert lens.load(model).check < 1e-5
+
+
+def test_a_model_of_several_processes_says_where_the_model_is():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        with pytest.raises(
+            LensError, match=r"DistributedDataParallel is loaded without it: .*\.module"
+        ):
+            lens.load(nn.parallel.DistributedDataParallel(build("llama")))
+    finally:
+        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize(
