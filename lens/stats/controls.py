@@ -78,7 +78,7 @@ def jaccard_by_chance(
 
     Example:
         >>> from lens.stats.controls import jaccard_by_chance
-        >>> jaccard_by_chance(np.array([0.5, 0.5]))[0, 1].round(3)
+        >>> round(float(jaccard_by_chance(np.array([0.5, 0.5]))[0, 1]), 3)
         0.333
     """
     both = shares[:, None] * shares
