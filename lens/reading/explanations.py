@@ -12,7 +12,8 @@ import pandas as pd
 from lens.common.choices import check_choice
 from lens.common.head_ids import HeadId
 from lens.common.results import Result, Sentence, few, with_ends
-from lens.stats.intervals import columns, mean_told, over_units
+from lens.stats.intervals import columns, over_units
+from lens.stats.verdicts import mean_told
 
 if TYPE_CHECKING:
     from jaxtyping import Float

@@ -11,8 +11,8 @@ import pandas as pd
 from lens.common.head_ids import HeadId, head_columns
 from lens.common.results import Result, Sentence
 from lens.stats import over_units
-from lens.stats.intervals import columns, mean_told
-from lens.stats.verdicts import by_chance, of_many, verdict
+from lens.stats.intervals import columns
+from lens.stats.verdicts import by_chance, mean_told, of_many, verdict
 
 if TYPE_CHECKING:
     from jaxtyping import Float

@@ -10,8 +10,9 @@ import pandas as pd
 
 from lens.common.head_ids import HeadId
 from lens.common.results import Result, Sentence, with_ends
-from lens.stats.intervals import columns, mean_told
+from lens.stats.intervals import columns
 from lens.stats.orders import random_orders, spearman
+from lens.stats.verdicts import mean_told
 
 if TYPE_CHECKING:
     from jaxtyping import Float

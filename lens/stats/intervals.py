@@ -11,7 +11,6 @@ from numpy.typing import ArrayLike
 
 from lens.common.choices import Seed, check_counts, is_number, is_whole
 from lens.common.errors import LensError
-from lens.common.results import ends
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Shaped
@@ -189,18 +188,6 @@ def columns(
         f"{start}low": np.ravel(low),
         f"{start}high": np.ravel(high),
     }
-
-
-def mean_told(values: Shaped[np.ndarray, " units"], seed: int, form: str = ".3g") -> str:
-    """The mean over units (such as prompts) with its interval, in words.
-
-    Example:
-        >>> from lens.stats.intervals import mean_told
-        >>> mean_told(np.array([1.0, 2.0, 3.0, 2.0]), seed=0, form=".1f")
-        '2.0 [1.2, 2.5]'
-    """
-    (mean,), (low,), (high,) = columns("", values[None], seed).values()
-    return f"{mean:{form}}{ends(low, high, form)}"
 
 
 def known_mean(values: Shaped[np.ndarray, "..."], axis: int = -1) -> Float[np.ndarray, "..."]:

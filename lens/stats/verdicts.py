@@ -1,4 +1,4 @@
-"""What intervals tell apart: a value beside a number, and the best of many beside the others."""
+"""What intervals tell apart: a value beside a number, and the best of many beside the others; a mean in words."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from lens.common.choices import Seed, check_counts
-from lens.stats.intervals import LEVEL, over_units
+from lens.common.results import ends
+from lens.stats.intervals import LEVEL, columns, over_units
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Float, Shaped
 
 Verdict = Literal["above", "below", "not told apart"]
 APART: tuple[Verdict, ...] = "above", "below"
@@ -87,3 +88,15 @@ def by_chance(many: int, sides: int = 2) -> float:
         (1.2, 0.6)
     """
     return (1 - LEVEL) * sides / 2 * many
+
+
+def mean_told(values: Shaped[np.ndarray, " units"], seed: int, form: str = ".3g") -> str:
+    """The mean over units (such as prompts) with its interval, in words.
+
+    Example:
+        >>> from lens.stats.verdicts import mean_told
+        >>> mean_told(np.array([1.0, 2.0, 3.0, 2.0]), seed=0, form=".1f")
+        '2.0 [1.2, 2.5]'
+    """
+    (mean,), (low,), (high,) = columns("", values[None], seed).values()
+    return f"{mean:{form}}{ends(low, high, form)}"
