@@ -271,6 +271,9 @@ def test_the_first_sentence_of_each_analysis_is_shown(run_folder, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(
+    900
+)  # ray starts workers of its own, each of which imports everything: minutes on a busy machine
 def test_a_run_whose_ray_worker_is_killed_is_made_again_from_where_it_was(
     spawn_lens, lens_command, tmp_path, broken
 ):
