@@ -34,6 +34,7 @@ from lens.runs.commands import CONFIG
 from lens.runs.folders import CIRCUITS, IMPORTANCES
 from lens.runs.manifest import GROWING, MANIFEST, changed_files
 from lens.runs.writer import config_hash
+from lens.traces.arrays import block_rows
 from lens.traces.metrics import METRICS
 from lens.traces.profiles import POSITIONS, pooled_table, prompt_table
 
@@ -257,8 +258,7 @@ def _sums(data: xr.Dataset, length: int, learned_sink: bool) -> Iterator[str]:
     """Totals over all rows, [heads], each of which must be the number of queries."""
     totals = {}
     if "block_mass" in data:
-        start = data["query_block_start"].values
-        rows = np.diff([*start, length])
+        rows = block_rows(data, length)
         mass = data["block_mass"].values.astype(np.float64).sum(-1)
         totals["block_mass"] = mass @ rows
         off = np.abs(mass - 1) > _TOLERANCE if not learned_sink else mass > 1 + _TOLERANCE
@@ -353,7 +353,7 @@ def _map(data: xr.Dataset, queries: int, length: int) -> Iterator[str]:
     mass = data["block_mass"].values.astype(np.float64)  # [head, query block, key block]
     starts, keys = data["query_block_start"].values, data["key_block_start"].values
     ends = np.append(starts[1:], queries)
-    rows = ends - starts
+    rows = block_rows(data, queries)
     slack = _TOLERANCE * queries
     if "received" in data:
         received = np.add.reduceat(data["received"].values.astype(np.float64), keys, axis=1)

@@ -98,3 +98,8 @@ def labelled(
         if (value[0] if isinstance(value, tuple) else name) in used
     }
     return xr.Dataset(variables, coords=kept, attrs=dict(attributes))
+
+
+def block_rows(data: xr.Dataset | xr.DataArray, queries: int) -> np.ndarray:
+    """[query_block] how many of so many rows each block of a map has."""
+    return np.diff([*data["query_block_start"].values, queries])

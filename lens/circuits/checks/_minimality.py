@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from lens import stats
-from lens.circuits.checks.evaluation import ratio, run_circuits
+from lens.circuits.checks.evaluation import check_changes, ratio, run_circuits
 from lens.circuits.graph.circuit import Circuit
 from lens.circuits.graph.selection import random_edges, without
 from lens.common.choices import Count, Seed
@@ -166,7 +166,7 @@ def minimality(
     base = [1 + common[sets[name]] if name in sets else 0 for name in nodes]
     drops, apart = start[base] - after_, tuple(sets.get(name, ()) for name in nodes)
     drawn = (plain_ - reduced_).mean(1)
-    ratio(drawn, float((found.full - found.empty).mean()))
+    check_changes(float((found.full - found.empty).mean()))
     return Minimality(
         nodes, drops, apart, drawn, found.full, found.empty, task.metric, task.name, seed
     )

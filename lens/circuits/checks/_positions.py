@@ -20,7 +20,7 @@ from lens.circuits.graph.spans import REST, Given, find_spans
 from lens.circuits.scores.position_scores import PositionScores
 from lens.common.choices import Seed, check_between
 from lens.common.errors import LensError
-from lens.common.results import Result, Sentence, ends
+from lens.common.results import Result, Sentence, with_ends
 from lens.models.loaded import LoadedModel
 from lens.tasks.task import Task
 
@@ -82,13 +82,12 @@ class PositionEvaluation(Result):
 
     def findings(self) -> tuple[Sentence, ...]:
         """Sizes of the smallest circuits that do most of the task ("size")."""
-        table = self.table()
-        sizes: dict[str, str] = dict.fromkeys(KINDS, "none")
-        for kind, size in self.smallest().items():
-            is_it = (table["by"] == kind) & (table["kept"] == size)
-            for row in table[is_it & (table["faithfulness"] >= ENOUGH)].head(1).to_dict("records"):
-                around = ends(row["low"], row["high"], ".2f")
-                sizes[kind] = f"{size:.2%} ({row['faithfulness']:.2f}{around})"
+        table = self.table().sort_values("kept", kind="stable")
+        smallest = table[table["faithfulness"] >= ENOUGH].drop_duplicates("by")
+        sizes = dict.fromkeys(KINDS, "none") | {
+            row["by"]: f"{row['kept']:.2%} ({with_ends(row, 'faithfulness', '.2f', plain=True)})"
+            for row in smallest.to_dict("records")
+        }
         said = ", ".join(f"{kind} {sizes[kind]}" for kind in KINDS[:3])
         return (
             Sentence(

@@ -324,10 +324,15 @@ def _part(outcome: Outcome, start: int, stop: int) -> Outcome:
 
 
 def ratio(gain: np.ndarray, whole: float) -> np.ndarray:
-    """Gains [...] as shares of what ablating every edge changes; raises LensError where that is nothing."""
+    """Gains [...] as shares of what ablating every edge changes; errors as of `check_changes`."""
+    check_changes(whole)
+    return gain / whole
+
+
+def check_changes(whole: float) -> None:
+    """Raises LensError where ablating every edge changes nothing."""
     if abs(whole) < 1e-9:
         raise LensError(
             "ablating every edge does not change the metric, so there is nothing to be faithful to; "
             "use other corrupt prompts, another ablation or another metric"
         )
-    return gain / whole

@@ -120,9 +120,7 @@ class _Masking(Visitor):
         # Of each span its own tokens alone: spans share none, so that all together cost as much as one mask.
         added = differences.new_zeros(*alphas.shape[1:3], *differences.shape[2:])
         for own, span in zip(alphas, self._where.to(differences.device), strict=True):
-            part = differences[
-                :, :, span
-            ]  # [masks, writers, tokens of the span in all rows, d_model]
+            part = differences[:, :, span]  # [masks, writers, its tokens in all rows, d_model]
             added[:, :, span] += (own @ part.flatten(2)).unflatten(2, part.shape[2:])
         return added
 

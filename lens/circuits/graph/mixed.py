@@ -218,12 +218,12 @@ class Mixed:
         for number, (one, read) in enumerate(zip([None, *self._layers], found.read, strict=True)):
             if one is not None:
                 own = [self._whole(at + n, found.heads[at + n]) for n in range(len(one.parts))]
-                norms = [part.after for part in one.parts]
                 own = [
-                    part if norm is None else norm(part)
-                    for part, norm in zip(own, norms, strict=True)
+                    part if step.after is None else step.after(part)
+                    for part, step in zip(own, one.parts, strict=True)
                 ]
-                if not _off(read, stream + sum(own)) <= _TOLERANCE and norms == [None] * len(own):
+                scaled = all(part.after is None for part in one.parts)  # a norm undoes a scale
+                if scaled and not _off(read, stream + sum(own)) <= _TOLERANCE:
                     for part, scale in zip(one.parts, _scales(own, read - stream), strict=True):
                         part.scale = scale
                     own = [part * step.scale for part, step in zip(own, one.parts, strict=True)]

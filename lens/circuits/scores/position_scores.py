@@ -85,7 +85,8 @@ class PositionScores(Result):
         `key_span` ("" within a span), `value` with `low` and `high` (95 % bootstrap over prompts), `n` prompts.
         """
         units = self._units()
-        return self._rows(np.argsort(-np.abs(units.mean(0)), kind="stable")[:count], seed)
+        chosen = np.argsort(-np.abs(units.mean(0)), kind="stable")[:count]
+        return self._rows(chosen, units[:, chosen], seed)
 
     def _units(self) -> np.ndarray:
         """[prompts, scores], those within spans before those across."""
@@ -93,9 +94,8 @@ class PositionScores(Result):
             [one.reshape(len(self.within), -1) for one in (self.within, self.across)], 1
         )
 
-    def _rows(self, chosen: np.ndarray, seed: int = 0) -> pd.DataFrame:
-        """The table of these numbers of scores."""
-        units = self._units()[:, chosen]
+    def _rows(self, chosen: np.ndarray, units: np.ndarray, seed: int = 0) -> pd.DataFrame:
+        """The table of the scores of these numbers, `units` [prompts, chosen]."""
         names = [self._name(int(place)) for place in chosen]
         return pd.DataFrame(
             {
@@ -116,10 +116,12 @@ class PositionScores(Result):
     def findings(self) -> tuple[Sentence, ...]:
         """The largest edges at a place ("within") and the largest ways between places ("across"), each beside the median size
         of all of its kind, and what sums over places hide ("cancelled")."""
-        sizes, inside = np.abs(self._units().mean(0)), self.within[0].size
+        units, inside = self._units(), self.within[0].size
+        sizes = np.abs(units.mean(0))
         said = []
         for kind, first, own in (("within", 0, sizes[:inside]), ("across", inside, sizes[inside:])):
-            rows = self._rows(first + np.argsort(-own, kind="stable")[:_NAMED])
+            chosen = first + np.argsort(-own, kind="stable")[:_NAMED]
+            rows = self._rows(chosen, units[:, chosen])
             best = ", ".join(
                 f"{row['edge']} at {row['span']}" + (f" from {row['key_span']}" if row["key_span"] else "")
                 + f" {row['value']:.3g}{ends(*of_many(row['value'], row['low'], row['high'], own.size))}"

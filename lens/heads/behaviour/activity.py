@@ -87,23 +87,19 @@ class HeadActivity(Result):
         found = [set(self.dormant(domain)) for domain in self.activity]
         return sorted(set.union(*found) - set.intersection(*found))
 
-    def _told(self) -> tuple[dict[str, set[str]], set[str]]:
-        """What whole intervals say: the heads that are dormant on each domain, and those that switch."""
+    def _by_intervals(self) -> tuple[dict[str, int], int]:
+        """By whole intervals: how many heads are dormant on each domain, and how many on one and not on another."""
         rows = self.table()
         quiet = rows["activity_high"] < self.rest
         spared = (rows["loss_low"] > -self.tolerance) & (rows["loss_high"] < self.tolerance)
         missed = (rows["loss_low"] >= self.tolerance) | (rows["loss_high"] <= -self.tolerance)
-        kinds = {"dormant": quiet & spared, "not": (rows["activity_low"] >= self.rest) | missed}
-        told = {
-            kind: {domain: set(rows["name"][held & (rows["domain"] == domain)]) for domain in self.activity}
-            for kind, held in kinds.items()
-        }  # fmt: skip
-        rests, works = (set().union(*told[kind].values()) for kind in kinds)
-        return told["dormant"], rests & works
+        rests, works = rows[quiet & spared], rows[(rows["activity_low"] >= self.rest) | missed]
+        counts = {domain: int((rests["domain"] == domain).sum()) for domain in self.activity}
+        return counts, len({*rests["name"]} & {*works["name"]})
 
     def findings(self) -> tuple[Sentence, ...]:
         """Which heads are dormant where ("dormant"), which switch ("switching"), what that rests on ("limit")."""
-        said, (surely, switch) = [], self._told()
+        said, (surely, switch) = [], self._by_intervals()
         for domain, loss in self.loss.items():
             names = [str(head) for head in self.dormant(domain)]
             taken = int((~np.isnan(loss).all(-1)).sum())
@@ -111,14 +107,14 @@ class HeadActivity(Result):
                 Sentence(
                     f"On {domain} {len(names)} of {taken} heads taken out are dormant"
                     + (f": {', '.join(names)}" if names else "")
-                    + (f"; {len(surely[domain])} of them by their whole intervals" if names else "")
+                    + (f"; {surely[domain]} of them by their whole intervals" if names else "")
                     + f" ({loss.shape[-1]} windows).",
                     kind="dormant",
                 )
             )
         names = [str(head) for head in self.switching()]
         switching = ", ".join(names) or "No head"
-        held = f"; {len(switch)} of {len(names)} by their whole intervals" if names else ""
+        held = f"; {switch} of {len(names)} by their whole intervals" if names else ""
         limit = (
             f"Dormant means activity below {self.rest} and a loss that changes by less than {self.tolerance} "
             f"nats per token with {self.baseline} in the head's place; heads were taken out one at a time, so "

@@ -27,6 +27,8 @@ from lens.passes.sessions import base, listening
 from lens.stats.intervals import columns
 from lens.tasks.needles import Trial, answered
 
+_FETCHES = 0.1  # a score above this, as Wu et al. take it
+
 
 @dataclass(frozen=True, repr=False, eq=False)
 class RetrievalScores(Result):
@@ -55,7 +57,7 @@ class RetrievalScores(Result):
         """[layer, head] mean over the trials that count."""
         return self.per_trial.mean(-1)
 
-    def heads(self, threshold: float = 0.1) -> list[HeadId]:
+    def heads(self, threshold: float = _FETCHES) -> list[HeadId]:
         """Heads with a score above the threshold (Wu et al. take 0.1), the best first."""
         found = [HeadId(*at) for at in np.argwhere(self.values > threshold).tolist()]
         return sorted(found, key=lambda head: -self.values[head])
@@ -70,7 +72,7 @@ class RetrievalScores(Result):
     def findings(self) -> tuple[Sentence, ...]:
         """Which heads fetch the needle, and how many needles came back."""
         best = " ".join(str(head) for head in self.heads()[:6]) or "none"
-        text = f"Heads that fetch the needle (score above 0.1): {best}; {self.n} of {len(self.recall)} needles came back."
+        text = f"Heads that fetch the needle (score above {_FETCHES}): {best}; {self.n} of {len(self.recall)} needles came back."
         return (Sentence(text, kind="fetching"),)
 
     def __repr__(self) -> str:

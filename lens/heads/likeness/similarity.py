@@ -15,6 +15,7 @@ from scipy.special import entr
 
 from lens.common.errors import LensError
 from lens.heads.likeness.head_similarity import HeadSimilarity, Likeness, cosine, ratio
+from lens.traces.arrays import block_rows
 
 if TYPE_CHECKING:
     from lens.models.loaded import LoadedModel
@@ -174,7 +175,7 @@ def _block_sums(trace: AttentionTrace) -> tuple[np.ndarray, np.ndarray]:
         )
     maps = trace.dataset["block_mass"].values.astype(float)
     maps = maps.reshape(-1, *maps.shape[2:])  # [heads, query_blocks, key_blocks]
-    rows = np.diff([*trace.dataset["query_block_start"].values, trace.queries]).astype(float)
+    rows = block_rows(trace.dataset, trace.queries).astype(float)
     own = entr(maps).sum(-1)
     sums = np.stack(
         [

@@ -24,6 +24,7 @@ from lens.common.errors import LensError
 from lens.common.head_ids import HeadId, head_columns
 from lens.common.results import Result
 from lens.stats import over_units
+from lens.stats.controls import jaccard_by_chance
 from lens.stats.intervals import known_mean
 from lens.traces.trace import AttentionTrace
 
@@ -179,8 +180,7 @@ def map_scores(
     x, y = a[allowed], b[allowed]
     count = max(1, round(density * len(x)))
     top_a, top_b = (set(stats.top(values, count).tolist()) for values in (x, y))
-    share = count / len(x)
-    by_chance = share / (2 - share)  # both sets are of this size
+    by_chance = float(jaccard_by_chance(np.full(2, count / len(x)))[0, 1])
     jaccard = len(top_a & top_b) / len(top_a | top_b)
     total = y.sum()
     recall = y[sorted(top_a)].sum() / total if total > 0 else np.nan

@@ -48,7 +48,7 @@ class Samples:
 
     @property
     def start(self) -> str:
-        """ "What sentences say of it behind T, ", BOS absent"; nothing of prompts that are no tokens."""
+        """What sentences say behind T, such as `, BOS absent`; nothing of prompts that are no tokens."""
         return f", BOS {self.bos}" if self.bos else ""
 
     def __str__(self) -> str:

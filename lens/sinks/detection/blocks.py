@@ -12,6 +12,7 @@ from lens.common.errors import LensError
 from lens.common.head_ids import all_heads, head_columns
 from lens.common.results import Result, Sentence
 from lens.sinks.detection.alphas import Samples, check_epsilon, samples_of
+from lens.traces.arrays import block_rows
 from lens.traces.scores import SINK_EPSILON
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ def block_bounds(trace: AttentionTrace, *, epsilon: float = SINK_EPSILON) -> Blo
     mass = trace.dataset["block_mass"]
     starts = mass["key_block_start"].values
     stops = np.append(starts[1:], trace.length)
-    rows = np.diff(np.append(mass["query_block_start"].values, trace.queries))
+    rows = block_rows(mass, trace.queries)
     received = np.einsum("lhqk,q->lhk", mass.values.astype(float), rows.astype(float))
     visible = trace.visible.values.astype(float)  # [layers, keys]
     together = np.add.reduceat(visible, starts, axis=1)[:, None]
