@@ -88,7 +88,7 @@ def agreement_lines(result: DimsAgreement, **look: Unpack[Look]) -> go.Figure:
         )
     figure.update_xaxes(title="Layer")
     figure.update_yaxes(title="Share of tokens", range=[-0.02, 1.02])
-    text = f"φ ≥ {result.tau:g} against the {result.top:.1%} that receive most ({result.model})"
+    text = f"φ ≥ {result.tau:g} against the {result.received.mean():.1%} that receive most ({result.model})"
     return style(figure, escaped(text), look)
 
 

@@ -19,7 +19,7 @@ from lens.models.loaded import LoadedModel
 from lens.models.parts import Layout
 from lens.passes.calls import LayerCall, attend
 from lens.passes.inputs import Prompt, read_prompts
-from lens.passes.logits import logits_of
+from lens.passes.logits import fills_masks, logits_of
 from lens.passes.replay import proved
 from lens.passes.sessions import OnLayer, listening
 from lens.passes.visit import Hooks
@@ -47,7 +47,8 @@ class Answer:
         ids: [1, tokens].
         own, deleted: [tokens, d_model], what enters the first block, and the same with every token deleted.
         block: tokens that are deleted or kept together.
-        row: place of the query that answers: the last token's, or the first of a classifier of BERT's kind.
+        row: place of the query that answers: the last token's; the first of a classifier of BERT's kind, and of a model
+            that fills masks the only mask, where there is one.
         answer: the token or label that is answered.
         probability: of it, on the prompt as it is.
     """
@@ -82,14 +83,15 @@ class Answer:
 
         with torch.no_grad():
             self.own, self.deleted = self._entering(), self._deleted()
-            logits = self.logits(self.own[None], on_layer)[0]
+            found = self._run(self.own[None], on_layer)
+            self.row = self._answering(places=found.shape[1], causal=all(causal))
+            logits = self._answered(found)[0]
         if answer is not None:
             check_counts(0, answer=answer)
         self.answer = int(logits.argmax() if answer is None else answer)
         if not 0 <= self.answer < len(logits):
             raise LensError(f"answer must be 0 to {len(logits) - 1}, got {answer}")
         self.probability = float(logits.softmax(-1)[self.answer])
-        self.row = self.tokens - 1 if all(causal) else 0
 
     @property
     def tokens(self) -> int:
@@ -108,12 +110,27 @@ class Answer:
         found = []
         most = max(1, _NUMBERS // (hidden.shape[1] * max(self._model.info.vocab or 1, 64)))
         for some in hidden.split(most):
-            with (
-                self._entered(lambda _, some=some: some.to(self._model.dtype)),
-                listening(self._model, on_layer or _plain),
-            ):
-                found.append(logits_of(self._model, self.ids.expand(len(some), -1))[:, -1])
-        return torch.cat(found).float()
+            found.append(self._answered(self._run(some, on_layer or _plain)))
+        return torch.cat(found)
+
+    def _run(self, hidden: Tensor, on_layer: OnLayer) -> Float[Tensor, "rows places answers"]:
+        with (
+            self._entered(lambda _: hidden.to(self._model.dtype)),
+            listening(self._model, on_layer),
+        ):
+            return logits_of(self._model, self.ids.expand(len(hidden), -1))
+
+    def _answering(self, places: int, causal: bool) -> int:
+        """The query that answers; a classifier of whole prompts has logits at one place."""
+        mask = getattr(self._model.tokenizer, "mask_token_id", None)
+        masks = torch.nonzero(self.ids[0] == mask)[:, 0] if mask is not None else ()
+        if len(masks) == 1 and fills_masks(self._model):
+            return int(masks[0])
+        return self.tokens - 1 if causal or places > 1 else 0
+
+    def _answered(self, found: Float[Tensor, "rows places answers"]) -> Tensor:
+        """[rows, answers]"""
+        return found[:, self.row if found.shape[1] > 1 else 0].float()
 
     def kept(self, keep: Bool[Tensor, "rows units"]) -> Float[Tensor, " rows"]:
         """Probability of the answer with only these tokens, or blocks of them; the others are deleted."""

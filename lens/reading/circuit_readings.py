@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 import pandas as pd
 
-from lens.common.results import Result, Sentence, ends, with_ends
+from lens.common.results import Result, Sentence, ends, few, with_ends
+from lens.stats.verdicts import by_chance
 
 NO_KIND = "another token"
 LOOKS: Mapping[str, Callable[[Sequence[int], int, int], bool]] = {
@@ -29,10 +30,10 @@ class CircuitReading(Result):
     """A circuit in words.
 
     Attributes:
-        rows: one per edge: `writer`, `reader`, `side` ("q", "k", "v", or "" into MLPs and logits); `share` of the reader's
+        rows: one per edge and head that it feeds (several, where a group of heads has one `<k>` and `<v>`): `writer`, `reader`, `side` ("q", "k", "v", or "" into MLPs and logits); `share` of the reader's
             logit that the writer carries on that side, or of what the reader writes that comes from it; `drop` of the
             metric when the edge alone is cut, `of_effect`, its share in what cutting all edges does; each with `_low`,
-            `_high` where it is over prompts; `holds`: whether the drop's interval is above 0.
+            `_high` where it is over prompts; `holds`: whether the drop's interval is above 0; of one prompt none does.
         heads: one per head: `looks_at`, most often from the `rows` that it works in (their share), the `mass` that it
             gives there with `_low`, `_high`, and what `uniform` attention would.
         metric, task, model: names.
@@ -85,13 +86,14 @@ class CircuitReading(Result):
             if row["reader"] == "logits" and row["holds"]:
                 text = f"{row['writer']} writes the answer: cutting it off the logits takes {_cost(row)}."
                 said.append(Sentence(text, kind="logits"))
-        failed = self.rows[~self.rows["holds"]]
-        if len(failed):
-            names = ", ".join(failed["edge"].head(8))
-            more = f" and {len(failed) - 8} more" if len(failed) > 8 else ""
+        edges = self.rows.drop_duplicates("edge")
+        failed = list(edges["edge"][~edges["holds"]])
+        if failed:
+            chance = f"{by_chance(len(edges), sides=1):.2g} of {len(edges)} that do nothing"
             text = (
-                f"Of {len(self.rows)} edges {len(failed)} can be cut alone without a sure loss on these {self.n} prompts, "
-                f"so what is said of them is not shown: {names}{more}."
+                f"Of {len(edges)} edges {len(failed)} can be cut alone without a sure loss on these {self.n} prompts, "
+                f"so what is said of them is not shown: {few(failed, 8)}"
+                + (f" (by chance {chance} would show one)." if self.n > 1 else ".")
             )
             said.append(Sentence(text, kind="fails"))
         return tuple(said)

@@ -4,7 +4,7 @@ From the answers downwards: a head that feeds the logits works in the rows of th
 head's queries in the rows of that head, its keys or values in the rows that this head looks at. In these rows an edge
 into `<q>` or `<k>` is worth the writer's share in the logit of what the head looks at (`explain_pairs`), one into `<v>`
 its share in what the head writes. Each edge is then cut alone, in the circuit's own ablation: a sentence about an edge
-holds where the metric falls, by an interval over prompts that leaves out 0. Edges that do the same on clean and
+holds where the metric falls, by an interval over prompts that leaves out 0, and never of one prompt. Edges that do the same on clean and
 corrupt prompts (where a head finds its place by position alone) do not show there, and their sentences say so.
 """
 
@@ -42,7 +42,7 @@ _ROUNDING = 1e-6  # of the effect of all edges
 
 
 class _Edge(NamedTuple):
-    """One kept edge."""
+    """One kept edge, into one of the heads that it feeds."""
 
     number: int
     name: str
@@ -91,16 +91,17 @@ def circuit(
         )
     layout = proved(model)
     edges = _edges(circuit)
-    cut = np.tile(np.ones(circuit.graph.n, bool), (len(edges), 1))
-    for place, edge in enumerate(edges):
-        cut[place, edge.number] = False
+    kept = np.flatnonzero(circuit.kept)
+    cut = np.ones((len(kept), circuit.graph.n), bool)
+    cut[np.arange(len(kept)), kept] = False
     outcome = run_circuits(model, task, cut, circuit.ablation, progress=progress)
-    drops = outcome.full[None] - outcome.metric  # [edges, prompts]
+    drops = outcome.full[None] - outcome.metric  # [cut edges, prompts]
+    drops = drops[[int(np.searchsorted(kept, edge.number)) for edge in edges]]
     prompts = [one.tolist() for one in task.clean]
     with torch.no_grad():
         calls = [read_calls(model, ids[None]) for ids in task.clean]
     pairs = _pairs(circuit, edges, task, calls)
-    shares: dict[int, np.ndarray] = {}
+    shares: dict[_Edge, np.ndarray] = {}
     heads: list[dict[str, Any]] = []
     with advancing(f"{model.name}: circuit", len(pairs), progress) as advance:
         for node, own in pairs.items():
@@ -116,7 +117,7 @@ def circuit(
                     carried = found.contrast[0].sum(axis) / found.above[0][:, None]
                     for edge in incoming:
                         if edge.side == side:
-                            shares[edge.number] = _of(edge.writer, names, carried)
+                            shares[edge] = _of(edge.writer, names, carried)
             if "v" in asked:
                 written = [
                     written_shares(
@@ -129,7 +130,7 @@ def circuit(
                 carried = np.array([[one[name] for name in names] for one in written])
                 for edge in incoming:
                     if edge.side == "v":
-                        shares[edge.number] = _of(edge.writer, names, carried)
+                        shares[edge] = _of(edge.writer, names, carried)
             advance(1)
     none = np.full(task.n, np.nan)
     table = {
@@ -137,7 +138,7 @@ def circuit(
         "writer": [_said(edge.writer) for edge in edges],
         "reader": [_said(edge.reader) for edge in edges],
         "side": [edge.side for edge in edges],
-        **columns("share", np.stack([shares.get(edge.number, none) for edge in edges]), seed),
+        **columns("share", np.stack([shares.get(edge, none) for edge in edges]), seed),
         **columns("drop", drops, seed),
     }
     rows = pd.DataFrame(table)
@@ -148,7 +149,7 @@ def circuit(
     if (gaps > 0).all():
         low, high = over_units(drops.T, np.tile(gaps[:, None], len(drops)), seed)
         rows["of_effect_low"], rows["of_effect_high"] = low, high
-    rows["holds"] = rows["drop_low" if task.n > 1 else "drop"] > _ROUNDING * abs(gap)
+    rows["holds"] = rows["drop_low"] > _ROUNDING * abs(gap)
     return CircuitReading(
         rows=rows,
         heads=pd.DataFrame(heads),

@@ -71,15 +71,15 @@ def examples(
     beside = None if drawn is None else _Search(drawn, _outputs(drawn)[0], 0, context, seed)
     total = len(prompts) if hasattr(prompts, "__len__") else 0  # pyright: ignore[reportArgumentType]
     with advancing(f"{model.name}: prompts", total, progress) as advance:
-        for given in prompts:
+        for number, given in enumerate(prompts):
             (prompt, *more), _ = read_prompts(model, given)
             if more:
                 raise LensError(
                     "each of prompts must be one prompt, a text or token ids; got several"
                 )
-            search.take(prompt)
+            search.take(prompt, number)
             if beside is not None:
-                beside.take(prompt)
+                beside.take(prompt, number)
             advance(1)
     if not search.count:
         raise LensError("no prompt was given, or none has two tokens")
@@ -119,8 +119,8 @@ class _Search:
         self._random = np.random.default_rng(seed)
         self.count = 0
 
-    def take(self, prompt: Prompt) -> None:
-        """Run one prompt; one of a single token has no pair and does not count."""
+    def take(self, prompt: Prompt, number: int) -> None:
+        """Run one prompt, the given one of this number; one of a single token has no pair and does not count."""
         if prompt.ids is None:
             raise LensError("examples are of tokens, and this prompt has no token ids")
         if len(prompt.ids) < 2:
@@ -130,7 +130,7 @@ class _Search:
 
         def on_layer(call: LayerCall) -> Tensor:
             if not call.part:
-                best[call.layer] = self._of_layer(call, tokens)
+                best[call.layer] = self._of_layer(call, tokens, number)
             return attend(call, statistics=()).output
 
         with torch.no_grad(), listening(self._model, on_layer, parts=True):
@@ -139,7 +139,7 @@ class _Search:
         self.count += 1
 
     def typical(self) -> dict[str, np.ndarray]:
-        """Measure -> [layer, head, prompt]."""
+        """Measure -> [layer, head, prompt]; NaN where no row of a prompt has a choice."""
         whole = np.stack(self._typical, -1)
         return dict(zip(self.by, whole, strict=True))
 
@@ -150,7 +150,7 @@ class _Search:
         elif (place := int(self._random.integers(self.count + 1))) < _MOST_TYPICAL:
             self._typical[place] = values
 
-    def _of_layer(self, call: LayerCall, tokens: list[str]) -> np.ndarray:
+    def _of_layer(self, call: LayerCall, tokens: list[str], prompt: int) -> np.ndarray:
         """[measures, heads]: the strongest pair of one layer by each measure; those among the best are kept."""
         heads, queries, keys = call.query.shape[1], call.query.shape[2], call.key.shape[2]
         written = self._written(call)
@@ -164,9 +164,9 @@ class _Search:
                 better = found.cpu() > best[number]
                 best[number][better] = found.cpu()[better]
                 place[number][better] = (first * keys + at.cpu())[better]
-        for number, by in enumerate(self.by):
-            self._keep(call, by, number, best[number], place[number], tokens, written)
-        return best.clamp(min=0).numpy()
+        for by, values, at in zip(self.by, best, place, strict=True):
+            self._keep(call, by, prompt, values, at, tokens, written)
+        return best.where(best > -torch.inf, torch.nan).numpy()
 
     def _written(self, call: LayerCall) -> Tensor | None:
         """[heads, 1, keys]: size of what each key's value writes."""
@@ -196,7 +196,7 @@ class _Search:
         self,
         call: LayerCall,
         by: str,
-        number: int,
+        prompt: int,
         values: Tensor,
         place: Tensor,
         tokens: list[str],
@@ -211,7 +211,7 @@ class _Search:
                 continue
             query, key = divmod(int(place[head]), keys)
             row = torch.tensor([query], device=call.query.device)
-            weights = self._weights(call, row, written)[number][head, 0]
+            weights = self._weights(call, row, written)[self.by.index(by)][head, 0]
             seen = call.mask.seen_by(row, keys)[0]
             size = (
                 torch.ones(keys) if by != "written" or written is None else written[head, 0].cpu()
@@ -222,7 +222,7 @@ class _Search:
             one = Example(
                 value=value,
                 uniform=float(size[counted].mean() / (1 if by == "written" else counted.sum())),
-                prompt=self.count,
+                prompt=prompt,
                 query=query,
                 key=key,
                 places=tuple(places),

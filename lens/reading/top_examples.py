@@ -13,7 +13,7 @@ from lens.common.choices import check_choice
 from lens.common.errors import LensError
 from lens.common.head_ids import AnyHead, HeadId, head_columns, head_id
 from lens.common.results import Result, Sentence, ends, few
-from lens.stats.intervals import columns
+from lens.stats.intervals import columns, known_mean
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -62,10 +62,11 @@ class TopExamples(Result):
 
     Attributes:
         found: measure -> head -> its examples, the strongest first.
-        typical: measure -> [layer, head, prompt], the strongest pair of each of at most so many prompts.
+        typical: measure -> [layer, head, prompt], the strongest pair of each of at most 1,000 prompts; NaN where a
+            prompt has no row with a choice.
         random: measure -> [layer, head, prompt] of the same architecture with random weights; empty if not asked for.
         layers: their numbers.
-        prompts: how many there were.
+        prompts: how many there were, of two tokens or more.
         refused: measure -> why it could not be had.
         seed: of the draws.
         model: its name.
@@ -99,7 +100,7 @@ class TopExamples(Result):
     def table(self) -> pd.DataFrame:
         """One row per head and measure: `name`, `layer`, `head`, `by`; `best`, mean of its examples; `typical`, mean over
         prompts of the strongest pair, with `_low`, `_high` (95 % bootstrap); `random_weights`, the highest `typical` of a
-        head with random weights; `n` prompts; the pair of the strongest example, `query_token` and `key_token`."""
+        head with random weights; `n`, how many prompts that mean is over; the pair of the strongest example, `query_token` and `key_token`."""
         tables = []
         for by, heads in self.found.items():
             best = [np.mean([one.value for one in some] or [np.nan]) for some in heads.values()]
@@ -108,8 +109,9 @@ class TopExamples(Result):
                 pd.DataFrame(
                     head_columns(heads)
                     | {"by": by, "best": best}
-                    | columns("typical", self.typical[by], self.seed)
-                    | {"random_weights": self._chance(by), "n": self.prompts}
+                    | columns("typical", self.typical[by], self.seed, known=True)
+                    | {"random_weights": self._chance(by)}
+                    | {"n": (~np.isnan(self.typical[by])).sum(-1).ravel()}
                     | {
                         "query_token": [
                             "" if one is None else one.token(one.query) for one in pairs
@@ -160,7 +162,7 @@ class TopExamples(Result):
     def findings(self) -> tuple[Sentence, ...]:
         """By each measure the head that looks hardest ("strongest"); what could not be had ("unsupported")."""
         said, table = [], self.table()
-        for by, rows in table.groupby("by", sort=False):
+        for by, rows in table[table["typical"].notna()].groupby("by", sort=False):
             top: dict[Any, Any] = rows.loc[[rows["typical"].idxmax()]].to_dict("records")[0]
             interval = ends(top["typical_low"], top["typical_high"], ".2f")
             chance = (
@@ -180,7 +182,9 @@ class TopExamples(Result):
 
     def _chance(self, by: str) -> float:
         found = self.random.get(by)
-        return float("nan") if found is None else float(found.mean(-1).max())
+        return (
+            float("nan") if found is None else float(np.fmax.reduce(known_mean(found), axis=None))
+        )
 
     def __repr__(self) -> str:
         said = "\n  ".join(self.findings())

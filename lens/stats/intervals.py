@@ -170,7 +170,12 @@ def of_share(share: float, units: int) -> tuple[float, float]:
 
 
 def columns(
-    name: str, values: Shaped[np.ndarray, "*rest units"], seed: int, *, plain: bool = False
+    name: str,
+    values: Shaped[np.ndarray, "*rest units"],
+    seed: int,
+    *,
+    plain: bool = False,
+    known: bool = False,
 ) -> dict[str, Any]:
     """Columns of a table: `name`, a mean over units (such as prompts), and the ends of its interval.
 
@@ -179,12 +184,14 @@ def columns(
         values: [..., units]; the other axes become rows.
         seed: of the draws.
         plain: call the ends `low` and `high`, where the table has one interval; else `<name>_low`, `<name>_high`.
+        known: leave units out that have NaN, of each row its own; else one of them makes the row NaN.
     """
     units = np.moveaxis(values, -1, 0)
-    low, high = over_units(units, np.ones_like(units), seed)
+    counted = ~np.isnan(units) if known else np.ones_like(units)
+    low, high = over_units(np.where(counted, units, 0), counted, seed)
     start = "" if plain else f"{name}_"
     return {
-        name: np.ravel(values.mean(-1)),
+        name: np.ravel(known_mean(values) if known else values.mean(-1)),
         f"{start}low": np.ravel(low),
         f"{start}high": np.ravel(high),
     }

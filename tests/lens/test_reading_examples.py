@@ -90,6 +90,29 @@ def test_the_best_pairs_are_those_of_the_written_out_attention(name):
                 assert {query, key} <= set(one.places)
 
 
+def test_prompts_without_a_choice_count_neither_in_numbers_nor_in_means():
+    """Numbers are places in what was given; two tokens leave no choice without the first."""
+    model = lens.load(build("llama"))
+    long = _prompts()[0]
+    found = lens.reading.examples(
+        model, [[5], long, [6], [7, 8]], n=2, chance=False, progress=False
+    )
+    assert found.prompts == 2
+    alone = lens.reading.examples(model, [long], n=1, chance=False, progress=False)
+    assert np.isnan(found.typical["sink_excluded"][..., 1]).all()
+    rest = alone.typical["sink_excluded"][..., 0]
+    table = found.table()
+    own = table[table["by"] == "sink_excluded"]
+    assert own["typical"].to_numpy() == pytest.approx(rest.ravel())
+    assert set(own["n"]) == {1}
+    assert set(table["n"][table["by"] == "attention"]) == {2}
+    for head in found.heads:
+        assert [one.prompt for one in found.of(head, "sink_excluded")] == [1]
+        assert {one.prompt for one in found.of(head)} == {1, 3}
+    short = lens.reading.examples(model, [[5, 6]], n=1, chance=False, progress=False)
+    assert ["without the first" in one for one in short.findings()] == [False, False]
+
+
 def test_uniform_and_random_weights_stand_beside():
     model = lens.load(build("llama"))
     found = lens.reading.examples(model, _prompts(), n=1, seed=5, progress=False)

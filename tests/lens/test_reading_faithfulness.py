@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 import lens
 from lens.common.errors import LensError
 from lens.common.head_ids import HeadId
+from lens.passes.interface import switched
 from lens.reading import _maps, attributing, judging
 from lens.reading._answers import Answer
 from lens.reading._relevance import Gradients
@@ -446,6 +448,22 @@ def test_the_loss_grows_most_along_its_gradient(models):
     assert (found.worst.mean((1, 2)) > found.random.mean((1, 2))).mean() > 0.9
     assert len(found.table()) == 36
     assert "along their gradient" in found.findings()[0]
+
+
+@pytest.mark.parametrize("at", [4, 10])
+def test_a_model_that_fills_masks_is_explained_at_the_row_whose_logit_it_is(at):
+    """The one mask, or without one the last token: never the first, as of a classifier."""
+    network = layout_model("bert")
+    model = replace(lens.load(network), tokenizer=SimpleNamespace(mask_token_id=2))
+    ids = prompt()
+    ids[4] = 2 if at == 4 else ids[4]
+    answer = Answer(model, ids)
+    with torch.no_grad(), switched(network, "eager"):
+        out = network(ids[None], output_attentions=True)
+    assert answer.row == at
+    assert answer.answer == int(out.logits[0, at].argmax())
+    raw = attributing.scored(answer, "raw")
+    assert torch.allclose(raw.float(), out.attentions[-1][0, :, at].mean(0), atol=1e-6)
 
 
 def test_what_cannot_be_judged_is_refused(models):

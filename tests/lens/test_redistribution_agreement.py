@@ -7,14 +7,16 @@ import torch
 import lens
 from lens.common.errors import LensError
 from lens.sinks.activations.dims_agreement import DimsAgreement
+from tests.lens.hybrids import hybrid
 from tests.lens.vision_models import CAUSAL, HEADS, LAYERS, SYSTEM, build, planted
 
 
 def test_rates_of_a_small_case_by_hand():
     marked = np.array([[1, 1, 0, 0, 1], [0, 0, 0, 0, 0]], bool)
     received = np.array([[1, 0, 0, 1, 0], [0, 1, 1, 0, 0]], bool)
-    found = DimsAgreement(marked, received, 20.0, 0.4, "small")
+    found = DimsAgreement(marked, received, (0, 2), 20.0, 0.3, "small")
     table = found.table()
+    assert table["layer"].tolist() == [0, 2]
     assert table["precision"][0] == pytest.approx(1 / 3)
     assert np.isnan(table["precision"][1])
     assert table["recall"].tolist() == [0.5, 0]
@@ -25,7 +27,7 @@ def test_rates_of_a_small_case_by_hand():
     assert drawn["recall"] == [0.5, 0]
     assert drawn["base rate"] == [0.4, 0.4]
     assert np.isnan(drawn["precision"][1])
-    nothing = DimsAgreement(marked & False, received, 20.0, 0.4, "small")
+    nothing = DimsAgreement(marked & False, received, (0, 2), 20.0, 0.3, "small")
     assert nothing.findings() == ("No token of small reaches phi = 20 in any layer.",)
 
 
@@ -49,6 +51,19 @@ def test_marks_and_received_attention_are_those_of_the_model(name):
     most = mean.topk(round(0.2 * counted)).indices
     for layer in range(LAYERS):
         assert sorted(found.received[layer].nonzero()[0]) == sorted(most[layer].tolist())
+
+
+def test_marks_of_a_model_with_other_mixers_are_of_the_layers_that_attend():
+    model = lens.load(hybrid("lfm2"))
+    ids = torch.randint(3, 60, (1, 24), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        states = model.model(ids, output_hidden_states=True).hidden_states
+    sizes = [states[layer][0, :9].float() for layer in (1, 3)]  # keys that 16 queries see
+    sizes = [one[:, 5].abs() / one.square().mean(-1).sqrt() for one in sizes]
+    tau = float(torch.cat(sizes).quantile(0.45))
+    found = lens.sinks.dims_agreement(model, ids, dims=[5], tau=tau, top=0.2, progress=False)
+    assert found.table()["layer"].tolist() == [1, 3]
+    assert np.array_equal(found.marked, np.stack([(one >= tau).numpy() for one in sizes]))
 
 
 def test_what_cannot_be_compared_is_refused():

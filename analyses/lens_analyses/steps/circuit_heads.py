@@ -46,7 +46,7 @@ COLUMNS = {
     "share": "Of the reader's logit that the writer carries on that side, or of what it writes that comes from the writer.",
     "drop": "Metric lost when the edge alone is cut, with the ablation of the circuit.",
     "of_effect": "The same as a share of what cutting all edges does.",
-    "holds": "Whether the interval of the drop is above 0; of one prompt, which has none, whether the drop there is.",
+    "holds": "Whether the interval of the drop is above 0; of one prompt, which has none, it never is.",
     "looks_at": "What the head looks at most in the rows that it works in.",
     "mass": "Attention of these rows that goes there.",
     "uniform": "The same if attention were even.",

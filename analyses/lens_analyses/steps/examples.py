@@ -94,7 +94,7 @@ _COLUMNS = {
     "best": "Mean over the examples that are kept.",
     "typical": "Strongest pair of a window, mean over windows.",
     "random_weights": "The highest `typical` of any head of the same architecture with random weights.",
-    "n": "Windows.",
+    "n": "Windows that `typical` is over.",
     "rank": "Of the example, from 1.",
     "value": "Of the pair, by the measure.",
     "uniform": "The same of a row that looks at all keys that it sees alike.",

@@ -25,13 +25,15 @@ class DimsAgreement(Result):
     """Tokens marked by `phi >= tau`, beside those that receive most attention, layer by layer.
 
     Attributes:
-        marked, received: bool [layers, tokens]; only tokens that count.
+        marked, received: bool [layers, tokens]; layers that attend, and only tokens that count.
+        layers: their numbers in the model.
         tau, top: of the two.
         model: its name.
     """
 
     marked: np.ndarray = field(repr=False)
     received: np.ndarray = field(repr=False)
+    layers: tuple[int, ...]
     tau: float
     top: float
     model: str
@@ -45,7 +47,7 @@ class DimsAgreement(Result):
         marked, received = self.marked.sum(1), self.received.sum(1)
         return pd.DataFrame(
             {
-                "layer": range(len(both)),
+                "layer": self.layers,
                 "marked": marked,
                 "received": received,
                 "both": both,
@@ -64,7 +66,7 @@ class DimsAgreement(Result):
             return (Sentence(text, kind="agreement"),)
         text = (
             f"Of {marked} tokens with phi >= {self.tau:g} (counted in each layer of {self.model}) "
-            f"{both / marked:.1%} are among the {self.top:.1%} that receive most attention, where a blind "
+            f"{both / marked:.1%} are among the {self.received.mean():.1%} that receive most attention, where a blind "
             f"choice gives {rows['base_rate'].mean():.1%}; {both / received:.1%} of those are marked."
         )
         return (Sentence(text, kind="agreement"),)
@@ -117,5 +119,5 @@ def dims_agreement(
     count = max(1, round(top * mean.shape[1]))
     received = np.zeros(mean.shape, dtype=bool)
     np.put_along_axis(received, np.argsort(-mean, axis=1, kind="stable")[:, :count], True, axis=1)
-    marked = torch.stack([marks[layer] for layer in range(len(mean))]).numpy()[:, counted]
-    return DimsAgreement(marked, received, float(tau), float(top), model.name)
+    marked = torch.stack([marks[layer] for layer in trace.layers]).numpy()[:, counted]
+    return DimsAgreement(marked, received, tuple(trace.layers), float(tau), float(top), model.name)
