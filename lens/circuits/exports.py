@@ -72,6 +72,8 @@ def to_mib(scores: EdgeScores, path: str | Path, *, circuit: Circuit | None = No
             "task": scores.task,
             "model": scores.model,
             "prompts": scores.n,
+            "steps": scores.steps,
+            "rule": scores.rule,
             **({"graph": entries(graph)} if is_hybrid else {}),
         },
     }
@@ -147,6 +149,8 @@ def from_mib(
         about.get("metric", unknown),
         about.get("task", unknown),
         about.get("model", unknown),
+        about.get("steps"),
+        about.get("rule"),
     )
 
 
@@ -183,14 +187,15 @@ def to_attribution_graph(
         raise LensError("the circuit is of another graph than the scores")
     if not circuit.n or not tokens:
         raise LensError("an attribution graph needs at least one edge and one token")
-    if np.isnan(scores.values[circuit.kept]).any():
+    values = scores.values
+    if np.isnan(values[circuit.kept]).any():
         raise LensError("edges of the circuit have no score (NaN), so their links have no weight")
     graph = circuit.graph
     links: dict[tuple[str, str], float] = {}
     for edge in np.flatnonzero(circuit.kept):
         writer, reader = (names[end[edge]] for names, end in _ends(graph))
         pair = writer, reader.partition("<")[0]
-        links[pair] = links.get(pair, 0.0) + float(scores.values[edge])
+        links[pair] = links.get(pair, 0.0) + float(values[edge])
     if isinstance(graph, StreamGraph):
         links |= _to_heads(graph, links)
     whole = sum(map(abs, links.values())) or 1.0

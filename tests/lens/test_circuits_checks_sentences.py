@@ -26,19 +26,30 @@ def test_control():
     found = Control(
         outcome(0.9),
         {"uniform": np.array([0.1, 0.2, 0.3]), "degrees": np.full(3, 0.95)},
+        {"uniform": 0.75, "degrees": 0.5},
         12,
         "made",
         0,
     )
     assert found.findings() == (
         "The circuit of 12 edges has a faithfulness of 0.90 [0.90, 0.90]; of as many edges, random ones 0.20 "
-        "[0.11, 0.29] (p = 0.25); random ones with the same degrees 0.95 [0.95, 0.95] (p = 1.00).",
+        "[0.11, 0.29] (p = 0.25; 75% other edges); random ones with the same degrees 0.95 [0.95, 0.95] (p = 1.00; 50% other "
+        "edges).",
     )
     one = Outcome(np.array([[0.9]]), ZEROS[:1, None], ONES[:1], ZEROS[:1])
     alone = replace(found, outcome=one, faithfulness={"uniform": np.array([0.2])})
     assert alone.findings() == (
-        "The circuit of 12 edges has a faithfulness of 0.90; of as many edges, random ones 0.20 (p = 0.50).",
+        "The circuit of 12 edges has a faithfulness of 0.90; of as many edges, random ones 0.20 (p = 0.50; 75% other edges).",
     )
+    only = replace(found, faithfulness={"degrees": np.empty(0)}, apart={"degrees": np.nan})
+    assert only.findings() == (
+        "The circuit of 12 edges has a faithfulness of 0.90 [0.90, 0.90]; of as many edges, no other circuit is there for "
+        "random ones with the same degrees.",
+    )
+    row = only.table().set_index("circuit").loc["degrees"]
+    assert row[["faithfulness", "low", "high", "p", "apart"]].isna().all()
+    assert row["draws"] == 0
+    assert "degrees none" in repr(only)
 
 
 def test_evaluation():
@@ -62,13 +73,17 @@ def test_minimality():
         ("a0.h0", "m1"), drops, ((), ()), np.array([0.01, -0.02]), ONES, ZEROS, "loss", "made", 0
     )
     assert found.findings() == (
-        "1 of the 2 heads and MLPs that were taken out of it change the task by at least 1 %, 1 with an interval that "
-        "excludes 0; most do a0.h0 50%, m1 0% (95 of 100 parts of random circuits at most 1.9%).",
+        "1 of the 2 heads and MLPs that were taken out of it change the task by at least 1 %, 1 of them with an interval "
+        "that excludes 0; most do a0.h0 50%, m1 0% (of 2 parts of random circuits 95 % at most 1.9%).",
     )
+    sure = replace(found, drops=np.array([drops[0], [0.002, 0.001, 0.002, 0.001]]))
+    assert (
+        "at least 1 %, 1 of them with an interval" in sure.findings()[0]
+    )  # m1's is sure, and too small
     worse = replace(found, drops=-drops[:, :1], full=ZEROS[:1], empty=ONES[:1])
     assert worse.findings() == (
         "1 of the 2 heads and MLPs that were taken out of it change the task by at least 1 %; most do a0.h0 40%, m1 0% "
-        "(95 of 100 parts of random circuits at most 1.9%).",
+        "(of 2 parts of random circuits 95 % at most 1.9%).",
     )
     against = replace(found, drops=-drops)
     assert "most do a0.h0 -50%, m1 0%" in against.findings()[0]

@@ -1,5 +1,6 @@
 """Completeness and minimality: gates whose answer is known, and nodes replaced by hand."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from lens.circuits.checks import completeness, minimality
 from lens.circuits.graph.activations import Ablation
 from lens.circuits.graph.circuit import make_circuit
 from lens.circuits.graph.nodes import find_nodes
+from lens.circuits.graph.selection import without
 from lens.circuits.known import induction_transformer, logic_gate
 from lens.common.errors import LensError
 from tests.lens.circuit_models import error, small_model, small_task
@@ -71,6 +73,31 @@ def test_half_of_an_or_is_faithful_and_incomplete():
     assert found.incompleteness == pytest.approx(1)
     whole = search(known, gate_circuit(known, (*HALF, *OTHER)))
     assert whole.incompleteness == pytest.approx(0, abs=1e-12)
+
+
+def test_the_largest_gap_on_the_way_is_kept_and_random_sets_are_others():
+    """Without both heads circuit and model are alike again; the last set alone was kept, and random ones were the same."""
+    known = logic_gate("or", dtype="float64")
+    found = search(known, gate_circuit(known, (*HALF, "a0.h1->logits")), steps=5, runs=3, draws=4)
+    assert found.sets == ((), ("a0.h0",), ("a0.h1",))  # one run, of which two sets are others
+    assert found.kind == ("none", "greedy", "random")
+    assert found.incompleteness == pytest.approx(1)
+    assert found.tried == 3
+    (said,) = found.findings()
+    assert said == (
+        "Without a0.h0 model and circuit differ by +1 logit_difference, 100% of what ablating everything changes: the "
+        "largest gap of 5 sets, looked for on these 1 prompts; 1 random sets of 1 heads by 0 on average."
+    )
+    alone = search(known, gate_circuit(known, HALF))
+    assert alone.kind == ("none", "greedy")
+    assert alone.findings()[0].endswith("there is no random set of 1 heads beside it.")
+
+
+def test_a_task_that_ablation_leaves_as_it_is_has_no_completeness():
+    known = logic_gate("or", dtype="float64")
+    same = replace(known.task, wrong=known.task.correct)
+    with pytest.raises(LensError, match="ablating every edge does not change the metric"):
+        completeness(known.model, same, gate_circuit(known, HALF), runs=1, steps=1, progress=False)
 
 
 def test_the_model_without_heads_is_the_model_with_their_outputs_replaced():
@@ -134,6 +161,23 @@ def test_a_set_that_is_out_already_shows_what_it_made_up_for():
     table = found.table()
     assert list(table["node"])[-1] == "a0.h1"
     assert table["low"].isna().all()  # one prompt has no interval
+
+
+def test_the_part_that_leaves_a_random_circuit_is_no_input():
+    """Circuits of two edges are mostly of the input's: taken out it was a part that did as much as everything."""
+    known = logic_gate("sum", dtype="float64")
+    seen = []
+
+    def taken(graph, kept, names):
+        seen.extend(names)
+        return without(graph, kept, names)
+
+    circuit = gate_circuit(known, ["input->a0.h0<v>", "a0.h0->logits"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lens.circuits.checks._minimality.without", taken)
+        minimality(known.model, known.task, circuit, draws=30, progress=False)
+    assert len(seen) > 30
+    assert "input" not in seen
 
 
 def test_nodes_that_are_there_for_nothing_are_found():

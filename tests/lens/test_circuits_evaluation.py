@@ -9,7 +9,7 @@ import pytest
 import lens
 from lens.circuits import evaluate, run_circuit, score_edges
 from lens.circuits.checks import control
-from lens.circuits.checks._control import magnitudes
+from lens.circuits.checks._control import _weighted, magnitudes
 from lens.circuits.checks.evaluation import SHARES, Outcome, cmd, cpr
 from lens.circuits.checks.recovery import recovery
 from lens.circuits.graph.activations import Ablation, read_activations
@@ -159,10 +159,13 @@ def test_a_true_circuit_stands_out_among_circuits_of_its_size():
     assert found.faithfulness["uniform"].mean() < 0.3
     assert found.p_value("uniform") <= 0.2
     table = found.table().set_index("circuit")
-    assert list(table["draws"]) == [1, 9, 9, 9]
+    assert list(table["draws"].drop("degrees")) == [1, 9, 9]
+    assert 0 < len(found.faithfulness["degrees"]) < 9  # the others were the circuit itself
     assert table["p"].isna().tolist() == [True, False, False, False]
     counted = (found.faithfulness["degrees"] >= found.outcome.faithfulness()[0]).sum()
-    assert table.loc["degrees", "p"] == pytest.approx((1 + counted) / 10)
+    assert table.loc["degrees", "p"] == pytest.approx(
+        (1 + counted) / (1 + len(found.faithfulness["degrees"]))
+    )
     assert "7 edges" in repr(found)
 
 
@@ -219,3 +222,42 @@ def test_figures_of_a_circuit():
     )
     figure = circuit_figures.layered_graph(grouped, zeros)
     assert (2.5, 0.75) in list(zip(figure.data[-1].x, figure.data[-1].y, strict=True))
+
+
+def chain():
+    """A model with one head a layer and a circuit that is the only one of its degrees: the edges into logits alone."""
+    model, task = small_model("gpt2"), small_task()
+    graph = find_nodes(model).graph
+    return model, task, make_circuit(graph, [edge for edge in graph.edges if "->logits" in edge])
+
+
+def test_a_circuit_is_no_control_of_itself():
+    """Where no swap fits, the draws were the circuit: p = 1 read as no better than chance."""
+    model, task, circuit = chain()
+    found = control(model, task, circuit, kinds=["degrees", "uniform"], draws=4, progress=False)
+    assert len(found.faithfulness["degrees"]) == 0
+    assert np.isnan([found.p_value("degrees"), found.apart["degrees"]]).all()
+    assert len(found.faithfulness["uniform"]) == 4
+    assert found.apart["uniform"] > 0
+
+
+def test_controls_of_large_activations_are_drawn():
+    """They were the same edges in each of 20 draws, which a p-value of 1/21 and a spread were made of."""
+    draw = np.random.default_rng(0)
+    weights = np.array([0, 1, 2, 4.0, 0])
+    times = np.mean([_weighted(weights, 1, draw) for _ in range(4000)], 0)
+    assert times == pytest.approx(weights / 7, abs=0.03)
+    assert _weighted(weights, 4, draw)[1:4].all()  # those without a weight come last
+    model, task, circuit = chain()
+    found = control(model, task, circuit, kinds=["magnitude"], draws=6, progress=False)
+    assert len(np.unique(found.faithfulness["magnitude"])) == 6
+
+
+def test_a_metric_that_is_no_number_is_refused():
+    """It was the largest of all circuits, and `find` took it."""
+    model, task, circuit = chain()
+    nothing = replace(task.with_metric("loss"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(task), "measure", lambda self, logits, rows: logits[:, 0, 0] * np.nan)
+        with pytest.raises(LensError, match="the metric is NaN or infinite with edges ablated"):
+            run_circuit(model, nothing, circuit, progress=False)

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from lens.circuits import score_edges
+from lens.circuits import exports, score_edges
 from lens.circuits.checks import jaccard, noise_floor, stability
 from lens.circuits.checks._consensus import consensus
 from lens.circuits.discovery import learn_masks
@@ -13,6 +13,7 @@ from lens.circuits.graph.activations import Ablation
 from lens.circuits.graph.circuit import make_circuit
 from lens.circuits.graph.edge_scores import EdgeScores
 from lens.circuits.graph.graph import Graph
+from lens.circuits.scores import positions
 from lens.circuits.scores.methods import EapIg, Hybrid
 from lens.common.errors import LensError
 from tests.lens.circuit_models import small_model, small_task
@@ -101,6 +102,29 @@ def test_scores_that_are_computed_again_are_the_same_but_for_what_was_planted():
     assert planted.below == pytest.approx((np.abs(off.mean(0)) <= planted.largest).mean())
 
 
+def test_scores_that_cannot_be_made_again_have_no_noise_floor(tmp_path):
+    """Made again by another method, or with other steps, they differed by what reads as rounding."""
+    model, task = small_model("attention_only"), small_task()
+    scores = score_edges(model, task, method=EapIg(2, "left"), progress=False)
+    hybrid = score_edges(model, task, method=Hybrid(("eap-ig", "exact")), progress=False)
+    with pytest.raises(LensError, match="by 'hybrid' and do not say the methods"):
+        noise_floor(model, task, hybrid)
+    with pytest.raises(LensError, match="by 'eap-ig' and do not say its steps"):
+        noise_floor(model, task, replace(scores, steps=None))
+    with pytest.raises(LensError, match="give the model that was scored"):
+        noise_floor(model, task, replace(scores, model="other"))
+    other = scored(np.ones((5, GRAPH.n)))
+    with pytest.raises(LensError, match="give the model that was scored"):
+        noise_floor(model, task, replace(other, task=task.name, model=model.name))
+    exports.to_mib(scores, tmp_path / "importances.json")
+    read = exports.from_mib(tmp_path / "importances.json")
+    again = noise_floor(model, task, replace(read, per_prompt=scores.per_prompt), progress=False)
+    assert again.relative < 1e-12
+    places = positions(model, task, "each", method=EapIg(2, "left"), progress=False).edges()
+    assert (places.steps, places.rule) == (2, "left")
+    assert noise_floor(model, task, places, progress=False).relative < 1e-9
+
+
 def test_what_cannot_be_compared_is_refused():
     with pytest.raises(LensError, match="stability needs scores of at least 2 prompts, got 1"):
         stability(scored(np.ones((1, GRAPH.n))), 3)
@@ -132,6 +156,20 @@ def test_the_core_is_in_every_view_and_more_views_never_grow_it():
         "All 3 views keep 2 of the 7 edges that any keeps; of random circuits of these sizes "
     )
     assert "(Jaccard index, pairs 33% to 60%; random ones of these sizes " in three.findings()[1]
+
+
+def test_a_core_says_of_what_it_is():
+    names = GRAPH.edges
+    zero, mean = (
+        make_circuit(GRAPH, names[:5], ablation=Ablation(word), task=word, model="toy")
+        for word in ("zero", "mean")
+    )
+    core = consensus([zero, mean]).core
+    assert core.made == "core of 2 views by zero and mean ablation, run by zero"
+    assert core.task == "zero and mean"
+    assert consensus([zero, zero]).union.made == "union of 2 views"
+    with pytest.raises(LensError, match="the circuits are of several models"):
+        consensus([zero, replace(mean, model="other")])
 
 
 def test_edges_whose_sign_hangs_on_the_prompts_are_left_out():

@@ -7,8 +7,7 @@ import pandas as pd
 import torch
 
 from lens import circuits
-from lens.circuits.checks._completeness import Completeness
-from lens.circuits.checks._control import CONTROLS, Control
+from lens.circuits.checks._control import CONTROLS
 from lens.circuits.graph.circuit import Circuit
 from lens.circuits.graph.edge_scores import EdgeScores
 from lens.circuits.scores.methods import named
@@ -145,7 +144,7 @@ def circuit(subject: Subject) -> Section:
         summary=(
             *(f"On held-out prompts: {said}" for said in beside.findings()),
             *curve.findings(),
-            _complete(complete, beside),
+            *complete.findings(),
             *minimal.findings(),
         ),
         limits=(
@@ -226,19 +225,6 @@ def _scores_in_words(scores: EdgeScores, table: pd.DataFrame) -> list[str]:
     return said
 
 
-def _complete(found: Completeness, beside: Control) -> str:
-    row = found.table().iloc[found.worst]
-    sets = found.table()
-    drawn = sets.loc[sets["kind"] == "random", "gap"].abs()
-    drawn_edges = float(beside.table().set_index("circuit")["faithfulness"]["uniform"])
-    return (
-        f"It is incomplete by {found.incompleteness:.0%} at worst: without {row['removed'] or 'nothing'} "
-        f"model and circuit differ by {row['gap']:+z.3g} [{row['low']:+z.3g}, {row['high']:+z.3g}] "
-        f"{found.metric} (sets of heads drawn at random: {drawn.mean():.3g} on average). As many random edges are "
-        f"incomplete by {abs(1 - drawn_edges):.0%} with nothing taken out."
-    )
-
-
 COLUMNS = {
     "edge": "Writer->reader; a head reads by <q>, <k> and <v>, heads of a layer of a hybrid as one, such as a1.",
     "writer": "Input, head or MLP whose output is read.",
@@ -268,9 +254,10 @@ COLUMNS = {
     "random_low": "Least of the random circuits.",
     "random_high": "Most of the random circuits.",
     "circuit": "Which circuit; of completeness: metric of the circuit without the set.",
-    "draws": "Number of circuits drawn.",
-    "p": "(1 + draws as faithful) / (1 + draws); missing for the circuit itself.",
-    "kind": "How the set was found: nothing removed, greedily, or at random.",
+    "draws": "Number of circuits drawn, the circuit itself left out.",
+    "p": "(1 + draws as faithful) / (1 + draws); missing for the circuit itself, and without draws.",
+    "apart": "Share of the circuit's edges that the circuits drawn have not, mean.",
+    "kind": "How the set was found: nothing removed, greedily (largest gap of a run), or at random.",
     "removed": "Heads that are ablated in circuit and model.",
     "size": "Number of them.",
     "model": "Metric of the model without the set.",

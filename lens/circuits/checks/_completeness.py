@@ -11,16 +11,19 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from lens.circuits.checks.evaluation import run_circuits
+from lens.circuits.checks.evaluation import check_changes, run_circuits
 from lens.circuits.graph.circuit import Circuit
 from lens.circuits.graph.selection import without
 from lens.common.choices import Count, Seed, check_counts
 from lens.common.errors import LensError
 from lens.common.given import given_as
-from lens.common.results import Result
+from lens.common.results import Result, Sentence, ends, few
 from lens.models.loaded import LoadedModel
 from lens.stats.intervals import columns
+from lens.stats.verdicts import of_many
 from lens.tasks.task import Task
+
+_TRIES = 20  # to draw a set that is not there yet
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -28,10 +31,12 @@ class Completeness(Result):
     """Metric of circuit and model without sets of nodes.
 
     Attributes:
-        kind: of each set: "none" (nothing taken away), "greedy" or "random".
+        kind: of each set: "none" (nothing taken away), "greedy" (the largest gap that a greedy run met on its way)
+            or "random" (of the size of one of those).
         sets: writers taken away.
         circuit, model: [sets, prompts], metric of either without the set, larger is better.
         full, empty: [prompts], metric of the whole model, and with every edge ablated.
+        tried: number of sets that the greedy runs looked at.
         metric, task: names.
         seed: of draws and bootstrap.
     """
@@ -42,6 +47,7 @@ class Completeness(Result):
     model: np.ndarray
     full: np.ndarray
     empty: np.ndarray
+    tried: int
     metric: str
     task: str
     seed: int
@@ -78,6 +84,25 @@ class Completeness(Result):
             }
         )
 
+    def findings(self) -> tuple[Sentence, ...]:
+        """The largest gap between model and circuit, beside random sets of heads of that size ("complete")."""
+        table = self.table()
+        row = table.iloc[self.worst]
+        many = 1 + self.tried + self.kind.count("random")
+        interval = ends(*of_many(row["gap"], row["low"], row["high"], many), "+z.3g")
+        alike = table[(table["kind"] == "random") & (table["size"] == row["size"])]["gap"].abs()
+        beside = (
+            f"{len(alike)} random sets of {row['size']} heads by {alike.mean():.3g} on average"
+            if len(alike)
+            else f"there is no random set of {row['size']} heads beside it"
+        )
+        text = (
+            f"Without {few(self.sets[self.worst]) or 'nothing'} model and circuit differ by {row['gap']:+z.3g}{interval} "
+            f"{self.metric}, {self.incompleteness:.0%} of what ablating everything changes: the largest gap of {many} sets, "
+            f"looked for on these {len(self.full)} prompts; {beside}."
+        )
+        return (Sentence(text, kind="complete"),)
+
     def __repr__(self) -> str:
         worst = self.worst
         return (
@@ -102,19 +127,22 @@ def completeness(
     """Look for sets of heads without which circuit and model differ most.
 
     Each greedy run begins with nothing taken away; in each step it draws candidates among the heads of
-    the circuit and takes the one that makes `|F(M without K) - F(C without K)|` largest. The sets are
-    looked for on the prompts on which they are reported, so the gap is rather too large than too small.
+    the circuit and takes the one that makes `|F(M without K) - F(C without K)|` largest. Of each run the
+    set with the largest gap on its way is kept. The sets are looked for on the prompts on which they are
+    reported, so the gap is rather too large than too small.
 
     Args:
         model, task: those of the circuit, or the same model and other prompts.
         circuit: its ablation replaces what is taken away.
-        runs, steps, candidates: of the greedy search.
-        draws: of sets of the same size, without a search.
+        runs, steps, candidates: of the greedy search; where the circuit has no more heads than `candidates`, all
+            runs would be one, and one is made.
+        draws: of other sets of the sizes of the greedy ones, without a search; fewer where there are no more.
         seed: of all draws.
         progress: show a bar with the time left, on stderr, if that is a terminal.
 
     Raises:
-        LensError: counts that are not positive, a circuit without heads, or one of another graph.
+        LensError: counts that are not positive, a circuit without heads, or one of another graph, or a task that
+            ablation does not change.
 
     Reference: Wang et al. 2022, arXiv 2211.00593.
 
@@ -131,7 +159,7 @@ def completeness(
             "the circuit has no heads to take away; give one with at least one edge that leaves a head"
         )
     draw, graph = np.random.default_rng(seed), circuit.graph
-    steps = min(steps, len(heads))
+    runs = runs if candidates < len(heads) else 1
 
     def gaps(sets: list[tuple[str, ...]]) -> tuple[np.ndarray, ...]:
         everything = np.ones(graph.n, bool)
@@ -140,10 +168,12 @@ def completeness(
         found = run_circuits(model, task, np.stack(kept), circuit.ablation, progress=progress)
         return found.metric[: len(sets)], found.metric[len(sets) :], found.full, found.empty
 
-    chosen: list[tuple[str, ...]] = [() for _ in range(runs)]
-    for _ in range(steps):
+    at: list[tuple[str, ...]] = [() for _ in range(runs)]
+    met: list[list[tuple[float, tuple[str, ...]]]] = [[] for _ in range(runs)]
+    looked_at = set()
+    for _ in range(min(steps, len(heads))):
         tried, of = [], []
-        for number, names in enumerate(chosen):
+        for number, names in enumerate(at):
             left = [name for name in heads if name not in names]
             for name in draw.permutation(left)[:candidates]:
                 tried.append((*names, str(name)))
@@ -152,11 +182,41 @@ def completeness(
         sizes = np.abs((outside - inside).mean(1))
         for number in range(runs):
             mine = np.flatnonzero(np.array(of) == number)
-            chosen[number] = tried[mine[sizes[mine].argmax()]]
-    drawn = [tuple(map(str, draw.permutation(heads)[:steps])) for _ in range(draws)]
+            best = mine[sizes[mine].argmax()]
+            at[number] = tried[best]
+            met[number].append((float(sizes[best]), tried[best]))
+        looked_at |= {frozenset(names) for names in tried}
+    chosen = [max(one, key=lambda found: found[0])[1] for one in met]
+    drawn = _others(heads, chosen, draws, draw)
     sets = [(), *chosen, *drawn]
     inside, outside, full, empty = gaps(sets)
-    kinds = ("none", *["greedy"] * runs, *["random"] * draws)
+    check_changes(float((full - empty).mean()))
+    kinds = ("none", *["greedy"] * runs, *["random"] * len(drawn))
     return Completeness(
-        kinds, tuple(sets), inside, outside, full, empty, task.metric, task.name, seed
+        kinds,
+        tuple(sets),
+        inside,
+        outside,
+        full,
+        empty,
+        len(looked_at),
+        task.metric,
+        task.name,
+        seed,
     )
+
+
+def _others(
+    heads: list[str], chosen: list[tuple[str, ...]], draws: int, draw: np.random.Generator
+) -> list[tuple[str, ...]]:
+    """Random sets of the sizes of the chosen ones in turn, each once and none of them."""
+    seen, found = {frozenset(names) for names in chosen}, []
+    for number in range(draws):
+        size = len(chosen[number % len(chosen)])
+        for _ in range(_TRIES):
+            names = tuple(map(str, draw.permutation(heads)[:size]))
+            if frozenset(names) not in seen:
+                seen.add(frozenset(names))
+                found.append(names)
+                break
+    return found

@@ -10,6 +10,8 @@ import pandas as pd
 
 from lens.circuits.checks._stability import Stability, jaccard
 from lens.circuits.graph.circuit import Circuit
+from lens.common.errors import LensError
+from lens.common.given import given_as
 from lens.common.results import Result, Sentence
 
 
@@ -18,7 +20,8 @@ class Consensus(Result):
     """Edges by the share of views that keep them.
 
     Attributes:
-        core: circuit of the edges that every view keeps.
+        core: circuit of the edges that every view keeps; it and `union` are run with the ablation of the first view, and
+            `made` names the others.
         union: circuit of those that any keeps.
         stability: overlaps of the views, with the share of each edge.
         views: what each was made by; sizes: edges that each keeps.
@@ -70,7 +73,7 @@ def consensus(circuits: Sequence[Circuit]) -> Consensus:
         circuits: views, such as `scores.top(count)` of several methods, ablations, thresholds or draws of prompts.
 
     Raises:
-        LensError: as `jaccard`.
+        LensError: as `jaccard`, or circuits of several models.
 
     Reference: CIRCUS, 2026, arXiv 2603.00523.
 
@@ -81,11 +84,24 @@ def consensus(circuits: Sequence[Circuit]) -> Consensus:
         True
     """
     overlap = jaccard(circuits)
+    circuits = [given_as("Circuit", circuits=one) for one in circuits]
     kept = np.stack([one.kept for one in circuits])
+    models, tasks, ablations = (
+        list(dict.fromkeys(of))
+        for of in zip(*((one.model, one.task, one.ablation.value) for one in circuits), strict=True)
+    )
+    if len(models) > 1:
+        raise LensError(
+            f"the circuits are of several models ({', '.join(models)}), so what they share is a circuit of none; give "
+            "those of one"
+        )
     made = f"of {len(circuits)} views"
+    if len(ablations) > 1:
+        made += f" by {' and '.join(ablations)} ablation, run by {ablations[0]}"
+    first = replace(circuits[0], task=" and ".join(tasks))
     return Consensus(
-        core=replace(circuits[0], kept=kept.all(0), made=f"core {made}"),
-        union=replace(circuits[0], kept=kept.any(0), made=f"union {made}"),
+        core=replace(first, kept=kept.all(0), made=f"core {made}"),
+        union=replace(first, kept=kept.any(0), made=f"union {made}"),
         stability=overlap,
         views=tuple(one.made for one in circuits),
         sizes=tuple(one.n for one in circuits),

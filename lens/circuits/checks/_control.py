@@ -31,7 +31,7 @@ Kind = Literal["uniform", "degrees", "magnitude"]
 CONTROLS = {
     "uniform": "random ones",
     "degrees": "random ones with the same degrees",
-    "magnitude": "those where activations differ most",
+    "magnitude": "random ones, likelier where activations differ more",
 }
 
 
@@ -41,7 +41,8 @@ class Control(Result):
 
     Attributes:
         outcome: of the circuit.
-        faithfulness: control -> [draws].
+        faithfulness: control -> [draws] of other circuits; none where the circuit is the only one of its kind.
+        apart: control -> share of the circuit's edges that a draw has not, mean over draws; NaN without any.
         edges: number in each circuit.
         task: its name.
         seed: of draws and bootstrap.
@@ -49,29 +50,33 @@ class Control(Result):
 
     outcome: Outcome
     faithfulness: dict[str, np.ndarray]
+    apart: dict[str, float]
     edges: int
     task: str
     seed: int
 
     def p_value(self, control: str) -> float:
-        """(1 + draws that are as faithful) / (1 + draws): the least that so few draws can show."""
-        return p_value(self.outcome.faithfulness()[0], self.faithfulness[control])
+        """(1 + draws that are as faithful) / (1 + draws): the least that so few draws can show; NaN without any."""
+        drawn = self.faithfulness[control]
+        return p_value(self.outcome.faithfulness()[0], drawn) if len(drawn) else float("nan")
 
     def table(self) -> pd.DataFrame:
         """One row for the circuit, and one per control.
 
         Columns: `circuit`, `edges`, `faithfulness` with `low` and `high` (of the circuit the 95 %
         bootstrap interval over prompts, of a control the 2.5th and 97.5th percentile of its draws),
-        `draws`, `p` (NaN for the circuit). NaN for the ends of a single prompt, and of a single draw.
+        `draws`, `p` and `apart` (share of the circuit's edges that the draws have not; both NaN for the circuit). NaN
+        for the ends of a single prompt, and of a single draw.
         """
         low, high = self.outcome.interval(self.seed)
         rows: list[tuple[Any, ...]] = [
-            ("circuit", self.outcome.faithfulness()[0], low[0], high[0], 1, np.nan)
+            ("circuit", self.outcome.faithfulness()[0], low[0], high[0], 1, np.nan, np.nan)
         ]
         for name, drawn in self.faithfulness.items():
             spread = stats.interval(drawn) if len(drawn) > 1 else (np.nan, np.nan)
-            rows.append((name, drawn.mean(), *spread, len(drawn), self.p_value(name)))
-        columns = ["circuit", "faithfulness", "low", "high", "draws", "p"]
+            mean = drawn.mean() if len(drawn) else np.nan
+            rows.append((name, mean, *spread, len(drawn), self.p_value(name), self.apart[name]))
+        columns = ["circuit", "faithfulness", "low", "high", "draws", "p", "apart"]
         return pd.DataFrame(rows, columns=columns).assign(edges=self.edges)
 
     def findings(self) -> tuple[Sentence, ...]:
@@ -82,15 +87,18 @@ class Control(Result):
             for name, row in rows.items()
         }
         others = "; ".join(
-            f"{CONTROLS[kind]} {found[kind]} (p = {rows[kind]['p']:.2f})"
-            for kind in self.faithfulness
+            f"{CONTROLS[kind]} {found[kind]} (p = {rows[kind]['p']:.2f}; {self.apart[kind]:.0%} other edges)"
+            if len(drawn)
+            else f"no other circuit is there for {CONTROLS[kind]}"
+            for kind, drawn in self.faithfulness.items()
         )
         text = f"The circuit of {self.edges:,} edges has a faithfulness of {found['circuit']}; of as many edges, {others}."
         return (Sentence(text, kind="faithful"),)
 
     def __repr__(self) -> str:
         drawn = ", ".join(
-            f"{name} {values.mean():.3g}" for name, values in self.faithfulness.items()
+            f"{name} {values.mean():.3g}" if len(values) else f"{name} none"
+            for name, values in self.faithfulness.items()
         )
         return (
             f"Control({self.task!r}: {self.edges:,} edges, faithfulness "
@@ -112,8 +120,10 @@ def control(
 
         uniform    edges drawn alike
         degrees    each writer is read, and each reader reads, as often as in the circuit
-        magnitude  the edges of the writers whose output the ablation changes most (mean norm over
-                   prompts and tokens), in random order: what looks only at sizes, not at the task
+        magnitude  edges drawn in proportion to how much the ablation changes their writer's output (mean norm
+                   over prompts and tokens): what looks only at sizes, not at the task
+
+    A draw that is the circuit itself is left out: where no two edges can change ends, no other circuit has its degrees.
 
     Args:
         model, task: those of the circuit, or the same model and other prompts.
@@ -138,21 +148,44 @@ def control(
     sizes = None
     if "magnitude" in kinds:
         sizes = magnitudes(model, task, circuit.ablation)
-    kept = [circuit.kept]
-    for kind in kinds:
+    kept: dict[str, list[np.ndarray]] = {kind: [] for kind in kinds}
+    for kind, others in kept.items():
         for _ in range(draws):
             if kind == "uniform":
-                kept.append(random_edges(graph, circuit.n, draw))
+                one = random_edges(graph, circuit.n, draw)
             elif kind == "degrees":
-                kept.append(same_degrees(graph, circuit.kept, draw))
+                one = same_degrees(graph, circuit.kept, draw)
             else:
                 assert sizes is not None
-                order = np.lexsort((draw.random(graph.n), -sizes[graph.ends[1]]))
-                kept.append(np.isin(np.arange(graph.n), order[: circuit.n]))
-    found = run_circuits(model, task, np.stack(kept), circuit.ablation, progress=progress)
-    values = found.faithfulness()[1:].reshape(len(kinds), draws)
-    one = Outcome(found.metric[:1], found.kl[:1], found.full, found.empty)
-    return Control(one, dict(zip(kinds, values, strict=True)), circuit.n, task.name, seed)
+                one = _weighted(sizes[graph.ends[1]], circuit.n, draw)
+            if (one != circuit.kept).any():
+                others.append(one)
+    drawn = [one for others in kept.values() for one in others]
+    found = run_circuits(
+        model, task, np.stack([circuit.kept, *drawn]), circuit.ablation, progress=progress
+    )
+    counts = np.cumsum([len(others) for others in kept.values()])
+    values = np.split(found.faithfulness()[1:], counts[:-1])
+    apart = {
+        kind: float(np.mean([(circuit.kept & ~one).sum() / circuit.n for one in others]))
+        if others
+        else float("nan")
+        for kind, others in kept.items()
+    }
+    own = Outcome(found.metric[:1], found.kl[:1], found.full, found.empty)
+    return Control(own, dict(zip(kept, values, strict=True)), apart, circuit.n, task.name, seed)
+
+
+def _weighted(weights: np.ndarray, count: int, draw: np.random.Generator) -> np.ndarray:
+    """[edges] whether drawn, `count` in all, each draw in proportion to the weights of what is left.
+
+    Reference: Efraimidis and Spirakis 2006, Information Processing Letters 97.
+    """
+    with np.errstate(divide="ignore"):
+        order = np.lexsort(
+            (draw.random(len(weights)), draw.exponential(size=len(weights)) / weights)
+        )
+    return np.isin(np.arange(len(weights)), order[:count])
 
 
 @torch.no_grad()

@@ -29,7 +29,7 @@ class Minimality(Result):
         nodes: writers of the circuit.
         drops: [nodes, prompts], F(C without K) - F(C without K and the node), larger is better.
         given: [nodes] the set K of each.
-        random: [draws], mean drop when a random node leaves a random circuit of as many edges.
+        random: [draws], mean drop when a random head or MLP leaves a random circuit of as many edges.
         full, empty: [prompts], metric of the whole model, and with every edge ablated.
         metric, task: names.
         seed: of draws and bootstrap.
@@ -86,13 +86,18 @@ class Minimality(Result):
     def findings(self) -> tuple[Sentence, ...]:
         """How many parts are needed, and which do most by size, beside parts of random circuits."""
         rows = self.table()
-        clear = int(((rows["low"] > 0) | (rows["high"] < 0)).sum())
-        apart = "" if rows["low"].isna().all() else f", {clear} with an interval that excludes 0"
+        needed = rows["node"].isin(self.needed())
+        clear = int((needed & ((rows["low"] > 0) | (rows["high"] < 0))).sum())
+        apart = (
+            ""
+            if rows["low"].isna().all()
+            else f", {clear} of them with an interval that excludes 0"
+        )
         records = rows.head(4).to_dict("records")
         best = ", ".join(f"{row['node']} {row['share']:.0%}" for row in records)
         text = (
-            f"{len(self.needed())} of the {len(self.nodes)} heads and MLPs that were taken out of it change the task "
-            f"by at least 1 %{apart}; most do {best} (95 of 100 parts of random circuits at most "
+            f"{needed.sum()} of the {len(self.nodes)} heads and MLPs that were taken out of it change the task "
+            f"by at least 1 %{apart}; most do {best} (of {len(self.random)} parts of random circuits 95 % at most "
             f"{rows['random'].iloc[0] / abs(self.whole):.1%})."
         )
         return (Sentence(text, kind="needed"),)
@@ -122,7 +127,7 @@ def minimality(
         circuit: its ablation replaces what is taken out.
         nodes: those to try; all of the circuit if not given.
         given: for some nodes a set K that is out already, such as the backups of the same class.
-        draws: of random circuits of as many edges, out of each of which a random node is taken.
+        draws: of random circuits of as many edges, out of each of which a random head or MLP is taken.
         seed: of these draws.
         progress: show a bar with the time left, on stderr, if that is a terminal.
 
@@ -153,9 +158,13 @@ def minimality(
     after = [without(graph, kept, [name]) for kept, name in zip(before, nodes, strict=True)]
     plain, reduced = [], []
     for _ in range(draws):
-        plain.append(random_edges(graph, circuit.n, draw))
-        writers = np.unique(graph.ends[1][plain[-1]])
-        reduced.append(without(graph, plain[-1], [graph.writers[draw.choice(writers)]]))
+        writers = np.empty(0, int)
+        while not len(writers):  # `input` is none of the parts that are taken out
+            drawn = random_edges(graph, circuit.n, draw)
+            writers = np.unique(graph.ends[1][drawn])
+            writers = writers[writers > 0]
+        plain.append(drawn)
+        reduced.append(without(graph, drawn, [graph.writers[draw.choice(writers)]]))
     common = {names: number for number, names in enumerate(dict.fromkeys(sets.values()))}
     starts = [circuit.kept, *(without(graph, circuit.kept, names) for names in common)]
     kept = np.stack([*starts, *after, *plain, *reduced])
@@ -165,8 +174,8 @@ def minimality(
     )
     base = [1 + common[sets[name]] if name in sets else 0 for name in nodes]
     drops, apart = start[base] - after_, tuple(sets.get(name, ()) for name in nodes)
-    drawn = (plain_ - reduced_).mean(1)
+    by_chance = (plain_ - reduced_).mean(1)
     check_changes(float((found.full - found.empty).mean()))
     return Minimality(
-        nodes, drops, apart, drawn, found.full, found.empty, task.metric, task.name, seed
+        nodes, drops, apart, by_chance, found.full, found.empty, task.metric, task.name, seed
     )

@@ -11,6 +11,8 @@ import torch
 
 from lens.circuits.graph.circuit import Circuit
 from lens.circuits.graph.edge_scores import EdgeScores, Selection
+from lens.circuits.graph.mixed import mixed_of
+from lens.circuits.graph.nodes import find_nodes
 from lens.circuits.scores.methods import named
 from lens.circuits.scores.scoring import score_edges
 from lens.common.choices import Count, Seed, check_counts, check_lists
@@ -186,7 +188,8 @@ def noise_floor(
         progress: show a bar with the time left, on stderr, if that is a terminal.
 
     Raises:
-        LensError: scores of another task or of another number of prompts.
+        LensError: scores of another model, graph, task or number of prompts, by no method of `lens.circuits.score_edges`,
+            or whose method is not known to its steps and parts ("hybrid", integrated gradients of a file).
 
     Example:
         >>> scores = lens.circuits.score_edges(small, copying, progress=False)
@@ -199,8 +202,20 @@ def noise_floor(
             f"the scores are of {scores.n} prompts of {scores.task!r}, and the task is {task.n} of "
             f"{task.name!r}; give the task that was scored"
         )
-    order = torch.as_tensor(np.random.default_rng(seed).permutation(task.n))
+    nodes = mixed_of(model) or find_nodes(model, kv=scores.ablation.kv)
+    if scores.model != model.name or scores.graph != nodes.graph:
+        raise LensError(
+            f"the scores are of {scores.graph} of {scores.model!r}, and {model.name!r} has {nodes.graph}; give the model "
+            "that was scored"
+        )
     word, method = named(scores.method)  # type: ignore[arg-type]  # a string of a file
+    if word == "hybrid" or (method is not None and scores.steps is None):
+        missing = "the methods that a hybrid is the mean of" if word == "hybrid" else "its steps"
+        raise LensError(
+            f"the scores are by {word!r} and do not say {missing}, so that they cannot be made again; take scores by one "
+            "method from lens.circuits.score_edges"
+        )
+    order = torch.as_tensor(np.random.default_rng(seed).permutation(task.n))
     if method is not None and scores.steps is not None:
         method = replace(method, steps=scores.steps, rule=scores.rule)
     again = score_edges(

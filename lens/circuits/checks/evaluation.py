@@ -311,6 +311,7 @@ def run_circuits(
             kl.append(torch.stack(divergences).numpy())
             advance(len(rows))
     metrics, divergence = np.concatenate(metric, 1), np.concatenate(kl, 1)
+    check_finite(metrics)
     return Outcome(metrics[2:], divergence[2:], metrics[0], metrics[1])
 
 
@@ -327,6 +328,15 @@ def ratio(gain: np.ndarray, whole: float) -> np.ndarray:
     """Gains [...] as shares of what ablating every edge changes; errors as of `check_changes`."""
     check_changes(whole)
     return gain / whole
+
+
+def check_finite(metric: np.ndarray) -> None:
+    """Raises LensError where the metric of a run with edges ablated is no number: it would be the largest of any."""
+    if not np.isfinite(metric).all():
+        raise LensError(
+            "the metric is NaN or infinite with edges ablated, so nothing can be compared; check the weights "
+            "or choose another metric or ablation"
+        )
 
 
 def check_changes(whole: float) -> None:

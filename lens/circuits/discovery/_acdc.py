@@ -26,6 +26,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from lens.circuits.checks.evaluation import check_finite
 from lens.circuits.graph.activations import Ablation, Baseline
 from lens.circuits.graph.circuit import Circuit
 from lens.circuits.graph.edge_scores import EdgeScores
@@ -232,11 +233,7 @@ class _Losses:
                 logits = masked_logits(self._nodes, task.clean[rows], reference, masks)
                 values: list[Tensor] = [task.measure(part, rows) for part in logits]
                 total -= task.sign * torch.stack(values).double().sum(1).cpu().numpy()
-        if np.isnan(total).any():
-            raise LensError(
-                "the metric is NaN with edges ablated, so nothing can be compared; check the weights "
-                "or choose another metric or ablation"
-            )
+        check_finite(total)
         return total / task.n
 
 

@@ -28,7 +28,8 @@ class EdgeScores(Result):
         graph: the edges.
         per_prompt: [prompts, edges]; NaN is an edge that was not scored.
         method: of `score_edges`; or where the scores are from: "acdc" (thresholds), "edge-pruning" and
-            "subnetwork-probing" (probabilities of gates), "imported" (`from_mib`).
+            "subnetwork-probing" (probabilities of gates), "exact at places" (`PositionScores.edges`), "imported"
+            (`from_mib`).
         ablation: what replaces a writer's output.
         metric, task, model: names.
         steps, rule: of the integrated gradients, else None.

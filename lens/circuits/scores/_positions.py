@@ -124,6 +124,7 @@ def positions(
         metric=task.metric,
         task=task.name,
         model=model.name,
+        **({} if integrated is None else {"steps": int(steps), "rule": rule}),
     )
 
 

@@ -11,7 +11,7 @@ from lens.circuits.graph.activations import Ablation
 from lens.circuits.graph.edge_scores import EdgeScores
 from lens.circuits.graph.graph import Graph
 from lens.circuits.graph.ways import PARTS
-from lens.common.choices import is_whole
+from lens.common.choices import check_counts, is_whole
 from lens.common.errors import LensError
 from lens.common.results import Result, Sentence, ends
 from lens.stats.intervals import columns
@@ -34,6 +34,7 @@ class PositionScores(Result):
         method: "exact", "eap" or "eap-ig".
         ablation: what replaces what is left out.
         metric, task, model: names.
+        steps, rule: of the integrated gradients, else None.
     """
 
     graph: Graph
@@ -46,12 +47,16 @@ class PositionScores(Result):
     metric: str
     task: str
     model: str
+    steps: int | None = None
+    rule: str | None = None
 
     def edges(self) -> EdgeScores:
-        """Summed over the spans: of gradients what `lens.circuits.score_edges` gives without positions."""
+        """Summed over the spans: of gradients what `lens.circuits.score_edges` gives without positions, of runs ("exact at
+        places") something else."""
+        method = "exact at places" if self.method == "exact" else self.method
         return EdgeScores(
-            self.graph, self.within.sum(1), self.method, Ablation(kv=self.graph.kv), self.metric, self.task,
-            self.model,
+            self.graph, self.within.sum(1), method, Ablation(kv=self.graph.kv), self.metric, self.task,
+            self.model, self.steps, self.rule,
         )  # fmt: skip
 
     @property
@@ -81,9 +86,14 @@ class PositionScores(Result):
             count: only so many rows.
             seed: of the bootstrap.
 
+        Raises:
+            LensError: a number of rows that is none.
+
         Columns: `edge` (across spans the head's part, such as "a1.h0<k>"), `span` (where it is read; across spans of the query),
         `key_span` ("" within a span), `value` with `low` and `high` (95 % bootstrap over prompts), `n` prompts.
         """
+        if count is not None:
+            check_counts(count=count)
         units = self._units()
         chosen = np.argsort(-np.abs(units.mean(0)), kind="stable")[:count]
         return self._rows(chosen, units[:, chosen], seed)
