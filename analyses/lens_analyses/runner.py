@@ -20,7 +20,6 @@ from lens.runs import Run, open_run
 from lens.runs.commands import again
 from lens.runs.schema import PROMPT_KINDS
 from lens.runs.writer import find_by_config
-from lens.traces.findings import findings
 from lens.traces.store import remove_trace, trace_files
 from lens_analyses import recurrent
 from lens_analyses.analysing import analyse
@@ -32,7 +31,7 @@ from lens_analyses.inputs import load_model, plan, read_sources
 from lens_analyses.making import Making, check_place, check_writable, making, prompt_row
 from lens_analyses.planned import PlannedPrompt
 from lens_analyses.provenance import versions
-from lens_analyses.report import render
+from lens_analyses.report import render, stored_headline
 from lens_analyses.steps.subject import Subject, analysed
 
 if TYPE_CHECKING:
@@ -66,7 +65,12 @@ class Finished:
     @property
     def was_stopped(self) -> bool:
         """Whether it ended before its time, by no error."""
-        return self.status == "partial" and not self._worst.meta["error"]
+        return self.status == "partial" and not self.error
+
+    @property
+    def error(self) -> dict[str, Any] | None:
+        """Why that run is not whole; None where all are, or it was stopped."""
+        return self._worst.meta["error"]
 
     @property
     def _worst(self) -> Run:
@@ -77,7 +81,7 @@ class Finished:
         worst = self._worst
         prompts = worst.meta["prompts"]
         goes_on = f"the same command, or `{again(worst.path, worst.meta)}`,"
-        failed = (worst.meta["error"] or {}).get("message")
+        failed = (self.error or {}).get("message")
         if self.was_stopped:
             sections = "".join(f", {name}" for name in worst.sections)
             return (
@@ -102,7 +106,7 @@ class Finished:
             "prompts": self.run.meta["prompts"],
             "seconds": self.run.meta["seconds"],
             "findings": self.headline,
-            "error": self._worst.meta["error"],
+            "error": self.error,
             "report": str(report) if report.exists() else None,
             "beside": [str(one.path) for one in self.beside],
         }
@@ -129,9 +133,7 @@ def execute(
     mapping = config.as_mapping()
     run = readable(find_by_config(runs, mapping))
     if run and not again and run.status == "success" and (run.path / "report.html").exists():
-        said = [one.text for one in findings(run.heads)]
-        said = said or [text for section in run.readable()[0].values() for text in section.summary]
-        return Finished(run, said, computed=False)
+        return Finished(run, stored_headline(run), computed=False)
     check_writable(runs)
     if model is None:
         log.info("loading %s", config.model.name)

@@ -14,6 +14,7 @@ import pytest
 from lens_analyses.comparison import write_comparison
 from lens_analyses.report import render, write_report
 from lens_analyses.report.charts import only_picture
+from lens_analyses.report.limits import limits
 from lens_analyses.report.maps import colored, png
 from lens_analyses.report.page import embedded_json, interval, number, percent
 from lens_dashboards import views
@@ -172,6 +173,20 @@ def test_limits_speak_of_this_run(report):
     assert "cut into pieces of 61 tokens" in said
     assert "Moby-Dick, chapters 134 and 135, by Herman Melville, 183 tokens" in said
     assert "nothing here is about cause" in said
+    assert report["limits"][-1] == (
+        "Not measured: the effect of removing heads, circuits, the norm of what a head writes, attention after changing "
+        "the prompt's first token, attention in another precision."
+    )
+
+
+def test_what_a_section_measured_is_not_told_as_missing(run_folder):
+    run = open_run(run_folder)
+    sinks = limits(run, run.config, {"detection", "first_token"})[-1]
+    assert "first token" not in sinks
+    assert sinks.startswith("Not measured: the effect of removing heads, circuits,")
+    heads = limits(run, run.config, ["importance"])[-1]
+    assert heads.startswith("Not measured: circuits,")
+    assert "changing the prompt's first token" in heads
 
 
 def test_the_page_shows_the_numbers_of_the_json(report, page):

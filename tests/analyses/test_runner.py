@@ -12,6 +12,7 @@ import pytest
 from lens_analyses import runner
 from lens_analyses.config import make_config
 from lens_analyses.console import Output
+from lens_analyses.report import render
 from lens_analyses.runner import execute
 
 import lens
@@ -94,7 +95,8 @@ def test_the_same_command_finds_the_finished_run(run_folder, lens_command):
     assert answer.json["computed"] is False
     assert answer.json["path"] == str(run_folder)
     report = json.loads((run_folder / "report.json").read_text())
-    assert answer.json["findings"] == [finding["text"] for finding in report["summary"]]
+    assert report["headlines"]
+    assert answer.json["findings"] == render(open_run(run_folder)).headline
     assert (run_folder / "heads.parquet").stat().st_mtime_ns == before
 
 

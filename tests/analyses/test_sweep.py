@@ -6,11 +6,15 @@ import re
 import shutil
 import signal
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 import pytest
-from lens_analyses.console import UsageError
+from lens_analyses.config import make_config
+from lens_analyses.console import Output, UsageError
+from lens_analyses.runner import Finished
+from lens_analyses.sweeps import making
 from lens_analyses.sweeps.headlines import summary
 from lens_analyses.sweeps.plan import make_runs, read_plan
 
@@ -260,6 +264,19 @@ def test_a_killed_sweep_ends_with_the_numbers_of_an_uninterrupted_one(
     ]
     assert headlines[0] == headlines[1]
     assert "This sweep is not complete" not in page.read_text()
+
+
+def test_a_run_beside_that_is_not_whole_says_why_and_does_not_end_the_sweep(
+    run_folder, tmp_path, monkeypatch
+):
+    whole = open_run(run_folder)
+    failed = replace(
+        whole, meta={**whole.meta, "status": "partial", "error": {"message": "too short"}}
+    )
+    monkeypatch.setattr(making, "execute", lambda *_, **__: Finished(whole, [], beside=(failed,)))
+    item = making.Item(make_config({"model": {"name": "induction-2l"}}))
+    made = making.make(item, tmp_path, Output(quiet=True), again=False)
+    assert (made.status, made.error) == ("partial", "too short")
 
 
 def test_the_first_sentence_of_each_analysis_is_shown(run_folder, tmp_path):

@@ -9,6 +9,7 @@ from lens_analyses.config.analyses import VisionSettings
 from lens_analyses.steps.vision_language import (
     _WRITTEN,
     _answered,
+    _decoding,
     _Made,
     _span,
     chain,
@@ -113,6 +114,28 @@ def test_the_overlay_after_is_what_var_makes_of_the_row():
         assert new == pytest.approx(expected)
     assert not np.allclose(rows, after)
     assert int((inputs["input_ids"] == IMAGE).sum()) == image.sum()
+
+
+def test_only_tokens_that_the_model_wrote_are_compared():
+    network, inputs, _ = build("llava")
+    model = lens.load(network)
+    prompts, _ = read_prompts(model, [inputs, inputs], whole=True)
+    with torch.no_grad():
+        written = network.generate(**inputs, max_new_tokens=_WRITTEN, do_sample=False)
+    first = int(written[0, inputs["input_ids"].shape[1]])
+    network.generation_config.eos_token_id = first  # it stops after one token
+    table, (said,) = _decoding(model, prompts, lens.edits.Act(), (0.0,), seed=0)
+    assert table["written"].tolist() == [str(first)] * 2
+    assert table["same"].tolist() == [1, 1]
+    assert "keeps 100% [100%, 100%] of the tokens, 8 at most," in said
+    longer = iter(([first], [first, 5, 6]))
+
+    def stops(input_ids, **_):
+        return torch.cat([input_ids, torch.tensor([next(longer)])], 1)
+
+    network.generate = stops
+    table, _ = _decoding(model, prompts[:1], lens.edits.Act(), (0.5,), seed=0)
+    assert table["same"].tolist() == [1, 1 / 3]
 
 
 def test_pasta_at_an_amount_keeps_the_rest_of_the_weight():

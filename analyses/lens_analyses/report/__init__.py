@@ -1,5 +1,6 @@
 """One HTML file that opens offline, and the same numbers as JSON, from a run folder."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from lens_analyses.report.maps import head_maps
 from lens_analyses.report.numbers import numbers
 from lens_analyses.report.page import page
 
+_LARGEST = 2**28  # bytes of the numbers of a report
+
 
 @dataclass(frozen=True)
 class Report:
@@ -31,16 +34,8 @@ class Report:
 
     @property
     def headline(self) -> list[str]:
-        """The sentences of the first screen, and which kinds of heads there are not.
-
-        Of a run whose sections have none, the first of each and those of the profile.
-        """
-        numbers = self.numbers
-        if numbers["headlines"]:
-            missed = [one["text"] for one in numbers["summary"] if not one["found"]]
-            return [*(one["text"] for one in numbers["headlines"]), *missed]
-        sections = [part["summary"][0] for part in numbers["sections"] if part["summary"]]
-        return [*sections, *(finding["text"] for finding in numbers["summary"])]
+        """What the run found, in words: `headline_of` its numbers."""
+        return headline_of(self.numbers)
 
     def files(self) -> dict[str, str]:
         """Name -> content."""
@@ -63,6 +58,26 @@ class Written:
     def as_json(self) -> dict[str, Any]:
         """For `--json`."""
         return {"html": str(self.html), "json": str(self.json), "status": self.status}
+
+
+def headline_of(numbers: Mapping[str, Any]) -> list[str]:
+    """The sentences of the first screen, and which kinds of heads there are not.
+
+    Of a run whose sections have none, the first of each and those of the profile.
+    """
+    if numbers["headlines"]:
+        missed = [one["text"] for one in numbers["summary"] if not one["found"]]
+        return [*(one["text"] for one in numbers["headlines"]), *missed]
+    sections = [part["summary"][0] for part in numbers["sections"] if part["summary"]]
+    return [*sections, *(finding["text"] for finding in numbers["summary"])]
+
+
+def stored_headline(run: Run) -> list[str]:
+    """What the command that made a run said it found, from its report; made again where that cannot be read."""
+    try:
+        return headline_of(run.door.json("report.json", most=_LARGEST))
+    except (LensError, KeyError):  # KeyError: of another version
+        return render(run).headline
 
 
 @untemplated()

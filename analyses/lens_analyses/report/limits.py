@@ -1,6 +1,6 @@
 """What a report does not show, and on what its numbers depend: said for this very run."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from lens.common.errors import LensError
@@ -13,16 +13,25 @@ _OF_FIRST = (
 )
 _UNTOUCHED = "Nothing was changed inside the model, so nothing here is about cause: a score says"
 
+_MEASURED_BY = {
+    "the effect of removing heads": {"importance", "classes", "pruning"},
+    "circuits": {"edges", "circuit"},
+    "the norm of what a head writes": set(),
+    "attention after changing the prompt's first token": {"first_token"},
+    "attention in another precision": set(),
+}
+"""What a report may lack -> the sections that measure it."""
 
-def limits(run: Run, config: Mapping[str, Any], has_sections: bool) -> list[str]:
-    """One or two sentences each, most important first."""
+
+def limits(run: Run, config: Mapping[str, Any], sections: Collection[str]) -> list[str]:
+    """One or two sentences each, most important first; `sections`: names of those that the run has."""
     if run.meta["model"].get("attending") == []:
         return [
             "What a head makes of its values is not what the model would do without it; lens.mixers.Ablate takes one out.",
             "Brackets are 95 % bootstrap intervals over windows. They do not cover the choice of the text.",
         ]
     return [
-        ("Scores of attention are not about cause: they say" if has_sections else _UNTOUCHED)
+        ("Scores of attention are not about cause: they say" if sections else _UNTOUCHED)
         + " where a head looks, not what the model would do without it. Heads with high scores can be "
         "redundant, and heads with low ones important.",
         *_first_token(run),
@@ -34,13 +43,7 @@ def limits(run: Run, config: Mapping[str, Any], has_sections: bool) -> list[str]
         f"{run.meta['seed']}): another draw has another highest head.",
         "Thresholds only sort heads for reading; the scores themselves are in the table, the grid and "
         "report.json.",
-        "Not measured: "
-        + (
-            ""
-            if has_sections
-            else "the effect of removing heads, circuits, the norm of what a head writes, "
-        )
-        + "attention after changing the prompt's first token or the model's precision.",
+        f"Not measured: {', '.join(what for what, by in _MEASURED_BY.items() if not by & {*sections})}.",
     ]
 
 

@@ -84,7 +84,7 @@ def numbers(
         "sections": [_section(section) for section in sections.values()],
         "unsupported": run.unsupported,
         "damaged": dict(damaged),
-        "limits": limits(run, config, bool(sections)),
+        "limits": limits(run, config, sections),
         "warnings": [*meta["warnings"], *warnings],
         "provenance": {
             "command": meta.get("command"),

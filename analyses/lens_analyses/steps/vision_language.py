@@ -20,6 +20,7 @@ from lens.models.loaded import LoadedModel
 from lens.models.sizes import image_token
 from lens.passes.inputs import Prompt, read_prompts
 from lens.runs.sections import Section
+from lens.stats.verdicts import mean_told
 from lens.traces.overlays import Overlay
 from lens.traces.segments import Segments
 from lens.vision.knocking import visual_phi
@@ -64,7 +65,8 @@ def chain(subject: Subject) -> Section:
             name, lambda edit=edit: lens.effect(model, inputs, edit, amounts=doses, **options)
         )
         made.take_table(
-            f"{name}_decoding", lambda edit=edit: _decoding(model, prompts, edit, doses)
+            f"{name}_decoding",
+            lambda edit=edit: _decoding(model, prompts, edit, doses, subject.seed),
         )
     made.take_table("image_centric", lambda: _centric(model, prompts, dims, tau))
     try:
@@ -243,9 +245,12 @@ def _span(model: LoadedModel, prompt: Prompt, words: str | None) -> tuple[int, i
 
 
 def _decoding(
-    model: LoadedModel, prompts: list[Prompt], edit: _Move, doses: tuple[float, ...]
+    model: LoadedModel, prompts: list[Prompt], edit: _Move, doses: tuple[float, ...], seed: int
 ) -> tuple[pd.DataFrame, list[str]]:
-    """What the model goes on with at each dose, greedily, the edit running in every step."""
+    """What the model goes on with at each dose, greedily, the edit running in every step.
+
+    `same` is the share of tokens that are those without the edit, of the longer of the two: either may end earlier.
+    """
     rows: list[dict[str, Any]] = []
     for number, prompt in enumerate(prompts):
         own = edit(prompt) if callable(edit) else edit
@@ -256,7 +261,7 @@ def _decoding(
                 written = model.model.generate(
                     **prompt.inputs, max_new_tokens=_WRITTEN, do_sample=False, pad_token_id=0
                 )[0].tolist()
-            ids = written[-_WRITTEN:] if len(written) > _WRITTEN else written
+            ids = written[prompt.inputs["input_ids"].shape[1] :]
             plain = ids if amount == 0 else plain
             same = sum(a == b for a, b in zip(ids, plain, strict=False))
             text = "" if model.tokenizer is None else model.tokenizer.decode(ids)
@@ -265,14 +270,14 @@ def _decoding(
                     "prompt": number,
                     "amount": amount,
                     "written": text or " ".join(map(str, ids)),
-                    "same": same / max(1, len(plain)),
+                    "same": same / max(1, len(ids), len(plain)),
                 }
             )
     table = pd.DataFrame(rows)
     most = table[(table["amount"] == table["amount"].max()).to_numpy()]
     return table, [
-        f"decoding with it at {table['amount'].max():g} keeps {most['same'].mean():.0%} of the {_WRITTEN} tokens that the "
-        f"model writes without it (n = {len(prompts)})."
+        f"decoding with it at {table['amount'].max():g} keeps {mean_told(most['same'].to_numpy(), seed, '.0%')} of the tokens, "
+        f"{_WRITTEN} at most, that the model writes without it (n = {len(prompts)})."
     ]
 
 
@@ -378,5 +383,5 @@ _COLUMNS = {
     "condition": "The edit, or a control: the same done to others.",
     "n": "Number of prompts.",
     "written": "What the model goes on with, greedily.",
-    "same": "Share of these tokens that are those without the edit.",
+    "same": "Share of these tokens that are those without the edit, of the longer of the two.",
 }

@@ -67,7 +67,7 @@ def make(item: Item, runs: Path, output: Output, *, again: bool) -> Item:
             "status": finished.status,
             "run": finished.run,
             "computed": finished.computed,
-            "error": (finished.run.meta["error"] or {}).get("message", ""),
+            "error": (finished.error or {}).get("message", ""),
         }
     except KeyboardInterrupt:
         changed = {"status": "partial"}
