@@ -21,10 +21,13 @@ from lens_analyses.options import (
     Engine,
     Json,
     Out,
+    Pictures,
     Port,
     Quiet,
+    RequirePictures,
     Run,
     RunsDir,
+    Width,
 )
 
 
@@ -288,15 +291,9 @@ def export(
         Path | None,
         typer.Option("--out", "-o", help="Folder; exports/RUN/FORMAT in --runs if not given."),
     ] = None,
-    pictures: Annotated[
-        str, typer.Option("--as", help="Of figures: svg, pdf, png, with commas.")
-    ] = "svg,pdf,png",
-    width: Annotated[
-        str, typer.Option(help="Of figures: single (3.25 in) or double (6.75 in) column.")
-    ] = "single",
-    require_pictures: Annotated[
-        bool, typer.Option("--require-pictures", help="Fail where no browser can draw them.")
-    ] = False,
+    pictures: Pictures = None,
+    width: Width = None,
+    require_pictures: RequirePictures = False,
     runs: RunsDir = RUNS,
     json: Json = False,
     quiet: Quiet = False,
@@ -310,9 +307,13 @@ def export(
         from lens_analyses.making import check_writable
 
         found = resolve(run, runs)
+        if require_pictures and form != "figures":
+            raise UsageError(f"--require-pictures goes with -f figures, not with -f {form}")
         place = out or runs / FOLDER / found.id / form
         check_writable(place)
-        kinds = tuple(part.strip() for part in pictures.split(",") if part.strip())
+        kinds = None
+        if pictures is not None:
+            kinds = tuple(part.strip() for part in pictures.split(",") if part.strip())
         written = export_run(found, form, place, pictures=kinds, width=width)
         output.result(written.text(), written.as_json())
         if written.missing and require_pictures:

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lens.runs import open_run
 from lens.runs.writer import find_by_config
 from lens_analyses.config import (
     CaptureConfig,
@@ -16,7 +15,7 @@ from lens_analyses.config import (
 )
 from lens_analyses.console import PARTIAL, Output, log
 from lens_analyses.jobs.store import JobStore
-from lens_analyses.runner import Finished, execute
+from lens_analyses.runner import Finished, execute, readable
 
 EMBEDDED = (
     RunConfig(
@@ -102,8 +101,8 @@ def queue_later(runs: Path) -> int:
     waiting = {job.command for job in store.jobs() if job.status in ("queued", "running")}
     queued = 0
     for config in LATER:
-        made = find_by_config(runs, config.as_mapping())
-        done = made is not None and open_run(made).status == "success"
+        made = readable(find_by_config(runs, config.as_mapping()))
+        done = made is not None and made.status == "success"
         if not done and config.command() not in waiting:
             store.submit("run", config.as_mapping(), config.command())
             queued += 1

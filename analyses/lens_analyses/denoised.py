@@ -4,7 +4,9 @@ import hashlib
 import importlib
 import inspect
 import logging
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,11 +19,12 @@ from lens.common.files import read_json
 from lens.common.results import of_kind
 from lens.figures.denoising import denoising_quadrants
 from lens.models.tokens import is_special
+from lens.passes.denoising import denoiser_of
 from lens.runs import open_run
 from lens.runs.sections import Section
 from lens.runs.writer import find_by_config
 from lens.traces.denoised import QUADRANTS, Denoising
-from lens.traces.denoising import denoising
+from lens.traces.denoising import denoising, texts_read
 from lens.traces.metrics import METRICS
 from lens.traces.profiles import prompt_table
 from lens.traces.store import trace_files
@@ -34,6 +37,7 @@ from lens_analyses.runner import Finished, readable
 from lens_analyses.scoring import with_pooled
 from lens_analyses.steps.columns import defined
 
+_NUMBERED = re.compile(r"text \d+")  # positions of a text that no tokenizer named
 _WORDS = 4  # of a text whose maps are drawn, where none are named
 _DRAWN_WORDS = 7  # positions of the text that a denoiser alone reads
 
@@ -68,6 +72,7 @@ def execute(
     with (
         stoppable(),
         torch.no_grad(),
+        _refused_at_once(model, given["words"]),
         denoising(model, steps=given["capture"], keep_qk=True, text=None) as found,
     ):
         run_steps(model, given)
@@ -84,6 +89,28 @@ def execute(
             break
     last = done[-1]
     return Finished(last.run, last.headline, beside=tuple(one.run for one in done[:-1]))
+
+
+@contextmanager
+def _refused_at_once(model: Any, asked: str | None) -> Iterator[None]:
+    """Words that none of the texts can have are refused when the denoiser is called first, before it takes a step.
+
+    Raises:
+        UsageError: in the block, as `_words` after it.
+    """
+    with texts_read(model) as read:
+
+        def check(*_: Any) -> None:
+            hook.remove()
+            known = {token for tokens in read.values() for token in tokens}
+            _check_words([one for one in chosen if not _NUMBERED.fullmatch(one)], known)
+
+        chosen = [] if asked is None else _listed(asked)
+        hook = denoiser_of(model).register_forward_pre_hook(check)
+        try:
+            yield
+        finally:
+            hook.remove()
 
 
 def load(folder: Path) -> Any:
@@ -222,13 +249,22 @@ def _words(found: Denoising, asked: str | None) -> list[str]:
         every = list(dict.fromkeys(_text(texts[0]))) if texts else []
         words = [word for word in every if not is_special(word)]
         return (words or every)[:_WORDS]  # of a text without words its tokens
-    chosen = [word.strip() for word in asked.split(",")]
-    known = {word for trace in texts for word in _text(trace)}
-    if missing := [word for word in chosen if word not in known]:
-        raise UsageError(
-            f"no position of the text is called {missing[0]!r}; there are {', '.join(sorted(known)[:12])}"
-        )
+    _check_words(chosen := _listed(asked), {word for trace in texts for word in _text(trace)})
     return chosen
+
+
+def _listed(words: str) -> list[str]:
+    return [word.strip() for word in words.split(",")]
+
+
+def _check_words(chosen: list[str], known: set[str]) -> None:
+    if missing := [word for word in chosen if word not in known]:
+        there = (
+            f"there are {', '.join(sorted(known)[:12])}"
+            if known
+            else "it has no words, and positions are text 0, ..."
+        )
+        raise UsageError(f"no position of the text is called {missing[0]!r}; {there}")
 
 
 def _text(trace: Any) -> list[str]:

@@ -22,8 +22,12 @@ _OPTIONAL = {
     "peft": ("peft", "folders with an adapter cannot be loaded"),
     "bitsandbytes": ("bitsandbytes", "models in 4 and 8 bit cannot be loaded"),
     "ray": ("ray", "`lens sweep --engine ray` cannot run"),
+    "diffusers": ("diffusers", "`lens diffusion` cannot run"),
+    "pillow": ("vision", "files of pictures cannot be read"),
+    "onnx": ("onnx", "dinov2-small cannot be made from its package"),
     "kaleido": ("export", "figures are saved as HTML, not as PNG or SVG files"),
 }
+_MODULES = {"pillow": "PIL"}  # of packages that are imported by another name
 _BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 
 
@@ -179,7 +183,7 @@ def _models() -> Check:
 
 def _optional(name: str) -> Check:
     extra, consequence = _OPTIONAL[name]
-    if importlib.util.find_spec(name) is None:
+    if importlib.util.find_spec(_MODULES.get(name, name)) is None:
         remedy = f"pip install 'attention-lens[{extra}]'"
         return Check(name, "fallback", "not installed", f"{consequence}; {remedy}")
     return Check(name, "ok", importlib.metadata.version(name))

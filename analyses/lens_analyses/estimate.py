@@ -7,7 +7,7 @@ weights and the largest layer.
 
 import math
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from lens.common.errors import LensError
@@ -16,7 +16,7 @@ from lens_analyses.config.pictures import PictureConfig
 from lens_analyses.config.prompts import labelled_by
 from lens_analyses.console import refused_as_usage
 from lens_analyses.inputs import load_model, plan, read_sources
-from lens_analyses.planned import PlannedPrompt
+from lens_analyses.planned import PlannedPrompt, Source
 from lens_analyses.steps import steps_of
 from lens_analyses.steps.costs import ALIGNMENT, COSTS, Load
 from lens_analyses.steps.subject import WINDOW, analysed
@@ -135,12 +135,39 @@ def estimate(config: RunConfig) -> Estimate:
     with refused_as_usage():
         config, sources = read_sources(config)
     model = load_model(config)
+    if model.parts and config.model.part is None:
+        return _together([_estimate(config, model.part(part), sources) for part in model.parts])
+    return _estimate(config, model, sources)
+
+
+def _estimate(config: RunConfig, model: "LoadedModel", sources: list[Source]) -> Estimate:
+    """Of one run, whose sources were read."""
     config = config.fitted(model.info.parameters)
     with refused_as_usage():
         refuse_excess(config, model)
         planned = plan(model, config, sources)
+        if not model.info.attending:  # of mixers alone, which read texts and have no profile
+            planned = [one for one in planned if one.kind == "text"]
         asked = analysed(config, model, planned)
     return expect(config, model, planned, *asked)
+
+
+def _together(runs: list[Estimate]) -> Estimate:
+    """Of runs that are made one after the other: of each attention of an encoder-decoder, or of each stage."""
+    steps: dict[str, float] = {}
+    for one in runs:
+        for step, seconds in one.steps.items():
+            steps[step] = steps.get(step, 0.0) + seconds
+    return replace(
+        runs[-1],
+        prompts=sum(one.prompts for one in runs),
+        tokens=sum(one.tokens for one in runs),
+        longest=max(one.longest for one in runs),
+        seconds=sum(one.seconds for one in runs),
+        steps=steps,
+        memory=max(one.memory for one in runs),
+        disk=sum(one.disk for one in runs),
+    )
 
 
 def expect(
@@ -159,8 +186,9 @@ def expect(
         task, windows: of `analysed`.
     """
     lengths = [len(prompt.ids) for prompt in planned]
-    rate = _rate(model)
-    steps = {"profile": SLOWDOWN * sum(work(model, length) for length in lengths) / rate}
+    rate, steps = _rate(model), {}
+    if model.info.attending:
+        steps["profile"] = SLOWDOWN * sum(work(model, length) for length in lengths) / rate
     load = _load(config, model, sum(lengths), sum(map(len, task)), sum(map(len, windows)))
     steps |= _analysis(config, model, load, rate)
     return Estimate(

@@ -122,9 +122,12 @@ def delete_run(run: Run) -> int:
     Raises:
         LensError: it is being computed right now.
     """
-    if run.status == "started":
-        raise LensError(f"{run.path} is being computed right now; stop it first")
     with alone_in(run.path.parent):
+        run = open_run(
+            run.path
+        )  # as it is now: it may have been gone on with since it was looked up
+        if run.status == "started":
+            raise LensError(f"{run.path} is being computed right now; stop it first")
         remove_own(run.path, run.meta["files"])
     return sum(not path.is_dir() for path in run.path.rglob("*")) if run.path.exists() else 0
 

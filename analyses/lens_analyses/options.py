@@ -48,6 +48,19 @@ DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Only estimate tokens, time, memory and disk.")
 ]
 
+Pictures = Annotated[
+    str | None,
+    typer.Option("--as", help="Of figures: svg, pdf, png, with commas; all of them if not given."),
+]
+Width = Annotated[
+    str | None,
+    typer.Option(help="Of figures: single (3.25 in, if not given) or double (6.75 in) column."),
+]
+RequirePictures = Annotated[
+    bool,
+    typer.Option("--require-pictures", help="Of figures: fail where no browser can draw them."),
+]
+
 
 class Command(TyperCommand):
     """Refuses an option of one value that is given twice, of which the last would stand for all; reads `~` in paths."""

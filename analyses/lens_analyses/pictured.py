@@ -10,7 +10,6 @@ from lens_analyses.config import RunConfig
 from lens_analyses.config.paths import local
 from lens_analyses.config.pictures import PictureConfig
 from lens_analyses.config.prompts import labelled_by
-from lens_analyses.config.sizes import PROMPTS
 from lens_analyses.console import UsageError
 
 if TYPE_CHECKING:
@@ -44,7 +43,7 @@ def _profiled(config: RunConfig, place: str | Path) -> "Labelled":
     """The labelled prompts whose heads are profiled: of those of the task the first of each label, a few."""
     from lens.tasks.labelled import read_labelled
 
-    most = PROFILED if config.analysis is None else min(PROFILED, config.analysis.n or PROFILED)
+    most = PROFILED if config.analysis is None else min(PROFILED, config.analysis.taken)
     return read_labelled(place, most=most)
 
 
@@ -66,7 +65,7 @@ def read_labelled_prompts(config: RunConfig, name: str) -> tuple[RunConfig, list
 
     prompts, settings = config.prompts, config.analysis
     place = local(getattr(prompts, name))
-    found = read_labelled(place, most=None if settings is None else settings.n or PROMPTS)
+    found = read_labelled(place, most=None if settings is None else settings.taken)
     is_path = isinstance(found.prompts[0], Path)
     if is_path != (name == "images"):
         other = "--labelled" if name == "images" else "--images"

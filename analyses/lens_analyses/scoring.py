@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
+import torch
 
 import lens
 from lens.common.errors import LensError
@@ -50,8 +51,8 @@ def head_table(
     scored = with_pooled(rows, tables, config.seed)
     try:
         tables = _of_random_weights(model, rows, given, config)
-    except (LensError, MemoryError) as problem:
-        why = str(problem) or "not enough memory"
+    except (LensError, MemoryError, torch.OutOfMemoryError) as problem:
+        why = str(problem) if isinstance(problem, LensError) else "not enough memory"
         warn(f"heads are not compared with random weights: {why}")
         return scored
     return beside_random(scored, with_pooled(rows, tables, config.seed))
@@ -72,6 +73,8 @@ def _of_random_weights(
             random,
             prompt,
             statistics=HEADLINE_STATISTICS,
+            block_size=config.capture.block_size,
+            chunk=config.capture.chunk,
             backend=config.capture.backend,
             progress=False,
         )

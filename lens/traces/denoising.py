@@ -84,33 +84,41 @@ def denoising(
     found.append(keeping.finish())
 
 
+@contextmanager
+def texts_read(pipeline: Any) -> Iterator[dict[int, list[str]]]:
+    """Number of a text encoder of a pipeline -> the tokens that it was given first in the block: the prompt."""
+    read: dict[int, list[str]] = {}
+
+    def hear(number: int, tokenizer: Any) -> Any:
+        def heard(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            ids = kwargs.get("input_ids", args[0] if args else None)
+            if isinstance(ids, Tensor) and number not in read:
+                read[number] = tokenizer.convert_ids_to_tokens(ids[0].tolist())
+
+        return heard
+
+    with ExitStack() as stack:
+        for number, end in enumerate(("", "_2", "_3")):
+            tokenizer, encoder = (
+                getattr(pipeline, f"{a}{end}", None) for a in ("tokenizer", "text_encoder")
+            )
+            if isinstance(encoder, nn.Module) and tokenizer is not None:
+                hook = encoder.register_forward_pre_hook(hear(number, tokenizer), with_kwargs=True)
+                stack.callback(hook.remove)
+        yield read
+
+
 class _Names:
     """What the positions of the text are called: said by the caller, or read off the tokenizers of a pipeline."""
 
     def __init__(self, pipeline: Any, text: Sequence[str] | None) -> None:
         self._given = None if text is None else list(text)
-        pairs = (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2"))
-        self._pairs = [
-            (getattr(pipeline, a, None), getattr(pipeline, b, None))
-            for a, b in (*pairs, ("tokenizer_3", "text_encoder_3"))
-        ]
+        self._pipeline = pipeline
         self._read: dict[int, list[str]] = {}
 
     def listen(self, stack: ExitStack) -> None:
         """Hear what the text encoders are given first: the prompt."""
-        for number, (tokenizer, encoder) in enumerate(self._pairs):
-            if isinstance(encoder, nn.Module) and tokenizer is not None:
-                hook = encoder.register_forward_pre_hook(self._heard(number), with_kwargs=True)
-                stack.callback(hook.remove)
-
-    def _heard(self, number: int) -> Any:
-        def heard(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            ids = kwargs.get("input_ids", args[0] if args else None)
-            if isinstance(ids, Tensor) and number not in self._read:
-                tokenizer: Any = self._pairs[number][0]
-                self._read[number] = tokenizer.convert_ids_to_tokens(ids[0].tolist())
-
-        return heard
+        self._read = stack.enter_context(texts_read(self._pipeline))
 
     def of(self, count: int) -> list[str]:
         """Names of `count` positions.

@@ -6,6 +6,7 @@ import socket
 import time
 import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from lens_analyses import demo as demo_module
@@ -26,6 +27,7 @@ from lens_analyses.estimate import estimate
 from lens_analyses.jobs.store import JobStore
 from lens_analyses.steps import STEPS
 from lens_analyses.steps.costs import COSTS, Load
+from lens_analyses.steps.layers import layers
 
 import lens
 from lens.common.errors import LensError
@@ -169,6 +171,12 @@ def test_the_demo_serves_the_dashboard_at_the_end(lens_command, tmp_path, monkey
     made = lens_command(*shlex.split(waiting["redistribute"].command)[1:], "--out", tmp_path)
     assert made.code == 0, made.err
     assert demo_module.queue_later(tmp_path) == 5  # all but the one that is there
+    for job in JobStore(tmp_path).jobs():
+        if job.status == "queued":
+            JobStore(tmp_path).cancel(job.id)
+    (index,) = tmp_path.glob("*-redistribute-*/run.json")
+    index.write_text("{")
+    assert demo_module.queue_later(tmp_path) == 6  # a damaged one is made again
 
 
 def test_the_demo_of_another_model_reads_a_chapter():
@@ -316,6 +324,20 @@ def test_every_step_has_a_cost_that_grows_with_its_settings():
     assert short < longest  # as `pruning` itself: the curve of 65 heads is cut short
 
 
+def test_the_cost_of_sub_layers_is_what_their_step_takes(monkeypatch):
+    model = lens.load("text-lm-3l")
+    task = lens.tasks.induction(model, 4)
+    passes = []
+    model.model.register_forward_pre_hook(lambda *_: passes.append(1))
+    monkeypatch.setattr("lens.tasks.task.Task.rows_at_once", lambda self, _: self.n)
+    subject = SimpleNamespace(model=model, task=task, seed=0, progress=False)
+    layers(subject)  # pyright: ignore[reportArgumentType]
+    load = Load(None, model.info.layers, 18, 65, 50_000, 0, 1, 0, 32)
+    assert COSTS["heads"]["layers"](load).tokens == len(passes) == 24
+    many = Load(None, 13, 18, 65, 50_000, 0, 1, 0, 32)
+    assert COSTS["heads"]["layers"](many).tokens == 28  # too many to be taken out one after another
+
+
 @pytest.mark.parametrize("what", WHATS)
 def test_every_setting_of_a_command_has_its_flag(lens_command, what):
     text = lens_command("run" if what == "profile" else what, "--help").out
@@ -348,11 +370,11 @@ def test_doctor_looks_at_everything(lens_command):
 
 
 def test_doctor_says_what_falls_back(monkeypatch):
-    real = importlib.util.find_spec
+    real, gone = importlib.util.find_spec, ("kaleido", "diffusers", "PIL", "onnx")
     monkeypatch.setenv("CC", "no-such-compiler")
     monkeypatch.setenv("PATH", "")
     monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name, *a: None if name == "kaleido" else real(name, *a)
+        importlib.util, "find_spec", lambda name, *a: None if name in gone else real(name, *a)
     )
     checks = {check.name: check for check in examine().checks}
     assert checks["CPU kernel"].state == "fallback"
@@ -360,6 +382,8 @@ def test_doctor_says_what_falls_back(monkeypatch):
     assert "plain torch" in checks["CPU kernel"].consequence
     assert checks["kaleido"].state == "fallback"
     assert "pip install 'attention-lens[export]'" in checks["kaleido"].consequence
+    assert {checks[name].state for name in ("diffusers", "pillow", "onnx")} == {"fallback"}
+    assert "`lens diffusion` cannot run" in checks["diffusers"].consequence
     assert checks["browser"].state == "fallback"
     assert examine().exit_code == 0
 

@@ -73,6 +73,10 @@ def test_defaults_are_a_copied_run_of_the_embedded_model():
         ({"prompts": {"text": "a", "text_name": "lily"}}, "only one source at a time"),
         ({"prompts": {"text": "a", "windows": 2}}, "it needs prompts.tokens"),
         (
+            {"what": "vision", "prompts": {"images": "a", "question": "b"}},
+            "prompts.question is asked about pictures that are named",
+        ),
+        (
             {"prompts": {"batch": "a", "windows": 2, "tokens": 5}},
             "does not go with prompts.batch",
         ),
@@ -108,6 +112,10 @@ def test_what_makes_no_sense_is_refused(values, message):
         ("redistribute", {"amounts": "0,0.0"}, "analysis.amounts has no amount other than 0"),
         ("redistribute", {"rule": "learned_sink", "amounts": "-1"}, "of learned_sink must be 0 or more"),
         ("circuit", {"method": "magic"}, "analysis.method must be one of exact, eap, "),
+        ("circuit", {"method": "eap", "steps": 9}, "analysis.steps is of integrated gradients, which eap has none of"),
+        ("vision", {"phi": "many"}, "analysis.phi must be a number from 0 on, e.g. 20; got 'many'"),
+        ("vision", {"n": 9}, "analysis.n takes some of the pictures of --images"),
+        ("vision", {"length": 9}, "analysis.length is of texts, and pictures have none"),
         ("circuit", {"steps": 0}, "analysis.steps must be at least 1, got 0"),
         ("circuit", {"edges": -3}, "analysis.edges must be at least 0, got -3"),
         ("circuit", 3, "analysis is a section, got the value 3"),
@@ -126,6 +134,13 @@ def test_wrong_settings_of_an_analysis_are_refused(what, analysis, message):
 def test_amounts_have_the_range_of_their_rule(rule, amounts):
     config = make_config({"what": "redistribute", "analysis": {"rule": rule, "amounts": amounts}})
     assert config.analysis.doses == tuple(float(word) for word in amounts.split(","))
+
+
+def test_labels_are_offered_where_they_are_taken():
+    for what in WHATS:
+        helps = {one.name: one.help for one in settings_of(CONFIGS[what])}
+        takes = what in ("heads", "redistribute", "circuit")
+        assert ("labels" in helps.get("analysis.task", "")) == takes, what
 
 
 def test_words_of_measures_and_edits_are_told_apart():

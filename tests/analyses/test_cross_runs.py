@@ -66,6 +66,25 @@ def runs(folder, tmp_path_factory, lens_command):
     return {run.meta["model"]["part"]: run for run in found}
 
 
+def test_a_dry_run_counts_every_part(folder, lens_command):
+    words = (
+        "run",
+        "--model",
+        folder / "t5",
+        "--prompts",
+        folder / "sources.txt",
+        "--dry-run",
+        "--json",
+    )
+    words = (*words, "--target", folder / "targets.txt")
+    parts = [lens_command(*words, "--part", part).json for part in ("encoder", "decoder", "cross")]
+    whole = lens_command(*words).json
+    for name in ("prompts", "tokens", "disk"):
+        assert whole[name] == sum(part[name] for part in parts), name
+    assert whole["longest"] == max(part["longest"] for part in parts)
+    assert whole["seconds"] == pytest.approx(sum(whole["steps"].values()))
+
+
 @pytest.mark.parametrize("end", ["stopped", "failed"])
 def test_a_part_that_is_not_whole_makes_the_whole_partial(
     folder, tmp_path, lens_command, monkeypatch, end

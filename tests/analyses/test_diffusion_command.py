@@ -8,6 +8,7 @@ import signal
 import time
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -219,6 +220,26 @@ def test_pipelines_of_transformers_run_by_prompt(make, part, words, lens_command
         section = run.section("denoising")
         assert "word_0" in section.figures
         assert section.configuration["words"] == PROMPT.split()[:4], "not its begin and padding"
+
+
+def test_words_that_no_text_has_are_refused_before_the_first_step(
+    lens_command, tmp_path, monkeypatch
+):
+    stable_diffusion().save_pretrained(tmp_path / "sd")
+    called = []
+    own = diffusers.UNet2DConditionModel.forward
+    monkeypatch.setattr(
+        diffusers.UNet2DConditionModel,
+        "forward",
+        lambda self, *a, **k: called.append(1) or own(self, *a, **k),
+    )
+    found = lens_command(
+        "diffusion", "--model", tmp_path / "sd", "--prompt", PROMPT, "--steps", "3", "--words", "cube,bal", "--out",
+        tmp_path / "r",
+    )  # fmt: skip
+    assert (found.code, called) == (2, [])
+    assert "no position of the text is called 'bal'; there are " in found.err
+    assert not (tmp_path / "r").exists()
 
 
 def test_what_is_no_diffusion_model_is_refused(folder, lens_command, tmp_path):

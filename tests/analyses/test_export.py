@@ -80,6 +80,9 @@ def test_circuits_are_copied_whole(lens_command, run_folder, tmp_path):
         ("-f hats", "format must be one of headvis, csv, parquet, graph, figures, got 'hats'"),
         ("-f figures --as svg,gif", "pictures are svg, pdf, png, got gif"),
         ("-f figures --width wide", "width must be single or double, got 'wide'"),
+        ("-f csv --as gif", "--as and --width are of figures, and csv has none"),
+        ("-f headvis --width double", "--as and --width are of figures, and headvis has none"),
+        ("-f csv --require-pictures", "--require-pictures goes with -f figures, not with -f csv"),
     ],
 )
 def test_what_is_not_there_is_refused(lens_command, run_folder, tmp_path, words, reason):
@@ -104,6 +107,24 @@ def test_without_a_browser_a_warning_says_what_to_install(
     )
     assert required.code == 1
     assert (required.json["files"], required.json["missing"]) == ([], said)
+
+
+def test_files_of_an_earlier_export_are_not_told_as_drawn(run_folder, tmp_path, monkeypatch):
+    every = paper_figures(open_run(run_folder))
+    monkeypatch.setattr(pictures, "paper_figures", lambda run: {"a": every["sinks-by-layer"]})
+    monkeypatch.setattr(pictures, "_browser_problem", lambda: "")
+    for kind in ("svg", "png"):
+        (tmp_path / f"a.{kind}").write_text("old")
+
+    def fails(_, files, **__):
+        files[0].write_text("drawn")
+        raise RuntimeError("it went away")
+
+    monkeypatch.setattr(pictures.pio, "write_images", fails)
+    written = pictures.write_pictures(open_run(run_folder), tmp_path, ("svg", "png"), "single")
+    assert written.files == ("a.svg",)
+    assert "the browser failed (it went away)" in written.missing
+    assert (tmp_path / "a.png").read_text() == "old"
 
 
 def test_a_missing_package_is_named(monkeypatch):

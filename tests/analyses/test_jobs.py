@@ -107,6 +107,26 @@ def test_a_job_of_a_process_that_is_gone_is_lost_and_can_be_resumed(tmp_path, st
     assert store.claim().id == number
 
 
+def test_a_job_that_was_made_again_meanwhile_is_not_made_again_twice(tmp_path, store, monkeypatch):
+    number = store.submit("run", {}, "c")
+    store.claim()
+    store.finish(number, "error", error="e")
+    check = JobStore._check
+
+    def beside(self, rows, *more):
+        check(self, rows, *more)
+        with pytest.raises(LensError, match="locked"):  # of another process, which would claim it
+            JobStore(tmp_path).retry(number)
+
+    monkeypatch.setattr("lens_analyses.jobs.store._WAIT", 0.01)
+    monkeypatch.setattr(JobStore, "_check", beside)
+    store.retry(number)
+    monkeypatch.setattr(JobStore, "_check", check)
+    assert store.claim().id == number
+    with pytest.raises(LensError, match=f"job {number} is running"):
+        store.retry(number)
+
+
 def test_workers_are_counted_while_they_are_there(store):
     assert store.workers() == 0
     store.see_worker()
@@ -274,6 +294,16 @@ def test_progress_counts_prompts_and_then_sections(tmp_path):
         assert part == (3 + number) / whole
         assert words == (steps[number] if number < len(steps) else "writing the report")
     assert part == 1
+
+
+def test_progress_counts_a_section_that_cannot_be_had(tmp_path):
+    config = make_config({"what": "heads"})
+    steps = [step.name for step in STEPS["heads"] if step.setting is None]
+    writer = profile(tmp_path, done=3)
+    for name in steps[1:]:
+        Section(name, name, ("s",), (), {}, {}, {}).save(writer.path)
+    writer.update(unsupported={steps[0]: "the prompts are pictures"})
+    assert share(writer.path, writer.meta, config) == (1, "writing the report")
 
 
 def test_progress_counts_a_step_only_where_it_is_wanted(tmp_path):

@@ -12,6 +12,7 @@ from lens_analyses.steps.subject import analysed, labelled_task
 from PIL import Image
 
 import lens
+from lens.common.errors import LensError
 from lens.runs import open_run
 from lens.runs.validation import validate
 from tests.lens.test_tasks_classification import bert, texts_of, tokenizer
@@ -254,6 +255,15 @@ def test_attention_is_redistributed_on_labelled_pictures(lens_command, folder, t
         (("--images", "FOLDER", "--text-name", "moby-dick"), "labelled prompts stand alone"),
         (("--labelled", "FOLDER"), "holds pictures; give it as --images"),
         (("--images", "nowhere"), "is no folder and no table"),
+        (
+            ("--images", "FOLDER", "--copied", "9"),
+            "--copied is not read, since there are no copied prompts beside",
+        ),
+        (
+            ("--images", "FOLDER", "--tokens", "9"),
+            "--tokens is not read, since pictures are not cut",
+        ),
+        (("--images", "FOLDER", "--length", "9"), "--length is of texts, and pictures have none"),
     ],
 )
 def test_what_does_not_go_together_is_refused_before_any_work(
@@ -271,6 +281,18 @@ def test_a_rule_of_causal_models_is_refused_before_any_work(lens_command, folder
     answer = lens_command("redistribute", "--model", "vit-digits", "--images", folder, *flags)
     assert (answer.code, "ACT is defined for causal models" in answer.err) == (2, True)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_circuit_notices_a_change_of_the_prompts_that_it_is_tried_on(tmp_path):
+    table = tmp_path / "a.csv"
+    rows = [f"w{number} w2,{number % 2}" for number in range(8)]
+    table.write_text("\n".join(["text,label", *rows]) + "\n")
+    given = {"what": "circuit", "prompts": {"labelled": str(table)}, "analysis": {"n": 2}}
+    known, _ = read_sources(make_config(given))
+    rows[3] = "other w2,1"  # the fourth of the 4 that `halves` takes
+    table.write_text("\n".join(["text,label", *rows]) + "\n")
+    with pytest.raises(LensError, match="changed since the run was configured"):
+        read_sources(known)
 
 
 def test_a_language_model_has_no_labels(lens_command, tmp_path):

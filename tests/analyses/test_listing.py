@@ -5,7 +5,7 @@ import os
 import shutil
 
 import pytest
-from lens_analyses.listing import resolve
+from lens_analyses.listing import delete_run, resolve
 
 from lens.common.errors import LensError
 from lens.runs import open_run
@@ -187,8 +187,13 @@ def test_a_run_is_deleted_when_asked_and_nothing_of_others(
     whole = lens_command("delete", other, "--yes")
     assert whole.code == 0
     assert not other.exists()
-    monkeypatch.setattr("lens.runs.folders.Run.status", property(lambda self: "started"))
     shutil.copytree(run_folder, other)
+    looked_up = open_run(other)
+    change(
+        other, status="started", pid=os.getppid(), process_started=None
+    )  # it is gone on with before the answer comes
+    with pytest.raises(LensError, match="is being computed right now"):
+        delete_run(looked_up)
     busy = lens_command("delete", other, "--yes")
     assert (busy.code, other.exists()) == (1, True)
     assert "is being computed right now" in busy.err

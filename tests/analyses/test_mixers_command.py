@@ -155,6 +155,8 @@ def test_a_model_of_mixers_alone_has_a_run_without_traces(folder, lens_command, 
     ).save_pretrained(model)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(folder / name, model)
+    planned = lens_command(*COMMAND.split(), "--model", model, "--dry-run")
+    assert list(planned.json["steps"]) == ["mixers"]  # and no profile
     answer = lens_command(*COMMAND.split(), "--model", model, "--out", tmp_path / "runs")
     assert answer.code == 0, answer.err
     run = open_run(answer.json["path"])
@@ -173,7 +175,7 @@ def test_a_model_of_mixers_alone_has_a_run_without_traces(folder, lens_command, 
     assert 'id="heads"' not in report
     assert "None" not in report.partition('id="section-mixers"')[0]
     again = lens_command(*COMMAND.split(), "--model", model, "--out", tmp_path / "runs")
-    assert (again.json["computed"], again.json["findings"]) == (False, list(section.summary))
+    assert (again.json["computed"], again.json["findings"]) == (False, answer.json["findings"])
     library = Library(tmp_path / "runs")
     for page, said in (
         ("", "no scores of heads"),

@@ -5,17 +5,20 @@ import os
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
-from lens_analyses import runner
+import torch
+from lens_analyses import runner, scoring
 from lens_analyses.config import make_config
 from lens_analyses.console import Output
 from lens_analyses.report import render
 from lens_analyses.runner import execute
 
 import lens
+from lens.common.errors import LensError
 from lens.models.random_weights import random_weights
 from lens.runs import open_run
 from lens.traces.metrics import HEADLINES
@@ -74,6 +77,33 @@ def test_random_weights_on_the_same_prompts_stand_beside_the_heads(run_folder):
     for metric in HEADLINES:
         found = pooled.loc[pooled["metric"] == metric, "random_weights"]
         assert found.to_numpy() == pytest.approx(expected[metric].max(), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("problem", "said"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried"), "not enough memory"),
+        (LensError("why"), "why"),
+    ],
+)
+def test_random_weights_go_in_the_same_pieces_and_may_be_too_large(monkeypatch, problem, said):
+    asked = {}
+
+    def capture(*_, **how):
+        asked.update(how)
+        raise problem
+
+    monkeypatch.setattr(scoring.lens, "capture", capture)
+    run, warned = SimpleNamespace(trace=lambda name: None), []
+    monkeypatch.setattr(scoring, "prompt_table", lambda *_, **__: None)
+    monkeypatch.setattr(scoring, "with_pooled", lambda *_: "alone")
+    config = make_config({"capture": {"block_size": 8, "chunk": 16}})
+    rows = [{"prompt_id": "p000", "kind": "text"}]
+    model = lens.load("induction-2l")
+    given = (model, run, rows, [[1, 2]], config, warned.append)
+    assert scoring.head_table(*given) == "alone"  # pyright: ignore[reportArgumentType]
+    assert (asked["chunk"], asked["block_size"]) == (16, 8)
+    assert warned == [f"heads are not compared with random weights: {said}"]
 
 
 def test_losses_are_the_models_own(run_folder):

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from lens_analyses.config.analyses import VisionSettings
+from lens_analyses.config.vision import VisionSettings
 from lens_analyses.steps.vision_language import (
     _WRITTEN,
     _answered,

@@ -5,13 +5,12 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, field_validator, model_validator
 
-from lens.circuits.scores.methods import Method
+from lens.circuits.scores.methods import Method, named
 from lens.common.files import shorten
 from lens_analyses.config.listed import (
     EDITS,
     EXPLAIN_SECTIONS,
     GROUPS,
-    MOVES,
     POLICY_SECTIONS,
     STREAMS,
     check_amounts,
@@ -21,9 +20,7 @@ from lens_analyses.config.listed import (
     check_heads,
     check_loss,
     check_measures,
-    check_moves,
     check_noise,
-    check_overlays,
     check_sections,
     check_sizes,
     check_spans,
@@ -68,12 +65,27 @@ class AnalysisSettings(Section):
         ge=2,
     )
 
+    @property
+    def taken(self) -> int:
+        """How many prompts of the task are read."""
+        return self.n
+
+
+def _task(of_labels: str = "") -> Any:
+    return setting(
+        "induction",
+        f"{', '.join(TASKS)}, text (the run's own), a .jsonl file of prompts{of_labels}.",
+        shown=Shown(suggestions=lambda: (*TASKS, "text")),
+    )
+
 
 class _OnTask(AnalysisSettings):
-    task: Annotated[str, AfterValidator(_known_task)] = setting(
-        "induction",
-        f"{', '.join(TASKS)}, text (the run's own), a .jsonl file of prompts, or {LABELS} (of --images, --labelled).",
-        shown=Shown(suggestions=lambda: (*TASKS, "text")),
+    task: Annotated[str, AfterValidator(_known_task)] = _task()
+
+
+class _OnTaskOrLabels(_OnTask):
+    task: Annotated[str, AfterValidator(_known_task)] = _task(
+        f", or {LABELS} (of --images, --labelled)"
     )
 
 
@@ -112,7 +124,7 @@ class _WithRule(AnalysisSettings):
         return tuple(map(float, listed(self.amounts)))
 
 
-class HeadsSettings(_OnTask):
+class HeadsSettings(_OnTaskOrLabels):
     """Of `lens heads`; what is not given follows the size of the model (`fitted`)."""
 
     n: int | None = setting(  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -125,6 +137,11 @@ class HeadsSettings(_OnTask):
         "Of importance, with commas, e.g. ablation/mean,gradient; if not given all six, with a model of more than "
         f"{LARGE // 1_000_000} million weights those without ablation, which takes a pass for every head.",
     )
+
+    @property
+    def taken(self) -> int:
+        """How many prompts of the task are read."""
+        return self.n or PROMPTS
 
     def fitted(self, parameters: int) -> Self:
         """With the defaults for a model of so many weights."""
@@ -165,7 +182,7 @@ class SinksSettings(_WithRule):
         return tuple(listed(self.edits))
 
 
-class RedistributeSettings(_OnTask, _WithRule):
+class RedistributeSettings(_OnTaskOrLabels, _WithRule):
     """Of `lens redistribute`."""
 
 
@@ -232,44 +249,6 @@ class ExplainSettings(_OnTask):
     def sizes_of_changes(self) -> tuple[float, ...]:
         """The sizes as numbers, in the given order."""
         return tuple(map(float, listed(self.sizes)))
-
-
-class VisionSettings(AnalysisSettings):
-    """Of `lens vision`."""
-
-    overlays: Annotated[str | None, AfterValidator(check_overlays)] = setting(
-        None,
-        'Heads to lay on the pictures, with commas, e.g. "L11H2,L5,mean"; chosen if not given.',
-        min_length=2,
-    )
-    tau: Annotated[str, AfterValidator(check_loss)] = setting(
-        "0.5", "Divergence of rows up to which patches are one segment, nats."
-    )
-    phi: Annotated[str, AfterValidator(check_loss)] = setting(
-        "20", "From which size on an image token is a sink of a vision-language model."
-    )
-    edits: Annotated[str, AfterValidator(check_moves)] = setting(
-        ",".join(MOVES),
-        f"Of a vision-language model's attention, with commas, of {', '.join(MOVES)}.",
-    )
-    amounts: Annotated[str, AfterValidator(check_amounts)] = setting(
-        "0,0.3,0.6", "Of these edits, 0 to below 1, with commas: the dose-response curves."
-    )
-    emphasise: str | None = setting(
-        None, "Words of the question that PASTA emphasises; the picture if not given.", min_length=1
-    )
-
-    @property
-    def doses(self) -> tuple[float, ...]:
-        """The amounts as numbers, in the given order."""
-        return tuple(map(float, listed(self.amounts)))
-
-    @field_validator("amounts")
-    @classmethod
-    def _are_shares(cls, words: str) -> str:
-        if not all(0 <= float(word) < 1 for word in listed(words)):
-            raise ValueError(f"must be numbers from 0 to below 1, with commas; got {words!r}")
-        return words
 
 
 class ExamplesSettings(AnalysisSettings):
@@ -339,7 +318,7 @@ class PatchSettings(_OnTask):
         return self
 
 
-class CircuitSettings(_OnTask):
+class CircuitSettings(_OnTaskOrLabels):
     """Of `lens circuit`."""
 
     method: Method = setting("eap-ig", "Of lens.circuits.score_edges.")
@@ -358,6 +337,20 @@ class CircuitSettings(_OnTask):
         "(token), or first tokens and those past the last, e.g. first=1:26,second=26:51; not made if not given.",
         min_length=1,
     )
+
+    @property
+    def taken(self) -> int:
+        """How many prompts of the task are read: `n` to make the circuit from, and as many to try it on."""
+        return 2 * self.n
+
+    @model_validator(mode="after")
+    def _integrates(self) -> Self:
+        if self.steps != 5 and named(self.method)[1] is None:
+            raise ValueError(
+                f"analysis.steps is of integrated gradients, which {self.method} has none of; leave it out, or choose "
+                "analysis.method=eap-ig"
+            )
+        return self
 
     @model_validator(mode="after")
     def _has_pairs(self) -> Self:

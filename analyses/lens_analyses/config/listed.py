@@ -147,6 +147,15 @@ def check_loss(word: str) -> str:
     return _from_zero(word, "a number of nats from 0 on, e.g. 0.01")
 
 
+def check_ratio(word: str) -> str:
+    """The word, if it is a number from 0 on.
+
+    Raises:
+        ValueError: otherwise.
+    """
+    return _from_zero(word, "a number from 0 on, e.g. 20")
+
+
 def check_noise(word: str) -> str:
     """The word, if it is a number above 0.
 

@@ -19,7 +19,6 @@ from lens_analyses.config.analyses import (
     PoliciesSettings,
     RedistributeSettings,
     SinksSettings,
-    VisionSettings,
 )
 from lens_analyses.config.paths import is_folder
 from lens_analyses.config.pictures import LABELS, PictureConfig
@@ -31,6 +30,7 @@ from lens_analyses.config.prompts import (
     labelled_by,
 )
 from lens_analyses.config.settings import Section, Setting, Shown, setting, settings_of
+from lens_analyses.config.vision import VisionSettings
 
 Backend = Literal["auto", "triton", "cpu", "torch", "reference"]
 _LARGEST_SEED = 2**32 - 1
@@ -145,6 +145,11 @@ class RunConfig(Section):
                 f"the task {LABELS!r} is that of labelled prompts, which `lens heads`, `lens redistribute` and `lens circuit` "
                 "take: give --images FOLDER or --labelled TABLE with it"
             )
+        reads_pictures = isinstance(self.prompts, PictureConfig) or getattr(
+            self.prompts, "images", None
+        )
+        if reads_pictures and getattr(self.analysis, "length", None) is not None:
+            raise ValueError("analysis.length is of texts, and pictures have none; leave it out")
         return self
 
     @property
@@ -258,6 +263,14 @@ class VisionConfig(RunConfig):
     def _emphasises_a_question(self) -> Self:
         if self.analysis.emphasise is not None and self.prompts.question is None:
             raise ValueError("analysis.emphasise names words of a question; give it with --text")
+        return self
+
+    @model_validator(mode="after")
+    def _takes_some_of_labelled_ones(self) -> Self:
+        if self.prompts.images is None and self.analysis.n != VisionSettings().n:
+            raise ValueError(
+                "analysis.n takes some of the pictures of --images; each one of --image is taken"
+            )
         return self
 
 

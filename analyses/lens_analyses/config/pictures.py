@@ -50,6 +50,10 @@ class PictureConfig(Section):
     def _one_source(self) -> Self:
         if self.image and self.images is not None:
             raise ValueError("give pictures (--image) or labelled ones (--images), not both")
+        if self.question is not None and not self.image:
+            raise ValueError(
+                "prompts.question is asked about pictures that are named; give these with --image"
+            )
         if self.boxes is not None and not self.image:
             raise ValueError("boxes lie on pictures that are named; give these with --image")
         return self

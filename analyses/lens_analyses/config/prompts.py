@@ -126,7 +126,22 @@ class LabelledConfig(PromptConfig):
             raise ValueError(
                 f"labelled prompts stand alone, got prompts.{' and prompts.'.join(given)}"
             )
+        if labelled_by(self) is not None:
+            _refuse_changed(
+                self,
+                ("copied", "copied_length"),
+                "there are no copied prompts beside labelled ones",
+            )
+        if self.images is not None:
+            _refuse_changed(self, ("tokens", "windows"), "pictures are not cut")
         return self
+
+
+def _refuse_changed(prompts: Section, names: tuple[str, ...], why: str) -> None:
+    """Raises ValueError: a setting that would not be read has another value than its default."""
+    for name in names:
+        if getattr(prompts, name) != type(prompts).model_fields[name].default:
+            raise ValueError(f"prompts.{name} is not read, since {why}; leave it out")
 
 
 def labelled_by(prompts: Section) -> str | None:

@@ -6,6 +6,9 @@ LARGE = 20_000_000
 FEW_PROMPTS, PROMPTS = 8, 32
 """Of `lens heads` where no number is asked for: with a large model, and else."""
 
+MOST_REMOVED = 24
+"""Sub-layers of a model whose greedy removal is run: its cost grows with their square."""
+
 _MANY = 64  # heads; beyond, the pruning curve is short
 
 

@@ -13,7 +13,7 @@ from lens.common.files import write_text
 from lens.runs import Run, to_csv, to_headvis, to_parquet
 from lens.runs.folders import CIRCUITS
 from lens_analyses.console import UsageError
-from lens_analyses.exporting.pictures import write_pictures
+from lens_analyses.exporting.pictures import PICTURES, write_pictures
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -60,8 +60,8 @@ def export_run(
     kind: str,
     out: Path,
     *,
-    pictures: tuple[str, ...] = ("svg", "pdf", "png"),
-    width: str = "single",
+    pictures: tuple[str, ...] | None = None,
+    width: str | None = None,
 ) -> Exported:
     """Write a run in one format of `FORMATS`.
 
@@ -70,14 +70,15 @@ def export_run(
         kind: `headvis` (a tree as Neuronpedia reads it, from traces with q and k), `csv`, `parquet`
             (every table), `graph` (circuits as JSON) or `figures`.
         out: folder; for `headvis` one that does not exist.
-        pictures, width: of `figures`, see `write_pictures`.
+        pictures, width: of `figures` alone, see `write_pictures`; None: SVG, PDF and PNG for a single column.
 
     Raises:
-        UsageError: an unknown format.
+        UsageError: an unknown format, or pictures asked of another one.
         LensError: nothing of it in the run.
     """
     if kind == "figures":
-        written = write_pictures(run, out, pictures, width)
+        kinds = PICTURES if pictures is None else pictures
+        written = write_pictures(run, out, kinds, width or "single")
         missing = [*filter(None, [written.missing]), *run.readable()[1]]
         return Exported(out, written.files, "; ".join(missing))
     writers: dict[str, Callable[[Run, Path], list[str]]] = {
@@ -86,6 +87,8 @@ def export_run(
     }
     if kind not in FORMATS:
         raise UsageError(f"format must be one of {', '.join(FORMATS)}, got {kind!r}")
+    if (pictures, width) != (None, None):
+        raise UsageError(f"--as and --width are of figures, and {kind} has none; leave them out")
     if kind not in ("csv", "parquet"):
         return Exported(out, tuple(writers[kind](run, out)))
     sections, damage = run.readable()

@@ -57,6 +57,7 @@ def write_pictures(run: Run, out: Path, kinds: Sequence[str], width: str) -> Pic
     if missing := _browser_problem():
         return Pictures((), missing)
     out.mkdir(parents=True, exist_ok=True)
+    before = {name: _state(out / name) for name in names}  # of an earlier export
     scales: list[int | float | None] = [
         _DOTS_PER_INCH / PIXELS_PER_INCH if kind == "png" else 1 for _ in figures for kind in kinds
     ]
@@ -70,7 +71,7 @@ def write_pictures(run: Run, out: Path, kinds: Sequence[str], width: str) -> Pic
             height=[figure.layout.height for figure in drawn],  # pyright: ignore[reportAttributeAccessIssue]
         )
     except Exception as error:  # of the browser, whatever it says
-        done = tuple(name for name in names if (out / name).exists())
+        done = tuple(name for name in names if _state(out / name) not in (None, before[name]))
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         return Pictures(done, f"the browser failed ({reason}); {_INSTALL}")
     return Pictures(tuple(names))
@@ -94,6 +95,14 @@ def paper_figures(run: Run) -> dict[str, go.Figure]:
         for part, figure in section.figures.items():
             made[f"{name}-{part}".replace("_", "-")] = figure
     return made
+
+
+def _state(path: Path) -> tuple[int, int, int] | None:
+    """What changes when a file is written; None: there is none."""
+    if not path.exists():
+        return None
+    found = path.stat()
+    return found.st_mtime_ns, found.st_size, found.st_ino
 
 
 def _browser_problem() -> str:

@@ -94,7 +94,7 @@ class JobStore:
         """
         if kind not in KINDS:
             raise LensError(f"a job is one of {', '.join(KINDS)}, got {kind!r}")
-        with self._open() as rows:
+        with self._writing() as rows:
             self._check_room(rows)
             made = rows.execute(
                 "insert into jobs (kind, config, command, status, created) values (?, ?, ?, 'queued', ?)",
@@ -124,16 +124,11 @@ class JobStore:
             LensError: there is none of this number.
         """
         with self._open() as rows:
-            known = (min(number, _LARGEST),)
-            row = rows.execute("select * from jobs where id = ?", known).fetchone()
-        if row is None:
-            raise LensError(f"there is no job {number}")
-        return _job(row)
+            return self._job(rows, number)
 
     def claim(self) -> Job | None:
         """The oldest job in the queue, now of this process; None when nothing waits."""
-        with self._open() as rows:
-            rows.execute("begin immediate")
+        with self._writing() as rows:
             row = rows.execute(
                 "select id from jobs where status = 'queued' order by id limit 1"
             ).fetchone()
@@ -142,7 +137,6 @@ class JobStore:
                     "update jobs set status = 'running', started = ?, ended = null, worker = ? where id = ?",
                     (_now(), json.dumps(this_process()), row["id"]),
                 )
-            rows.execute("commit")
         return None if row is None else self.job(row["id"])
 
     def advance(self, number: int, *, progress: float | None, step: str, run: str | None) -> None:
@@ -183,14 +177,14 @@ class JobStore:
         Raises:
             LensError: there is none, or it is neither waiting nor running.
         """
-        self._change(
-            number,
-            ACTIVE,
-            "cancelled",
-            "update jobs set cancel = 1, "
-            "ended = case status when 'queued' then ? else ended end, "
-            "status = case status when 'queued' then 'cancelled' else status end where id = ?",
-        )
+        with self._writing() as rows:
+            self._check(rows, number, ACTIVE, "cancelled")
+            rows.execute(
+                "update jobs set cancel = 1, "
+                "ended = case status when 'queued' then ? else ended end, "
+                "status = case status when 'queued' then 'cancelled' else status end where id = ?",
+                (_now(), number),
+            )
 
     def retry(self, number: int) -> None:
         """Put a job back into the queue; a run goes on where it was left.
@@ -198,15 +192,14 @@ class JobStore:
         Raises:
             LensError: there is none, or it waits or runs or is done, or too many wait already.
         """
-        with self._open() as rows:
+        with self._writing() as rows:
             self._check_room(rows)
-        self._change(
-            number,
-            ("partial", "error", "cancelled", "lost"),
-            "made again",
-            "update jobs set status = 'queued', cancel = 0, error = null, progress = null, "
-            "created = ?, ended = null, worker = null where id = ?",
-        )
+            self._check(rows, number, ("partial", "error", "cancelled", "lost"), "made again")
+            rows.execute(
+                "update jobs set status = 'queued', cancel = 0, error = null, progress = null, "
+                "created = ?, ended = null, worker = null where id = ?",
+                (_now(), number),
+            )
 
     def see_worker(self) -> None:
         """Write down that this process works."""
@@ -260,14 +253,30 @@ class JobStore:
                 f"{waiting} jobs wait already; cancel some, or wait until they are done"
             )
 
-    def _change(self, number: int, allowed: tuple[str, ...], what: str, statement: str) -> None:
-        job = self.job(number)
+    @staticmethod
+    def _job(rows: sqlite3.Connection, number: int) -> Job:
+        known = (min(number, _LARGEST),)
+        row = rows.execute("select * from jobs where id = ?", known).fetchone()
+        if row is None:
+            raise LensError(f"there is no job {number}")
+        return _job(row)
+
+    def _check(
+        self, rows: sqlite3.Connection, number: int, allowed: tuple[str, ...], what: str
+    ) -> None:
+        job = self._job(rows, number)
         if job.status not in allowed:
             raise LensError(
                 f"job {number} is {job.status}; only one that is {' or '.join(allowed)} can be {what}"
             )
+
+    @contextmanager
+    def _writing(self) -> Iterator[sqlite3.Connection]:
+        """One transaction, beside which no other process writes; an exception takes all of it back."""
         with self._open() as rows:
-            rows.execute(statement, (_now(), number))
+            rows.execute("begin immediate")
+            yield rows
+            rows.execute("commit")
 
     @contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:

@@ -203,7 +203,7 @@ def share(folder: Path, meta: Mapping[str, Any], config: RunConfig) -> tuple[flo
         config: of the run.
 
     Returns:
-        Finished prompts and sections among all that there will be, 0 to 1; words.
+        Finished prompts and sections, those included that cannot be had, among all that there will be, 0 to 1; words.
     """
     from lens.runs.sections import section_names
     from lens_analyses.config.prompts import labelled_by
@@ -216,7 +216,7 @@ def share(folder: Path, meta: Mapping[str, Any], config: RunConfig) -> tuple[flo
         if step.is_wanted(config.analysis, config.prompts) and not step.why
     ]
     done, total = meta["prompts"]["done"], meta["prompts"]["total"]
-    finished = set(section_names(folder))
+    finished = {*section_names(folder), *meta.get("unsupported", ())}
     part = (done + len(finished.intersection(steps))) / max(1, total + len(steps))
     if done < total:
         return part, f"{done} of {total} prompts"

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from lens_analyses.config.sizes import LARGE, heads_by_position, pruning_size
+from lens_analyses.config.sizes import LARGE, MOST_REMOVED, heads_by_position, pruning_size
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,13 @@ def _pruning(load: Load) -> Cost:
     half = (load.windows or load.task) / 2  # orders are made on one and run on the other
     orders, ordering = (3, load.heads + 12) if points is None else (2, 12)
     return Cost(((orders + draws) * (points or load.heads) + ordering) * half)
+
+
+def _layers(load: Load) -> Cost:
+    """Each of two sub-layers a layer left out alone, the whole model, the stream, and half of them one after another."""
+    sublayers = 2 * load.layers
+    greedy = 1 + load.layers * (3 * load.layers + 1) // 2 if sublayers <= MOST_REMOVED else 0
+    return Cost((sublayers + 2 + greedy) * load.task)
 
 
 def _of_windows(load: Load, passes: float) -> Cost:
@@ -149,7 +156,7 @@ COSTS: dict[str, dict[str, Callable[[Load], Cost]]] = {
         "similarity": lambda load: Cost(load.prompts, seconds=0.0016 * load.heads**2),
         "stability": lambda load: Cost(2 * load.prompts),
         "pruning": _pruning,
-        "layers": lambda load: Cost(min(8 * load.layers, 2 * load.layers + 20) * load.task),
+        "layers": _layers,
         "heads": lambda load: Cost(0, seconds=1 + 6e-6 * load.heads * load.vocab),
     },
     "sinks": {

@@ -1,16 +1,17 @@
 """Which attention and MLP sub-layers the model can do without."""
 
+import numpy as np
+
 from lens.common.errors import LensError
 from lens.common.results import ends, few
 from lens.heads import sublayers as measures
 from lens.heads.pruning.sublayer_scores import BlockInfluence, SkipSweep
 from lens.runs.sections import Section
 from lens.stats.verdicts import rivals
+from lens_analyses.config.sizes import MOST_REMOVED
 from lens_analyses.steps.columns import defined
 from lens_analyses.steps.headlines import of_highest
 from lens_analyses.steps.subject import Subject
-
-_MOST = 24  # sub-layers of a model whose greedy removal is run: its cost grows with their square
 
 
 def layers(subject: Subject) -> Section:
@@ -35,7 +36,7 @@ def layers(subject: Subject) -> Section:
     figures = {"sweep": sweep.plot(), "influence": influence.plot()}
     said = [_missed(sweep, subject.seed), _least(influence, subject.seed)]
     limits = ["A sub-layer that is left out adds 0; nothing was trained again."]
-    if len(sweep.names) <= _MOST:
+    if len(sweep.names) <= MOST_REMOVED:
         removal = measures.greedy_removal(model, task, progress=subject.progress)
         tables["removal"], figures["removal"] = removal.table(seed=subject.seed), removal.plot()
         said.append(
@@ -44,7 +45,7 @@ def layers(subject: Subject) -> Section:
         )
     else:
         limits.append(
-            f"No greedy removal: {len(sweep.names)} sub-layers, at most {_MOST} here; use "
+            f"No greedy removal: {len(sweep.names)} sub-layers, at most {MOST_REMOVED} here; use "
             "lens.heads.sublayers.greedy_removal."
         )
     return Section(
@@ -65,7 +66,7 @@ def layers(subject: Subject) -> Section:
                 "the median sub-layer",
                 unit=task.metric,
                 figure="sweep",
-                whole=float(task.evaluate(model).abs().max()),
+                whole=float(np.abs(sweep.clean).max()),
             )
         ),
     )
