@@ -47,6 +47,8 @@ class Gradients:
         hidden: [tokens, d_model], gradient by what enters the first block.
         attention: of each layer, [heads, queries, keys]; and its gradient.
         values: of each layer, [heads, keys, value_dim].
+        seen: of each layer, bool [queries, keys], the logits that the answer can hang on: those of keys that are seen,
+            in the last layer by the query that answers.
         scores: of each layer, gradient by the logits of its attention; with `of_loss` that of the answer's
             log probability.
         kept_by_softmax: relevance that softmaxes did not pass on (AttnLRP), in units of the logit.
@@ -63,6 +65,7 @@ class Gradients:
         entering = (answer.own if hidden is None else hidden).detach().clone().requires_grad_()
         self._maps: list[tuple[Tensor, Tensor]] = []
         self.values: list[Tensor] = []
+        self.seen: list[Tensor] = []
         self._rule = rule
 
         with ExitStack() as stack, torch.enable_grad():
@@ -74,6 +77,10 @@ class Gradients:
             wanted = [entering, *(tensor for pair in self._maps for tensor in pair)]
             found = torch.autograd.grad(value, wanted, allow_unused=True)
         self.logit = float(value.detach())
+        if self.seen:
+            self.seen[-1] = self.seen[-1] & (torch.arange(answer.tokens) == answer.row)[:, None].to(
+                self.seen[-1].device
+            )
         self.hidden = found[0].detach().double()
         self.attention: list[tuple[Tensor, Tensor]] = []
         self.scores: list[Tensor] = []
@@ -101,6 +108,8 @@ class Gradients:
             call = _share(call, 2)
         scores, attention = dense(call)
         self._maps.append((scores, attention))
+        rows, keys = attention.shape[-2:]
+        self.seen.append(call.mask.seen_by(torch.arange(rows, device=call.query.device), keys))
         share = call.query.shape[1] // call.key.shape[1]
         self.values.append(call.value[0].detach().repeat_interleave(share, 0).double())
         if not lrp:

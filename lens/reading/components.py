@@ -135,8 +135,9 @@ class _QueryMap:
         width = head.key.shape[-1]
         eye = torch.eye(width, dtype=torch.float64, device=head.key.device)
         first = torch.zeros(width, dtype=torch.long, device=head.key.device)
-        at = first + min(distance, head.tokens - 1)
-        turn = head.rotation.turned(eye, at) @ head.rotation.turned(eye, first).T
+        at = first + min(abs(distance), head.tokens - 1)
+        places = (at, first) if distance >= 0 else (first, at)  # behind its key, or before it
+        turn = head.rotation.turned(eye, places[0]) @ head.rotation.turned(eye, places[1]).T
         # Rows are unit vectors: entry (a, b) is what query coordinate a at `distance` and key coordinate b give.
         found = torch.linalg.svd(query @ turn @ key.T, full_matrices=False)
         self.singular = found.S * head.call.scale

@@ -149,8 +149,8 @@ def perturb(
         heads: such as "L1H3"; None: all.
         along: "logits", any change (AT); "pairs", from one token to another alike in every row that sees them (iAT's word
             pairs): the pair that the gradient says costs most, beside random pairs.
-        sizes: of the change, L2 over the logits of the head that are seen, nats.
-        draws: random directions.
+        sizes: of the change, L2 over the logits of the head that are seen (in the last layer by the query that answers), nats.
+        draws: random directions over the same logits.
         seed: of them; those of a head on a prompt are the same whatever else is asked for.
         progress: show a bar, on stderr, if that is a terminal.
 
@@ -174,14 +174,13 @@ def perturb(
     with advancing(f"{model.name}: perturbed", len(read), progress) as advance:
         for number, prompt in enumerate(read):
             answer = Answer(model, torch.tensor(prompt.ids))
-            slopes = Gradients(answer, of_loss=True).scores
+            found = Gradients(answer, of_loss=True)
             clean = _loss(answer, None)
             for place, head in enumerate(chosen):
-                slope = slopes[head.layer][head.head]
-                seen = slope != 0
+                slope, seen = found.scores[head.layer][head.head], found.seen[head.layer]
                 drawn = drawing(seed, head.layer, head.head, prompt.inputs_sha256)
                 if along == "pairs":
-                    directions = _pairs(slope, draws, drawn)
+                    directions = _pairs(slope, seen, draws, drawn)
                 else:
                     directions = [-slope]  # the loss grows where the logit falls
                     for _ in range(draws):
@@ -197,17 +196,15 @@ def perturb(
     return Robustness(tuple(chosen), tuple(sizes), worst, random, seed, model.name, along)
 
 
-def _pairs(slope: Tensor, draws: int, random: np.random.Generator) -> list[Tensor]:
-    """Changes [queries, keys] that raise one key and lower another in all rows that see both: first the worst."""
-    seen = slope != 0
+def _pairs(slope: Tensor, seen: Tensor, draws: int, random: np.random.Generator) -> list[Tensor]:
+    """Changes [queries, keys] that raise one key and lower another in all rows that see both: first the worst; no change
+    where fewer than two keys are seen."""
     keys = seen.any(0).nonzero()[:, 0]
+    if len(keys) < 2:
+        return [torch.zeros_like(slope)] * (draws + 1)
     columns = slope.sum(0)[keys]
-    chosen = [
-        (int(columns.argmin()), int(columns.argmax()))
-    ]  # the loss grows where the logit falls
-    for _ in range(draws):
-        one, other = random.permutation(max(2, len(keys)))[:2].tolist()
-        chosen.append((one, other) if len(keys) > 1 else (0, 0))
+    chosen = [(int(columns.argmin()), int(columns.argmax()))]  # loss grows where the logit falls
+    chosen += [tuple(random.permutation(len(keys))[:2].tolist()) for _ in range(draws)]
     found = []
     for one, other in chosen:
         up, down = int(keys[one]), int(keys[other])

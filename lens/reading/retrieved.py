@@ -38,7 +38,8 @@ class RetrievalKinds(Result):
         masked: how many heads were masked together.
         clean: [trial], recall of the needle as the model is.
         recalls: [kind, masked, trial], without the first heads of each kind.
-        random: [masked, trial], without as many others, mean over the draws.
+        random: [masked, trial], without as many others that are in no list's first, mean over the draws; NaN where there
+            are fewer.
         trials: that there were.
         seed: of the bootstrap.
         model: its name.
@@ -112,10 +113,13 @@ class RetrievalKinds(Result):
             for kind in KINDS:
                 row = rows[kind, count]
                 parts.append(f"{kind} {with_ends(row, 'recall', '.2f')}")
+            beside = f"without random others {with_ends(random, 'recall', '.2f')}"
+            if np.isnan(random["recall"]):
+                beside = f"fewer than {count} heads are in no list, so that none stand beside"
             said.append(
                 Sentence(
                     f"Recall is {clean} over {len(self.clean)} trials; without the first {count}: "
-                    f"{', '.join(parts)}; without random others {with_ends(random, 'recall', '.2f')}.",
+                    f"{', '.join(parts)}; {beside}.",
                     kind="masked",
                 )
             )

@@ -51,7 +51,7 @@ def retrieval(
     """Score every head as a retrieval head in three ways, and mask the best of each.
 
     Masked heads give nothing (their outputs are zero) at prefill and in every step; random heads are drawn from
-    those that are in no list's first k.
+    those that are in no list's first k, and where there are fewer than k of them there is no such control.
 
     Args:
         model: causal, with an unembedding that heads write into.
@@ -217,7 +217,8 @@ def _masked(
     seed: int,
     shown: bool,
 ) -> np.ndarray:
-    """[kinds + 1, counts, trials]: recall without the first heads of each order, and without random ones (mean)."""
+    """[kinds + 1, counts, trials]: recall without the first heads of each order, and without random ones (mean); NaN of these
+    where fewer are in no list."""
     found = np.zeros((len(orders) + 1, len(counts), len(trials)))
     total = len(counts) * (len(orders) + draws)
     with advancing(f"{model.name}: masked", total, shown) as advance:
@@ -225,9 +226,11 @@ def _masked(
             best = {int(head) for order in orders for head in order[:count]}
             rest = [head for head in range(len(heads)) if head not in best]
             sets, random = [order[:count] for order in orders], drawing(seed, count)
-            sets += [
-                random.choice(rest, min(count, len(rest)), replace=False) for _ in range(draws)
-            ]
+            if len(rest) < count:
+                found[-1, place] = np.nan
+                advance(draws)
+            else:
+                sets += [random.choice(rest, count, replace=False) for _ in range(draws)]
             for number, chosen in enumerate(sets):
                 names = [str(heads[int(head)]) for head in chosen]
                 with edit(model, Ablate(names, "zero")):

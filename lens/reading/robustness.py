@@ -26,7 +26,7 @@ class Robustness(Result):
 
     Attributes:
         heads: whose.
-        sizes: of the change, L2 over all logits of the head that are seen, nats.
+        sizes: of the change, L2 over all logits of the head that are seen (in the last layer by the query that answers), nats.
         worst: [head, size, prompt], along the gradient of the loss.
         random: [head, size, prompt], mean over random directions of the same size.
         seed: of the draws.

@@ -66,7 +66,7 @@ def subspace(
     Reference: contrastive covariance, 2026, arXiv 2602.04752 (uncentred, as there).
 
     Raises:
-        LensError: one prompt, no such pairs, a rank that the head has not got, or as `explain_pairs`.
+        LensError: one prompt, no such pairs in those that directions come from or in the rest, a rank that the head has not got, or as `explain_pairs`.
 
     Example:
         >>> prompts = [lens.tasks.copied(small, 12, seed) for seed in range(4)]
@@ -103,21 +103,25 @@ def subspace(
         if not 1 <= count < len(left):
             raise LensError(f"rank must be 1 to {len(left) - 1}, got {rank}")
         generator = torch.Generator().manual_seed(seed)
-        bases: list[tuple[str, Tensor]] = [
-            ("contrast", left[:, :count]),
-            ("queries", torch.linalg.eigh(queries).eigenvectors[:, -count:]),
-            ("keys", torch.linalg.eigh(keys).eigenvectors[:, -count:]),
-            ("other head", torch.linalg.svd(found[other][0]).U[:, :count]),
+        bases: list[Tensor | None] = [
+            left[:, :count],
+            torch.linalg.eigh(queries).eigenvectors[:, -count:],
+            torch.linalg.eigh(keys).eigenvectors[:, -count:],
+            None if other == place else torch.linalg.svd(found[other][0]).U[:, :count],
         ]
         for _ in range(draws):
             drawn = torch.randn(len(left), count, generator=generator, dtype=left.dtype)
-            bases.append(("random", torch.linalg.qr(drawn.to(left.device)).Q))
+            bases.append(torch.linalg.qr(drawn.to(left.device)).Q)
         judged: list[np.ndarray] = []
         for prompt, asked in zip(read[1::2], chosen[1::2], strict=False):
             one = read_head(layout, prompt.inputs, place)
             judged.append(_judged(model, one, prompt, asked, beside, bases))
             advance(1)
     numbers = np.stack(judged, -1)  # [measure, basis, prompt]
+    if np.isnan(numbers[0, 0]).all():
+        raise LensError(
+            f"none of the {len(judged)} prompts that directions are judged on (every other one) has such pairs"
+        )
     named = len(BASES) - 1  # the random ones come behind
     chance = numbers[:, named:].mean(1, keepdims=True)
     means = np.concatenate([numbers[:, :named], chance], 1)
@@ -197,14 +201,17 @@ def _judged(
     prompt: Prompt,
     pairs: Pairs,
     beside: Kind,
-    bases: Sequence[tuple[str, Tensor]],
+    bases: Sequence[Tensor | None],
 ) -> np.ndarray:
-    """[measure, basis]: attention to the pairs, to the others, and next-token loss at the queries of the pairs."""
+    """[measure, basis]: attention to the pairs, to the others, and next-token loss at the queries of the pairs; NaN where
+    there are none, or no basis."""
     chosen, others = (pairs_of(head, kind, 0).to(head.key.device) for kind in (pairs, beside))
     width = head.query.shape[1]
     found = np.full((3, len(bases) + 1), np.nan)
     nothing = torch.zeros(width, 1, dtype=head.query.dtype, device=head.query.device)
-    for place, basis in enumerate([nothing, *(one for _, one in bases)]):
+    for place, basis in enumerate([nothing, *bases]):
+        if basis is None:
+            continue
         for row, some in enumerate((chosen, others)):
             if len(some):
                 found[row, place] = _mass(head, some, basis)

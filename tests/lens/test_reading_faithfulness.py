@@ -12,7 +12,7 @@ import lens
 from lens.common.errors import LensError
 from lens.common.head_ids import HeadId
 from lens.passes.interface import switched
-from lens.reading import _maps, attributing, judging
+from lens.reading import _maps, attributing, judging, perturbing
 from lens.reading._answers import Answer
 from lens.reading._relevance import Gradients
 from lens.reading._rows import dense, with_values
@@ -464,6 +464,33 @@ def test_a_model_that_fills_masks_is_explained_at_the_row_whose_logit_it_is(at):
     assert answer.answer == int(out.logits[0, at].argmax())
     raw = attributing.scored(answer, "raw")
     assert torch.allclose(raw.float(), out.attentions[-1][0, :, at].mean(0), atol=1e-6)
+
+
+@pytest.mark.parametrize("along", ["logits", "pairs"])
+def test_one_token_hangs_on_no_logit(models, along):
+    """One key gets all, whatever its logit; it ended in an index error."""
+    asked = {"sizes": [1.0], "draws": 2, "along": along, "progress": False}
+    found = lens.reading.perturb(models("gpt2"), torch.tensor([5]), ["L1H2"], **asked)
+    assert found.worst.tolist() == found.random.tolist() == [[[0.0]]]
+
+
+def test_changes_go_over_what_is_seen_and_not_over_what_has_a_slope(models):
+    """An attention so sharp that most slopes are 0 is changed at random in all of its logits alike."""
+    model = models("mistral")  # windows of five keys
+    found = Gradients(Answer(model, prompt()), of_loss=True)
+    band = torch.ones(11, 11, dtype=torch.bool).tril().triu(-4)
+    assert len(found.seen) == model.info.layers
+    for seen in found.seen[:-1]:
+        assert torch.equal(seen, band)
+    assert torch.equal(found.seen[-1], band & (torch.arange(11) == 10)[:, None])
+    for slope, seen in zip(found.scores, found.seen, strict=True):
+        assert not slope[:, ~seen].any()
+    seen = torch.ones(4, 4, dtype=torch.bool).tril()
+    slope = torch.zeros(4, 4)
+    slope[3, 0], slope[3, 1] = 1.0, -1.0
+    ways = perturbing._pairs(slope, seen, 40, np.random.default_rng(0))
+    assert ways[0][1:, :2].tolist() == [[-1.0, 1.0]] * 3  # in all rows that see both
+    assert any(bool(way[3, 3]) for way in ways)
 
 
 def test_what_cannot_be_judged_is_refused(models):

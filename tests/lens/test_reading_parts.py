@@ -11,6 +11,7 @@ from lens.models import smollm2
 from lens.passes.replay import proved
 from lens.reading import removing
 from lens.reading._head import read_head
+from lens.reading.components import _QueryMap
 from tests.lens.layouts import layout_model
 
 PAIRS = [[(i, i - 2) for i in range(4, 13)]]
@@ -146,10 +147,20 @@ def full_maps(model, head, distance):
         block.weights, (read.id.head, read.group, read.group), strict=True))  # fmt: skip
     turn = torch.eye(query.shape[1], dtype=torch.float64)
     if distance is not None:
-        places = [torch.full((len(turn),), at) for at in (distance, 0)]
+        places = [torch.full((len(turn),), max(0, at)) for at in (distance, -distance)]
         turn = read.rotation.turned(turn, places[0]) @ read.rotation.turned(turn, places[1]).T
     output = block.output[read.id.head].double()
     return read.call.scale * query @ turn @ key.T, value @ output
+
+
+def test_a_query_before_its_key_is_turned_the_other_way(models):
+    """As encoders with rotary embedding have them; every place of the prompt has an angle of its own."""
+    model = models("mistral")
+    head = read_head(proved(model), {"input_ids": prompt()[None]}, model.info.head("L1H2"))
+    found = _QueryMap(head, -3).singular
+    expected = torch.linalg.svdvals(full_maps(model, "L1H2", -3)[0])[: len(found)]
+    assert torch.allclose(found, expected, rtol=1e-5)
+    assert not torch.allclose(found, _QueryMap(head, 3).singular, rtol=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -176,6 +176,23 @@ def test_masked_heads_are_those_of_the_list(copying, found):
     assert set(rows["by"]) == {*KINDS, "random"}
 
 
+def test_random_heads_are_as_many_as_masked_ones_or_none(copying, monkeypatch):
+    """Of eight heads three lists of four leave fewer than four: no control, where there was one of fewer heads, or an error."""
+    masked = []
+    own = retrieving.Ablate
+    monkeypatch.setattr(
+        retrieving, "Ablate", lambda names, by: masked.append(len(names)) or own(names, by)
+    )
+    found = lens.reading.retrieval(*copying, masked=[4], draws=2, progress=False)
+    lists = {head for kind in KINDS for head in found.heads(kind, 4)}
+    assert len(lists) > 4
+    assert masked == [4] * 3
+    assert np.isnan(found.random).all()
+    said = [one for one in found.findings() if one.kind == "masked"]
+    assert said[0].endswith("; fewer than 4 heads are in no list, so that none stand beside.")
+    assert "nan" not in said[0]
+
+
 def test_what_cannot_be_scored_is_refused(copying):
     model, trials = copying
     with pytest.raises(LensError, match="masked must be at most half of the 8 heads, got 5"):

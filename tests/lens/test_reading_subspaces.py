@@ -139,6 +139,41 @@ def test_all_directions_that_matter_taken_out_leave_uniform_attention():
     assert automatic.rank == 1
 
 
+def test_a_prompt_without_such_pairs_is_left_out_and_counted(copying, found):
+    """Different tokens once each: no earlier copy; the numbers are those of the others."""
+    model, prompts = copying
+    given = [*prompts[:3], list(range(20)), *prompts[4:]]
+    some = lens.reading.subspace(model, given, "L1H0", rank=6, draws=4, progress=False)
+    assert np.isnan(some.mass[:, 1]).all()
+    table = some.table()
+    assert table["n"].tolist() == [2] * 5
+    assert table["n_other"].tolist() == [3] * 5
+    assert table["clean"][0] == pytest.approx(found.mass[0, [0, 2]].mean())
+    assert table["mass"][0] == pytest.approx(found.mass[1, [0, 2]].mean())
+    assert table["mass_low"].notna().all()
+    said = some.findings()
+    assert "(on the 2 of 3 prompts with such pairs)" in said[0]
+    assert "nan" not in " ".join(said)
+    given = [prompts[0], list(range(20)), prompts[2], list(range(10))]
+    with pytest.raises(LensError, match="none of the 2 prompts that directions are judged on"):
+        lens.reading.subspace(model, given, "L1H0", rank=6, draws=1, progress=False)
+
+
+def test_a_head_alone_in_its_layer_has_no_other_beside_it():
+    """Its own contrast stood there as that of another head."""
+    model = lens.load(layout_model("gpt2", n_head=1))
+    prompts = [
+        torch.randint(3, 60, (12,), generator=torch.Generator().manual_seed(s)) for s in range(4)
+    ]
+    found = lens.reading.subspace(model, prompts, "L1H0", "strongest", rank=2, progress=False)
+    rows = found.table().set_index("basis")
+    assert np.isnan(rows.loc["other head", "mass"])
+    assert rows.drop("other head")["mass"].notna().all()
+    said = found.findings()[1]
+    assert "another head" not in said
+    assert "nan" not in said
+
+
 def test_what_has_no_subspace_is_refused(copying):
     model, prompts = copying
     with pytest.raises(LensError, match="needs at least two prompts"):

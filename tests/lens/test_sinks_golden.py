@@ -244,12 +244,12 @@ def test_massive():
 )
 def test_high_norms(is_given, how):
     norms, rows = np.array([[1.0, 9, 1], [1, 1, np.nan]]), pd.DataFrame({"norm": [9.0]})
-    found = HighNormTokens(norms, 2, 5.0, 8.0, 9.0, is_given, rows)
+    found = HighNormTokens(norms, 2, 5.0, 8.0, 9.0, is_given, rows, ())
     assert said(found) == [
         ("tokens", f"1 tokens (20.00%) have a norm above 5 ({how}; 5 tokens of 2 prompts, after layer 2), 9.0 times the "
                    "others' mean."),
     ]  # fmt: skip
-    none = HighNormTokens(norms, 2, np.nan, 3.5, 2.5, False, rows[:0])
+    none = HighNormTokens(norms, 2, np.nan, 3.5, 2.5, False, rows[:0], ())
     assert said(none) == [
         ("tokens", "None found: the norms have one mode (5 tokens of 2 prompts, after layer 2). The best cut separates their "
                    "logarithms by D = 3.50 and norms by a factor of 2.50; two modes need 4 and 3."),

@@ -1,6 +1,7 @@
 """`lens.sinks.kinds`: measures equal to whole probabilities, and planted sinks found, tested and moved."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,9 +10,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import lens
 from lens.common.errors import LensError
-from lens.common.results import of_kind
+from lens.common.results import ends, of_kind
 from lens.figures.sink_mechanism import sink_origin, sink_tests
-from lens.sinks.causes import kind_tests
+from lens.sinks.causes import kind_tests, moves
+from lens.stats.verdicts import of_many
 from tests.lens.architectures import build
 from tests.lens.naive import probabilities_and_values, rms_ratio
 
@@ -115,12 +117,23 @@ def test_each_kind_is_told_by_its_test(found):
 
 
 def test_the_sink_moves_with_the_state_and_not_with_another(found):
-    moves = found.moves.set_index("way")
-    assert moves.loc["state", "layer"] == -1
-    assert moves.loc["state", "target_after"] > 0.7 > 0.2 > moves.loc["state", "source_after"]
-    assert moves.loc["other state", "source_after"] > 0.8
-    assert moves.loc["other state", "target_after"] < 0.05 > moves.loc["alone", "target_after"]
-    assert (moves["source_before"] > 0.8).all()
+    rows = found.moves.set_index("way")
+    assert rows.loc["state", "layer"] == -1
+    assert rows.loc["state", "target_after"] > 0.7 > 0.2 > rows.loc["state", "source_after"]
+    assert rows.loc["other state", "source_after"] > 0.8
+    assert rows.loc["other state", "target_after"] < 0.05 > rows.loc["alone", "target_after"]
+    assert (rows["source_before"] > 0.8).all()
+
+
+def test_moves_without_another_position_or_a_head_behind_are_left_out(planted, monkeypatch):
+    """18 tokens have two positions that 16 queries see; the one layer is not behind the massive activations that it makes."""
+    ids = torch.randint(4, 50, (2, 18), generator=torch.Generator().manual_seed(1))
+    ids[:, 0] = torch.arange(2)
+    large = SimpleNamespace(dimensions=(0,), layer=0)
+    monkeypatch.setattr(moves, "massive", lambda *_, **__: large)
+    result = lens.sinks.kinds(planted, ids, progress=False)
+    assert result.moves["way"].tolist() == ["state", "alone"]
+    assert "nan" not in " ".join(of_kind(result.findings(), "move"))
 
 
 def test_origin_is_what_hooks_and_autograd_say(planted, found):
@@ -143,26 +156,34 @@ def test_a_super_neuron_is_found_and_shares_are_those_of_its_weights():
     with torch.no_grad():
         network.model.layers[1].mlp.down_proj.weight[:, 9] = 0
         network.model.layers[1].mlp.down_proj.weight[4, 9] = 30.0
-    origin = lens.sinks.kinds(lens.load(network), IDS[:1], sources=[0, 5], progress=False).origin
-    read = {}
+    result = lens.sinks.kinds(lens.load(network), IDS, sources=[0, 5], progress=False)
+    origin, read = result.origin, {}
     for number, layer in enumerate(network.model.layers):
         layer.mlp.down_proj.register_forward_pre_hook(
-            lambda _, x, number=number: read.update({number: x[0][0]})
+            lambda _, x, number=number: read.update({number: x[0]})
         )
     with torch.no_grad():
-        network(IDS[:1])
+        network(IDS)
     for number, layer in enumerate(network.model.layers):
         sizes = read[number].abs() * layer.mlp.down_proj.weight.norm(dim=0)
-        share = (sizes / sizes.sum(-1, keepdim=True)).amax(-1).detach()
+        share = (sizes / sizes.sum(-1, keepdim=True)).detach()  # [prompts, tokens, neurons]
+        own = share[:, [0, 5]].mean((0, 1))
         others = [place for place in range(LENGTH) if place not in (0, 5)]
         row = origin.iloc[number]
-        assert row["neuron_share"] == pytest.approx(float(share[[0, 5]].mean()), rel=1e-5)
+        assert row["neuron_share"] == pytest.approx(float(own.max()), rel=1e-5)
+        assert row["neuron"] == int(own.argmax())
+        assert row["neuron_share_low"] < row["neuron_share"] < row["neuron_share_high"]
         assert row["neuron_share_others"] == pytest.approx(
-            float(np.median(share[others])), rel=1e-5
+            float(np.median(share.amax(-1)[:, others], axis=1).mean()), rel=1e-5
         )
     assert origin["neuron"][1] == 9
     assert origin["channels"][1] == pytest.approx(1)
     assert origin["channels"][0] > 5
+    row = origin.iloc[1]
+    held = of_many(row["neuron_share"], row["neuron_share_low"], row["neuron_share_high"], 3)
+    assert f"makes {row['neuron_share']:.0%}{ends(*held, '.0%')} of what" in " ".join(
+        of_kind(result.findings(), "origin")
+    )
 
 
 def test_one_prompt_has_numbers_without_intervals(planted):

@@ -90,6 +90,13 @@ def test_a_given_cutoff_is_kept(network):
     assert "(given; 182 tokens of 7 prompts, after layer 0)" in found.findings()[0]
     with pytest.raises(LensError, match="found has 7 prompts and 2 were given"):
         found.neurons(model, {"pixel_values": PIXELS["pixel_values"][:2]})
+    other = PIXELS["pixel_values"].clone()
+    other[3] = other[3].flip(-1)
+    with pytest.raises(LensError, match="prompt 3 is another than was looked at"):
+        found.neurons(model, {"pixel_values": other})
+    assert not any(module._forward_pre_hooks for module in network.modules())
+    every = high_norm(model, PIXELS, layer=0, cutoff=1e-9).findings()[0]
+    assert every.endswith("(given; 182 tokens of 7 prompts, after layer 0).")  # no others
 
 
 def test_refusals(network):

@@ -1,13 +1,14 @@
 """What attention does for answers: needles, tokens that explain them, other attention, and changed attention."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import pandas as pd
 
 import lens
 from lens.common.errors import LensError
-from lens.common.results import Sentence, ends, of_kind
+from lens.common.results import Sentence, ends, of_kind, with_ends
 from lens.runs.headlines import Headline
 from lens.runs.sections import Section
 from lens_analyses.steps.columns import defined
@@ -42,21 +43,10 @@ def retrieval_kinds(subject: Subject) -> Section:
     )
     tables = {"heads": found.table(), "recall": found.recall(), "agreement": found.agreement()}
     rows = tables["recall"]
-    own = rows[rows["by"] != "random"].sort_values("recall", kind="stable").to_dict("records")[0]
-    chance = rows[(rows["by"] == "random") & (rows["masked"] == own["masked"])].to_dict("records")[
-        0
-    ]
-    headline = Headline(
-        f"Without the first {own['masked']} retrieval heads ({own['by']}) recall of needles is {own['recall']:.2f} "
-        f"[{own['recall_low']:.2f}, {own['recall_high']:.2f}], without as many random others {chance['recall']:.2f}.",
-        own["recall"],
-        own["recall_low"],
-        own["recall_high"],
-        chance["recall"],
-        "as many random heads",
-        figure="recall",
-        many=int((rows["by"] != "random").sum()),
-    )
+    chances = rows[rows["by"] == "random"].dropna(subset=["recall"]).set_index("masked")["recall"]
+    lists = rows[(rows["by"] != "random") & rows["masked"].isin(chances.index)]
+    best = lists.sort_values("recall", kind="stable").head(1).to_dict("records")
+    headlines = tuple(_without(own, float(chances[own["masked"]]), len(lists)) for own in best)
     return Section(
         name="retrieval_kinds",
         title="Retrieval heads by where they look, for whom, and what they bring",
@@ -71,7 +61,22 @@ def retrieval_kinds(subject: Subject) -> Section:
         },
         tables=tables,
         figures={"recall": found.plot()},
-        headlines=(headline,),
+        headlines=headlines,
+    )
+
+
+def _without(own: Mapping[Any, Any], chance: float, many: int) -> Headline:
+    """Recall without the first heads of a list, beside random others."""
+    return Headline(
+        f"Without the first {own['masked']} retrieval heads ({own['by']}) recall of needles is "
+        f"{with_ends(own, 'recall', '.2f')}, without as many random others {chance:.2f}.",
+        own["recall"],
+        own["recall_low"],
+        own["recall_high"],
+        chance,
+        "as many random heads",
+        figure="recall",
+        many=many,
     )
 
 

@@ -110,6 +110,7 @@ COLUMNS = {
     "other": "Attention to the keys of pairs of another kind.",
     "loss_change": "Next-token loss at the queries of the pairs less that with nothing taken out, nats.",
     "clean_other": "The attention to those keys as the model is.",
+    "n_other": "Prompts that have such keys.",
     "divergence": "Jensen-Shannon divergence of the head's row and the furthest row found that writes the same, nats, at most ln 2.",
     "uniform": "The same of the head's row and even attention.",
     "change": "Loss of the answer with that row in the head's place, less that of the model as it is, nats.",

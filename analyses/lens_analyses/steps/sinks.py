@@ -230,9 +230,9 @@ def spectrum(subject: Subject) -> Section:
 
 
 COLUMNS = {
-    "neuron_share": "Share of what an MLP writes that its largest neuron makes at the sources (size of activation times weights).",
-    "neuron_share_others": "The same of the largest neuron at other positions, median.",
-    "neuron": "Which neuron it is at the sources, in most prompts.",
+    "neuron_share": "Share of what an MLP writes that one neuron makes at the sources (size of activation times weights).",
+    "neuron_share_others": "The same of whichever neuron is largest at each other position, median.",
+    "neuron": "Which neuron that is: the largest there, mean over prompts.",
     "channels": "Dimensions that it writes through: participation of its weights.",
     "layer": "Layer, from 0; missing: all layers together.",
     "name": "The head.",

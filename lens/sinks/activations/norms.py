@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,6 +42,7 @@ class HighNormTokens(Result):
         ratio: geometric mean norm above the cutoff over that below.
         is_given: whether the cutoff was given.
         rows: one per outlier: `prompt`, `position`, `norm`.
+        prompts: a digest of each prompt.
     """
 
     norms: np.ndarray = field(repr=False)
@@ -50,6 +52,7 @@ class HighNormTokens(Result):
     ratio: float
     is_given: bool
     rows: pd.DataFrame = field(repr=False)
+    prompts: tuple[str, ...] = field(repr=False)
 
     @property
     def share(self) -> float:
@@ -65,16 +68,19 @@ class HighNormTokens(Result):
         known = self.norms[~np.isnan(self.norms)]
         seen = f"{len(known)} tokens of {len(self.norms)} prompts, after layer {self.layer}"
         if np.isnan(self.cutoff):
-            text = (
-                f"None found: the norms have one mode ({seen}). The best cut separates their logarithms by D "
+            text = f"None found: the norms have one mode ({seen})." + (
+                ""  # all are equal
+                if np.isnan(self.separation)
+                else f" The best cut separates their logarithms by D "
                 f"= {self.separation:.2f} and norms by a factor of {self.ratio:.2f}; two modes need "
                 f"{LEAST_SEPARATION:g} and {LEAST_RATIO:g}."
             )
         else:
             how = "given" if self.is_given else "the valley between two modes"
+            times = "" if np.isnan(self.ratio) else f", {self.ratio:.1f} times the others' mean"
             text = (
                 f"{len(self.rows)} tokens ({self.share:.2%}) have a norm above {self.cutoff:.3g} ({how}; "
-                f"{seen}), {self.ratio:.1f} times the others' mean."
+                f"{seen}){times}."
             )
         return (Sentence(text, kind="tokens"),)
 
@@ -100,41 +106,35 @@ class HighNormTokens(Result):
             raise LensError(
                 "no token of high norm was found, so no neuron can be said to write one"
             )
-        inputs: list[torch.Tensor] = []
-        hooks = []
-        for layer in list(blocks(model))[: self.layer + 1]:
-            linear = [module for module in layer.modules() if isinstance(module, nn.Linear)]
-            if not linear:
-                raise LensError(
-                    f"{model.info.class_name} has no linear module in its layers; its neurons are not known"
-                )
-            hooks.append(
-                linear[-1].register_forward_pre_hook(
-                    lambda _, args: inputs.append(args[0][0].detach().float().abs().cpu())
-                )
-            )
         read = read_prompts(model, prompts)[0]
         if len(read) != len(self.norms):
             raise LensError(
                 f"found has {len(self.norms)} prompts and {len(read)} were given; give the same ones"
             )
+        if (given := tuple(one.inputs_sha256 for one in read)) != self.prompts:
+            other = [one != own for one, own in zip(given, self.prompts, strict=True)].index(True)
+            raise LensError(f"prompt {other} is another than was looked at; give the same ones")
+        linear = [_linear(model, layer) for layer in list(blocks(model))[: self.layer + 1]]
+        inputs: list[torch.Tensor] = []
+
+        def keep(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            inputs.append(args[0][0].detach().float().abs().cpu())
+
         sums: dict[bool, Any] = {True: 0.0, False: 0.0}
         counts = {True: 0, False: 0}
         outlier = np.nan_to_num(self.norms) > self.cutoff
-        try:
+        with ExitStack() as stack, torch.no_grad():
+            for module in linear:
+                stack.callback(module.register_forward_pre_hook(keep).remove)
             for number, prompt in enumerate(read):
                 inputs.clear()
-                with torch.no_grad():
-                    base(model)(**prompt.inputs)
+                base(model)(**prompt.inputs)
                 size = torch.stack(inputs).double()  # [layers, tokens, neurons]
                 scored = ~np.isnan(self.norms[number, : size.shape[1]])
                 for side in (True, False):
                     rows = torch.from_numpy((outlier[number, : size.shape[1]] == side) & scored)
                     sums[side] = sums[side] + size[:, rows].sum(1)
                     counts[side] += int(rows.sum())
-        finally:
-            for hook in hooks:
-                hook.remove()
         at = torch.as_tensor(sums[True]) / counts[True]
         others = torch.as_tensor(sums[False]) / max(1, counts[False])
         layer, neuron = np.unravel_index(
@@ -146,6 +146,20 @@ class HighNormTokens(Result):
             others[layer, neuron].numpy(),
         )
         return table.assign(ratio=table["outliers"] / table["others"])
+
+
+def _linear(model: LoadedModel, layer: nn.Module) -> nn.Linear:
+    """The last linear module of a layer.
+
+    Raises:
+        LensError: it has none.
+    """
+    found = [module for module in layer.modules() if isinstance(module, nn.Linear)]
+    if not found:
+        raise LensError(
+            f"{model.info.class_name} has no linear module in its layers; its neurons are not known"
+        )
+    return found[-1]
 
 
 def high_norm(
@@ -217,7 +231,8 @@ def high_norm(
             "norm": norms[tuple(places.T)],
         }
     )
-    return HighNormTokens(norms, layer, limit, separation, ratio, cutoff is not None, rows)
+    digests = tuple(prompt.inputs_sha256 for prompt in asked)
+    return HighNormTokens(norms, layer, limit, separation, ratio, cutoff is not None, rows, digests)
 
 
 def otsu(values: np.ndarray) -> float:

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from lens.common.results import Result, Sentence, ends
+from lens.stats.verdicts import of_many
 
 _TEST = {
     "zero": "with the sources' values at 0",
@@ -30,7 +31,7 @@ class SinkKinds(Result):
             "broadcast" of one prompt, where fixed and input are not told apart); `mass` that the sources get and `share`
             of the size of what the head writes that comes from them, each with `_low`, `_high` (95 % over prompts);
             `uniform_mass`, `uniform_share`: the same if attention were spread evenly; `variation` of the sources'
-            values over prompts, 0 to 1; `rank`, `rank_centred`: stable rank of what the head writes, and about the mean
+            values over prompts, their variance over the mean square: 0 where they are the same, about 1 without a common mean; `rank`, `rank_centred`: stable rank of what the head writes, and about the mean
             row; `learned`: what the model's own sink takes; `gate`: what a gate on the output lets through.
         tests: a row per kind and test, all heads of the kind edited together (`lens.sinks.causes.kind_tests`).
         origin: a row per layer (`lens.sinks.causes.origins`).
@@ -95,10 +96,8 @@ class SinkKinds(Result):
         for name, word in _ORIGIN.items():
             if self.origin[name].isna().all():
                 continue
-            row = self.origin.iloc[int(np.nanargmax(self.origin[name]))]
-            said.append(
-                f"{word} {row[name]:.3g} times{ends(row[f'{name}_low'], row[f'{name}_high'], '.3g')} in layer {row['layer']:.0f}"
-            )
+            row, told = _highest(self.origin, name, ".3g", " times")
+            said.append(f"{word} {told} in layer {row['layer']:.0f}")
         if not said:
             return []
         text = f"At most, over the median of other positions, the sources have {', '.join(said)}."
@@ -108,16 +107,23 @@ class SinkKinds(Result):
         """The layer in which one neuron makes the largest share of what its MLP writes at the sources."""
         if self.origin["neuron_share"].isna().all():
             return []
-        row = self.origin.iloc[int(np.nanargmax(self.origin["neuron_share"]))]
+        row, share = _highest(self.origin, "neuron_share", ".0%")
         return [
             Sentence(
-                f"Neuron {row['neuron']:.0f} of the MLP in layer {row['layer']:.0f} makes {row['neuron_share']:.0%}"
-                f"{ends(row['neuron_share_low'], row['neuron_share_high'], '.0%')} of what is written there at the sources, "
-                f"the largest at other positions {row['neuron_share_others']:.0%}; it writes through {row['channels']:.0f} "
+                f"Neuron {row['neuron']:.0f} of the MLP in layer {row['layer']:.0f} makes {share} of what is written there at the sources, "
+                f"whichever is largest at other positions {row['neuron_share_others']:.0%}; it writes through {row['channels']:.0f} "
                 "dimensions.",
                 kind="origin",
             )
         ]
+
+
+def _highest(table: pd.DataFrame, name: str, form: str, unit: str = "") -> tuple[pd.Series, str]:
+    """The row with the highest value, and this in words, with the interval of the highest of all."""
+    row = table.iloc[int(np.nanargmax(table[name]))]
+    many = int(table[name].notna().sum())
+    low, high = of_many(row[name], row[f"{name}_low"], row[f"{name}_high"], many)
+    return row, f"{row[name]:{form}}{unit}{ends(low, high, form)}"
 
 
 def _beside(row: Mapping[Any, Any]) -> str:

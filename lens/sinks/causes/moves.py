@@ -47,7 +47,8 @@ def moves_of(
     "other state" and "other dimensions" are controls of the first two: the target swaps with a position that is no
     source, and as many other dimensions are swapped. `source_before`, `source_after`, `target_before`, `target_after`:
     mean alpha over these heads, the last with `_low`, `_high`; `sinks_after`: share of them whose target is a sink.
-    No row where no head has a sink, and no "massive" where there are no massive activations.
+    No row where no head with a sink is behind `layer`, no "massive" where there are no massive activations, and no "other
+    state" where prompts have no other position that 16 queries see.
 
     Raises:
         LensError: a target that is a source, or that fewer than 16 queries see.
@@ -74,25 +75,23 @@ def moves_of(
             for target in targets:
                 random = drawing(seed, target, prompt.inputs_sha256)
                 free = (~source).nonzero()[:, 0]
-                other = int(
-                    random.choice(
-                        free[(free != target) & (free < len(source) - FEWEST_VIEWERS)].numpy()
-                    )
-                )
-                ways: list[tuple[str, int, Any]] = [
-                    ("state", layer, _swapped(place, target, None)),
-                    ("other state", layer, _swapped(other, target, None)),
-                ]
+                others = free[(free != target) & (free < len(source) - FEWEST_VIEWERS)].numpy()
+                ways: list[tuple[str, int, Any]] = [("state", layer, _swapped(place, target, None))]
+                if len(others):
+                    other = int(random.choice(others))
+                    ways.append(("other state", layer, _swapped(other, target, None)))
                 if dims:
                     ways += [
                         ("massive", emerged, _swapped(place, target, dims)),
                         ("other dimensions", emerged, _swapped(place, target, dims, random)),
                     ]
                 for way, at, change in ways:
-                    with changed(model, at, change):
-                        after = runs.run(prompt)
                     behind = heads.clone()
                     behind[: at + 1] = False
+                    if not behind.any():
+                        continue
+                    with changed(model, at, change):
+                        after = runs.run(prompt)
                     found.setdefault((way, target, at), []).append(
                         _alphas(before, after.alpha, behind, place, target)
                     )

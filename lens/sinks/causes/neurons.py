@@ -31,8 +31,8 @@ _NAMES = ("down_proj", "c_proj", "fc2", "dense_4h_to_h", "dense", "lin2")
 def neurons_of(
     model: LoadedModel, prompts: Sequence[Prompt], sources: Sequence[Tensor], *, seed: int
 ) -> dict[str, np.ndarray]:
-    """Columns, one number per layer: `neuron_share` of the largest neuron at the sources, with `_low`, `_high` over prompts, and
-    `neuron_share_others`, of the largest at other positions (median); `neuron`, which it is most often at the sources;
+    """Columns, one number per layer: `neuron`, the one whose share at the sources is largest over the prompts; `neuron_share`
+    of it there, with `_low`, `_high` over prompts; `neuron_share_others`, of whichever is largest at each other position (median);
     `channels`, (sum w²)² / sum w⁴ of its weights: how many dimensions it writes through. NaN where MLPs are not in the
     table, or have experts."""
     layers = list(model.info.attending)
@@ -40,8 +40,8 @@ def neurons_of(
     lasts = {
         layer: found for layer, block in enumerate(blocks) if (found := _last(block)) is not None
     }
-    shares = np.full((2, len(layers), len(prompts)), np.nan)
-    largest = np.full((len(layers), len(prompts)), -1)
+    others = np.full((len(layers), len(prompts)), np.nan)
+    at_sources: dict[int, dict[int, np.ndarray]] = {layer: {} for layer in layers}
     sizes = {layer: _weights(model, part).norm(dim=1) for layer, part in lasts.items()}
     for number, (prompt, source) in enumerate(zip(prompts, sources, strict=True)):
         for layer, read in _read(model, prompt, lasts).items():
@@ -50,24 +50,23 @@ def neurons_of(
             written = read.double().abs() * sizes[layer]
             own = written / written.sum(-1, keepdim=True).clamp_min(1e-30)
             most = own.amax(-1).cpu()
-            place = layers.index(layer)
-            shares[0, place, number] = float(most[source].mean())
-            shares[1, place, number] = stats.quantile(most[~source].numpy(), 0.5)
-            largest[place, number] = int(own[source.to(own.device)].mean(0).argmax())
-    often = [
-        int(np.bincount(row[row >= 0]).argmax()) if (row >= 0).any() else -1 for row in largest
-    ]
-    channels = [
-        float((w := _weights(model, lasts[layer], neuron).square()).sum() ** 2 / w.square().sum())
-        if neuron >= 0
-        else np.nan
-        for layer, neuron in zip(layers, often, strict=True)
-    ]
+            others[layers.index(layer), number] = stats.quantile(most[~source].numpy(), 0.5)
+            at_sources[layer][number] = own[source.to(own.device)].mean(0).cpu().numpy()
+    shares = np.full_like(others, np.nan)
+    neuron, channels = np.full((2, len(layers)), np.nan)
+    for place, (layer, found) in enumerate(at_sources.items()):
+        if not found:
+            continue
+        of_neurons = np.stack(list(found.values()))  # [prompts, neurons]
+        best = int(of_neurons.mean(0).argmax())
+        shares[place, list(found)], neuron[place] = of_neurons[:, best], best
+        square = _weights(model, lasts[layer], best).square()
+        channels[place] = float(square.sum() ** 2 / square.square().sum())
     return {
-        **columns("neuron_share", shares[0], seed),
-        "neuron_share_others": known_mean(shares[1]),
-        "neuron": np.array([neuron if neuron >= 0 else np.nan for neuron in often]),
-        "channels": np.array(channels),
+        **columns("neuron_share", shares, seed, known=True),
+        "neuron_share_others": known_mean(others),
+        "neuron": neuron,
+        "channels": channels,
     }
 
 
