@@ -89,28 +89,20 @@ def scored(answer: Answer, method: Method) -> Tensor:
     if method in ("attnlrp", "cp_lrp"):
         return times(Gradients(answer, method).hidden, answer.own)
     if method == "integrated_gradients":
-        return integrated(answer)[0]
+        return along_path(answer, Gradients)
     found = Gradients(answer)
     if method == "gradient_input":
         return times(found.hidden, answer.own)
     return _SCORES[method](answer, found).cpu()
 
 
-def integrated(answer: Answer, steps: int = STEPS) -> tuple[Tensor, float]:
-    """Integrated gradients from all tokens deleted to the prompt, midpoint rule; and what is missing in their sum.
-
-    Reference: Sundararajan et al., Axiomatic Attribution for Deep Networks, 2017, arXiv 1703.01365.
-    """
-    scores = along_path(answer, Gradients, steps)
-    with torch.no_grad():
-        ends = answer.logits(torch.stack([answer.own, answer.deleted]))[:, answer.answer]
-    return scores, float(scores.sum() - (ends[0] - ends[1]).double())
-
-
 def along_path(
     answer: Answer, gradients: type[Gradients] | type[BlockGradients], steps: int = STEPS
 ) -> Tensor:
-    """[tokens], integrated gradients by one of these, on the CPU."""
+    """[tokens], integrated gradients from all tokens deleted to the prompt by one of these, midpoint rule, on the CPU.
+
+    Reference: Sundararajan et al., Axiomatic Attribution for Deep Networks, 2017, arXiv 1703.01365.
+    """
     away = answer.own - answer.deleted
     total = torch.zeros_like(away, dtype=torch.float64)
     for step in range(steps):
@@ -130,6 +122,18 @@ def check_methods(methods: Sequence[Method] | None) -> tuple[Method, ...]:
     if not methods:
         raise LensError(f"methods must name at least one of {', '.join(METHODS)}")
     return tuple(check_choice("methods", method, Method) for method in dict.fromkeys(methods))
+
+
+def whole(answer: Answer) -> dict[Method, float]:
+    """What the scores of a method would sum to with nothing lost: by relevance the logit (softmaxes and biases take of it), by
+    integrated gradients its difference from all tokens deleted (steps are finite)."""
+    with torch.no_grad():
+        own, deleted = answer.logits(torch.stack([answer.own, answer.deleted]))[:, answer.answer]
+    return {
+        "integrated_gradients": float(own - deleted),
+        "attnlrp": float(own),
+        "cp_lrp": float(own),
+    }
 
 
 def times(slope: Tensor, x: Tensor) -> Tensor:

@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 
 from lens.common.results import Result, Sentence, few, with_ends
-from lens.stats.intervals import columns
-from lens.stats.verdicts import rivals
+from lens.stats.intervals import columns, known_mean
+from lens.stats.verdicts import mean_told, rivals
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -26,7 +26,7 @@ class Faithfulness(Result):
     """Deletion curves of each method.
 
     Attributes:
-        methods: as in `lens.reading.attribute`, and "random", the mean over its draws.
+        methods: as in `lens.reading.attribute`, and "random", the mean over its draws (of the soft measures over two).
         shares: of the tokens, that are deleted or kept.
         comprehensiveness: [method, prompt, share], probability of the answer less that without the tokens
             that score highest; more is better.
@@ -38,6 +38,8 @@ class Faithfulness(Result):
         drawn: [draw, prompt, curve, share], comprehensiveness and sufficiency of random scores.
         block: tokens that are scored, deleted and kept together; None: one by one.
         left_out: method -> why it could not be computed for this model.
+        sums: method -> [prompt, 2], the sum of its scores, and what they would sum to with nothing lost; of the methods
+            whose scores are parts of a logit.
         seed: of the draws.
         model: its name.
     """
@@ -51,6 +53,7 @@ class Faithfulness(Result):
     agreement: Float[np.ndarray, "methods prompts references"]
     drawn: Float[np.ndarray, "draws prompts curves shares"]
     left_out: dict[str, str]
+    sums: dict[str, Float[np.ndarray, "prompts two"]]
     seed: int
     model: str
     block: int | None = None
@@ -61,19 +64,23 @@ class Faithfulness(Result):
         Columns: `method`; `comprehensiveness`, `sufficiency`, `soft_comprehensiveness`, `soft_sufficiency`, means over
         shares and prompts with `_low` and `_high` (95 % bootstrap over prompts); `as_leave_one_out`,
         `as_integrated_gradients`, mean rank correlations; `above_random`, share of the random draws whose
-        comprehensiveness is lower; `n` prompts.
+        comprehensiveness is lower; `missing`, how far the sum of the scores is from what they are parts of (mean size,
+        logits; NaN where they are no parts of one); `n` prompts, and `n_soft` of them, whose answer depends on the tokens.
         """
         found: dict = {"method": self.methods}
         for name in MEASURES:
-            found |= columns(name, getattr(self, name).mean(-1), self.seed)
+            found |= columns(name, getattr(self, name).mean(-1), self.seed, known=True)
         for place, name in enumerate(("as_leave_one_out", "as_integrated_gradients")):
-            some = self.agreement[..., place]
-            scored = np.isfinite(some)
-            total = np.where(scored, some, 0).sum(1)
-            found[name] = np.where(scored.any(1), total / scored.sum(1).clip(1), np.nan)
+            found[name] = known_mean(self.agreement[..., place])
         means = self.comprehensiveness.mean((1, 2))
         found["above_random"] = (self.drawn[:, :, 0].mean((1, 2)) < means[:, None]).mean(1)
+        found["missing"] = [np.abs(self._missing(name)).mean() for name in self.methods]
+        found["n_soft"] = np.isfinite(self.soft_comprehensiveness.mean(-1)).sum(1)
         return pd.DataFrame(found).assign(n=self.comprehensiveness.shape[1])
+
+    def _missing(self, method: str) -> np.ndarray:
+        """[prompts], logits."""
+        return np.subtract(*self.sums[method].T) if method in self.sums else np.array([np.nan])
 
     def _beside(self, measure: str, best: str, sign: int) -> str:
         """The methods, and random tokens, that the best one is not told apart from, prompt by prompt."""
@@ -110,10 +117,12 @@ class Faithfulness(Result):
                     kind="sufficiency",
                 )
             )
+            values = self.comprehensiveness.mean(-1)
+            more = columns("more", values - values[self.methods.index(RANDOM)], self.seed)
             poor = [
                 name
-                for name, row in others.iterrows()
-                if not row["comprehensiveness_low"] > chance["comprehensiveness"]
+                for name, low in zip(self.methods, more["more_low"], strict=True)
+                if name in others.index and low <= 0  # NaN of one prompt tells nothing apart
             ]
             if poor:
                 said.append(
@@ -122,6 +131,13 @@ class Faithfulness(Result):
                         kind="none",
                     )
                 )
+        if self.sums:
+            parts = [
+                f"{name} {mean_told(np.abs(self._missing(name)), self.seed, '.2g')} of {np.abs(sums[:, 1]).mean():.2g}"
+                for name, sums in self.sums.items()
+            ]
+            text = f"Scores do not sum to all of the logit that they are parts of; missing, mean size: {', '.join(parts)}."
+            said.append(Sentence(text, kind="limit"))
         said += [
             Sentence(f"{name} is not scored: {why}.", kind="unsupported")
             for name, why in self.left_out.items()

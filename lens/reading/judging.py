@@ -25,13 +25,16 @@ from lens.common.progress import advancing
 from lens.models.loaded import LoadedModel
 from lens.passes.inputs import read_prompts
 from lens.reading._answers import Answer, check_tokens
-from lens.reading.attributing import Method, check_methods, scored
+from lens.reading.attributing import Method, check_methods, scored, whole
 from lens.reading.attributing_blocks import scored_blocks
 from lens.reading.judged import RANDOM, Faithfulness
 from lens.stats.controls import drawing
 from lens.stats.orders import spearman
 
 _LEAST = 1e-6  # of the answer's probability that depends on the tokens
+_SOFT = (
+    2  # random orders of which soft curves are drawn, which take as long as those of a method each
+)
 _REFERENCES = ("leave_one_out", "integrated_gradients")
 
 
@@ -74,6 +77,7 @@ def faithfulness(
     check_tokens(read)
     left_out: dict[str, str] = {}
     every: list[dict[str, list[np.ndarray]]] = []
+    sums: list[dict[Method, tuple[float, float]]] = []
     with advancing(f"{model.name}: faithfulness", len(read), progress) as advance:
         for prompt in read:
             answer = Answer(model, torch.tensor(prompt.ids), block=block)
@@ -90,6 +94,7 @@ def faithfulness(
                     left_out[method] = str(error)
             drawn = drawing(seed, prompt.inputs_sha256)
             every.append(_judged(answer, scores, tuple(shares), draws, drawn))
+            sums.append({m: (scores[m].sum(), w) for m, w in whole(answer).items() if m in scores})
             advance(1)
     kept = [method for method in asked if method not in left_out]
     names = [*kept, RANDOM]
@@ -108,6 +113,7 @@ def faithfulness(
         drawn=np.stack([one["drawn"][0] for one in every], 1),
         block=block,
         left_out=left_out,
+        sums={m: np.array([one[m] for one in sums]) for m in sums[0] if m in kept},
         seed=seed,
         model=model.name,
     )
@@ -132,7 +138,7 @@ def _judged(
         found[name] = [*curves, np.array(agreement)]
     orders = [random.random(answer.units) for _ in range(draws)]
     hard = [hard_curves(answer, order, shares) for order in orders]
-    soft = [soft_curves(answer, order, shares, uniform, empty) for order in orders[:2]]
+    soft = [soft_curves(answer, order, shares, uniform, empty) for order in orders[:_SOFT]]
     agreement = [
         np.mean([spearman(order, scores[other]) for order in orders]) for other in _REFERENCES
     ]

@@ -16,6 +16,7 @@ from lens.reading import _maps, attributing, judging, perturbing
 from lens.reading._answers import Answer
 from lens.reading._relevance import Gradients
 from lens.reading._rows import dense, with_values
+from lens.reading.judged import Faithfulness
 from lens.reading.robustness import Robustness
 from tests.lens.layouts import layout_model
 
@@ -229,12 +230,65 @@ def test_leave_one_out_is_the_mean_embedding_in_place(models, kind):
 
 def test_integrated_gradients_sum_to_the_difference_of_the_logits(models):
     answer = Answer(models("llama"), prompt())
-    scores, missing = attributing.integrated(answer, steps=64)
+    whole = attributing.whole(answer)["integrated_gradients"]
     with torch.no_grad():
         ends = answer.logits(torch.stack([answer.own, answer.deleted]))[:, answer.answer]
-    assert float(scores.sum()) == pytest.approx(float(ends[0] - ends[1]) + missing)
-    assert abs(missing) < 0.02 * abs(float(ends[0] - ends[1]))
-    assert abs(attributing.integrated(answer, steps=4)[1]) > abs(missing)
+    assert whole == pytest.approx(float(ends[0] - ends[1]))
+    missing = [
+        float(attributing.along_path(answer, Gradients, steps).sum()) - whole for steps in (4, 64)
+    ]
+    assert abs(missing[1]) < 0.02 * abs(whole)
+    assert abs(missing[0]) > abs(missing[1])
+
+
+def test_what_scores_do_not_sum_to_is_told(models):
+    """Of AttnLRP what softmaxes and biases keep, of integrated gradients what steps leave out; of attention nothing is known."""
+    model = models("llama")  # with biases
+    methods = ["raw", "attnlrp", "integrated_gradients"]
+    found = lens.reading.faithfulness(model, prompt(), methods, draws=1, progress=False)
+    answer = Answer(model, prompt())
+    logit = attributing.whole(answer)["cp_lrp"]
+    with torch.no_grad():
+        assert logit == pytest.approx(float(answer.logits(answer.own[None])[0, answer.answer]))
+    table = found.table().set_index("method")
+    summed = float(attributing.scored(answer, "attnlrp").sum())
+    assert table.loc["attnlrp", "missing"] == pytest.approx(abs(summed - logit), rel=1e-5)
+    assert table["missing"].isna().tolist() == [True, False, False, True]
+    said = [one for one in found.findings() if "do not sum to all" in one]
+    assert len(said) == 1
+    assert f"attnlrp {abs(summed - logit):.2g} of {abs(logit):.2g}" in said[0]
+
+
+def judged(comprehensiveness, soft):
+    """Of a method and of random order, [method, prompt] each."""
+    curves = np.array(comprehensiveness)[..., None]
+    none = np.zeros((*curves.shape[:2], 2))
+    drawn = np.zeros((2, curves.shape[1], 2, 1))
+    soft = np.array(soft)[..., None]
+    return Faithfulness(
+        ("raw", "random"), (0.5,), curves, curves, soft, soft, none, drawn, {}, {}, 0, "m"
+    )
+
+
+def test_no_better_than_random_order_is_said_of_pairs_of_prompts():
+    """Every prompt loses more without what is scored than in random order, though prompts differ by far more than that."""
+    base = np.arange(8) / 10
+    ahead = judged([base + 0.01, base], [base, base])
+    assert "none" not in [one.kind for one in ahead.findings()]
+    behind = judged([base + np.tile([0.01, -0.02], 4), base], [base, base])
+    (said,) = [one for one in behind.findings() if one.kind == "none"]
+    assert said.endswith("as far as 8 prompts tell: raw.")
+    once = judged([[0.4], [0.1]], [[0.5], [0.2]])
+    assert "none" not in [one.kind for one in once.findings()]
+
+
+def test_prompts_whose_answer_hangs_on_no_token_leave_the_soft_curves_to_the_others():
+    found = judged([[0.4, 0.2, 0.3], [0.1, 0.1, 0.1]], [[0.5, np.nan, 0.7], [0.2, np.nan, 0.4]])
+    table = found.table()
+    assert table["soft_sufficiency"].tolist() == pytest.approx([0.6, 0.3])
+    assert table["soft_sufficiency_low"].tolist() == [0.5, 0.2]
+    assert table["n_soft"].tolist() == [2, 2]
+    assert table["n"].tolist() == [3, 3]
 
 
 def test_every_method_keeps_the_same_share():

@@ -100,7 +100,7 @@ def deleted():
     soft, agreement = np.zeros((3, 2, 1)), np.zeros((3, 2, 2))
     methods, why = ("raw", "rollout", "random"), {"flow": "too long"}
     drawn = np.zeros((2, 2, 2, 1))
-    return Faithfulness(methods, (0.5,), *measures, soft, soft, agreement, drawn, why, 0, "m")
+    return Faithfulness(methods, (0.5,), *measures, soft, soft, agreement, drawn, why, {}, 0, "m")
 
 
 def importance(method="ablation", baseline="mean", absolute=None):

@@ -98,6 +98,8 @@ COLUMNS = {
     "as_leave_one_out": "Rank correlation with the probability lost without each token.",
     "as_integrated_gradients": "Rank correlation with integrated gradients.",
     "above_random": "Share of the random orders with a lower comprehensiveness.",
+    "missing": "How far the scores' sum is from the logit that they are parts of, mean size; empty where they are no parts of one.",
+    "n_soft": "Prompts whose answer depends on the tokens: those of the soft measures.",
     "error": "Mean absolute difference of predicted and measured.",
     "by": "Definition whose first heads are masked; random: as many others.",
     "measure": "weights: attention; norms: sizes of what is written; with _residual the residual stream, with _norm the norm behind it.",
