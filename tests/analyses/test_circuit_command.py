@@ -92,7 +92,7 @@ def test_each_head_of_the_circuit_shows_its_attention(run):
     sink = section.tables["sink"]
     assert set(sink["edit"]) == {"excluded", "redistributed"}
     words = " ".join(section.summary)
-    assert "mostly through" in words
+    assert "more through" in words
     assert f"With the first key redistributed in {len(names)} heads" in words
     assert "report.html" in run.meta["files"]
 

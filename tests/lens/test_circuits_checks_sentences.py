@@ -46,8 +46,8 @@ def test_control():
         "The circuit of 12 edges has a faithfulness of 0.90 [0.90, 0.90]; of as many edges, no other circuit is there for "
         "random ones with the same degrees.",
     )
-    row = only.table().set_index("circuit").loc["degrees"]
-    assert row[["faithfulness", "low", "high", "p", "apart"]].isna().all()
+    row = only.table().to_dict("records")[1]
+    assert np.isnan([row[name] for name in ("faithfulness", "low", "high", "p", "apart")]).all()
     assert row["draws"] == 0
     assert "degrees none" in repr(only)
 
@@ -59,12 +59,33 @@ def test_evaluation():
         np.array([0, 5, 10]), Ablation("zero"), "eap", "loss", "made", "small", 0,
     )  # fmt: skip
     assert found.findings() == (
-        "Over all sizes the circuit performance ratio (CPR, more is better) is 0.75 and of random circuits, drawn 2 times, "
-        "0.40 (0.35 to 0.45); the circuit-model distance (CMD, less is better) 0.50 and 0.60 (0.55 to 0.65).",
+        "Over all sizes, on 4 prompts, the circuit performance ratio (CPR, more is better) is 0.75 [0.75, 0.75] and of random "
+        "circuits, drawn 2 times, 0.40 (0.35 to 0.45); the circuit-model distance (CMD, less is better) 0.50 [0.50, 0.50] and "
+        "0.60 (0.55 to 0.65).",
     )
+    varied = np.array([[0.0, 0, 0, 0], [0.2, 0.6, 1, 1.4], ONES])
+    wide = replace(found, signed=Outcome(varied, varied * 0, ONES, ZEROS))
+    assert wide.cpr == pytest.approx(0.65)
+    assert "is 0.65 [0.45, 0.85] and of random" in wide.findings()[0]
+    single = Outcome(varied[:, :1], varied[:, :1] * 0, ONES[:1], ZEROS[:1])
+    said = " ".join(replace(found, signed=single, absolute=single).findings())
+    assert "on 1 prompt, the circuit performance ratio (CPR, more is better) is 0.35 and of" in said
     (one,) = replace(found, random=found.random[:1]).findings()
     assert "of random circuits, drawn 1 time, 0.35; the" in one
-    assert one.endswith("0.50 and 0.65.")
+    assert one.endswith("0.50 [0.50, 0.50] and 0.65.")
+
+
+def test_shares_of_a_metric_of_which_less_is_better_are_none(patched):
+    """A loss that rises from 1 to 3 was 3 times recovered."""
+    loss = Outcome(np.full((1, 4), -3.0), np.zeros((1, 4)), -ONES, -3 * ONES)
+    found = CircuitEvaluation(
+        (1.0,), loss, loss, np.ones((2, 1)), np.array([1]), Ablation("zero"), "eap", "loss", "made", "small", 0,
+    )  # fmt: skip
+    assert found.table()["recovered"].isna().all()
+    gain = replace(found, signed=outcome(0.5), absolute=outcome(0.5))
+    assert list(gain.table()["recovered"]) == [0.5, 0.5]
+    assert patched.relative[0, 0] == pytest.approx(-0.5)
+    assert np.isnan(replace(patched, base=-ONES, patched=-patched.patched).relative).all()
 
 
 def test_minimality():
@@ -113,7 +134,7 @@ def patched():
 
 def test_patch_effects(patched):
     assert patched.findings() == (
-        "Of 3 places a0.h0 at 7 moves most: -0.5 [-0.575, -0.425] of the -1 loss between both runs, the median place "
+        "Of 3 places a0.h0 at 7 moves most: -0.5 [-0.592, -0.408] of the -1 loss between both runs, the median place "
         "+1e-09.",
         "2 of 3 places have a 95 % interval that leaves out 0 (0.2 by chance).",
     )

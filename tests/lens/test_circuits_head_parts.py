@@ -1,6 +1,7 @@
 """Heads of a circuit joined with their attention: against an N×N twin, and on known circuits."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -101,8 +102,8 @@ def test_previous_token_head_acts_through_values_and_induction_head_through_its_
     assert (table["full_low"] <= table["full"]).all()
     assert (table["full"] <= table["full_high"]).all()
     by_head = dict(zip(table.index, joined.findings(), strict=True))
-    assert "mostly through its values" in by_head["L0H1"]
-    assert "mostly through its pattern" in by_head["L1H0"]
+    assert "more through its values than its pattern" in by_head["L0H1"]
+    assert "more through its pattern than its values" in by_head["L1H0"]
     assert {said.kind for said in joined.findings()} == {"effect"}
     largest = table["full"].abs().idxmax()
     assert joined.findings(most=1) == (by_head[largest],)
@@ -121,6 +122,8 @@ def test_attended_keys_are_those_of_the_captured_row(joined):
         maps = trace.dataset["block_mass"].to_numpy()
         for head in joined.heads:
             row = maps[head.layer, head.head, at]
+            place = joined.heads.index(head)
+            assert joined.first_key[place, prompt] == pytest.approx(row[0], rel=1e-4)
             mine = rows[(rows["name"] == str(head)) & (rows["prompt"] == prompt)]
             best = np.sort(row)[::-1][:2]
             np.testing.assert_allclose(mine["mass"], best, rtol=1e-4)
@@ -149,6 +152,29 @@ def test_heads_of_a_circuit():
     assert "one prompt, no interval" in " ".join(found.findings())
     scores = lens.circuits.score_edges(known.model, known.task, method="exact")
     assert set(heads_of(scores.top(7))) <= set(known.heads)
+
+
+def test_a_circuit_that_was_found_is_taken_as_one():
+    """It is what `find` returns, and ended in raw errors."""
+    model = lens.load("induction-2l")
+    task = lens.tasks.induction(model, 4, length=9)
+    found: Any = lens.circuits.find(model, task, method="eap", progress=False)
+    circuit = found.circuit
+    assert heads_of(found) == heads_of(circuit)
+    quiet = {"progress": False}
+    assert head_parts(model, task, found, **quiet).heads == heads_of(circuit)
+    assert lens.circuits.checks.sink_check(model, task, found, draws=1, **quiet).heads == heads_of(
+        circuit
+    )
+    place = [torch.full((task.n,), 1)]
+    asked = {"controls": 1, "match": "all", **quiet}
+    few = lens.circuits.reuse.redirect(
+        model, task, replace(found, circuit=found.scores.top(4)), place, **asked
+    )
+    assert few.heads == heads_of(found.scores.top(4))
+    shared = lens.circuits.reuse.overlap(found, found, draws=4)
+    assert (shared.values["edges"], shared.values["rank correlation"]) == pytest.approx((1, 1))
+    assert (lens.circuits.checks.consensus([found, circuit]).core.kept == circuit.kept).all()
 
 
 def test_refusals():

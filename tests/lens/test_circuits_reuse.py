@@ -152,7 +152,7 @@ def test_trained_induction_heads_repair_broken_prompts_and_other_heads_do_not():
     assert rows.loc["redirected - as it is", "accuracy_low"] > 0.5
     gap = rows.loc["redirected - other heads", "loss"]
     assert gap == pytest.approx((found.metric[1] - found.metric[2:].mean(0)).mean())
-    undone = replace(found, accuracy=found.accuracy[[1, 0, *range(2, 8)]])
+    undone = replace(found, accuracy=found.accuracy[[1, 0, *[1] * 6]])
     assert "the heads harm the task" in of_kind(undone.findings(), "effect")[0]
 
 

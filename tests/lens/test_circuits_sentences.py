@@ -50,6 +50,14 @@ def test_overlap(overlap):
         overlap, null={**overlap.null, "heads": np.array([0.9, 0.8, 0.7])}, kind="all"
     )
     assert "heads of any layer at random 0.80 [0.70, 0.90], p 1)" in one(swapped, "shared")
+    below = replace(
+        overlap,
+        resampled={"heads": np.array([0.2, 0.3, 0.4]), "rank correlation": np.array([0.1, 0.2])},
+    )
+    assert "(Jaccard 0.67, of redrawn prompts 0.21 to 0.40; heads" in one(
+        below, "shared"
+    )  # 0.67 is outside of what read as its interval
+    assert "agree to 0.50, of redrawn prompts 0.10 to 0.20 (Spearman" in one(below, "orders")
     alone = replace(overlap, values={"heads": 2 / 3})
     assert kinds(alone) == ["shared", "limit"]
     table = overlap.heads()
@@ -86,7 +94,19 @@ def test_redirection(redirection):
     )
     assert one(redirection, "metric").startswith("The loss goes from 1.75 to 1 (-0.75 [")
     undone = replace(redirection, accuracy=redirection.accuracy[[1, 0, 2, 3]], match="all")
-    assert one(undone, "effect").endswith("the heads harm the task.")
+    assert one(undone, "effect").endswith(
+        "accuracy falls, not told apart from what it does with other heads."
+    )
+    better = redirection.accuracy.copy()
+    better[2:] = better[1]  # other heads repair it as well
+    assert one(replace(redirection, accuracy=better), "effect").endswith(
+        "accuracy rises, not told apart from what it does with other heads."
+    )
+    harmed = replace(redirection, accuracy=better[[1, 0, 2, 3]])
+    assert one(harmed, "effect").endswith("the heads harm the task.")
+    some = np.array([[0.0] * 8, [1.0] * 4 + [0] * 4, [1.0] * 8, [1.0] * 8])
+    more = replace(redirection, accuracy=some, metric=2 - some, mass=np.full((2, 8), 0.05))
+    assert one(more, "effect").endswith("accuracy rises, but more with other heads.")
     assert "As many heads of any layer" in one(undone, "controls")
     same = replace(redirection, accuracy=redirection.accuracy[[0, 0, 2, 3]])
     assert one(same, "effect").endswith("the interval holds 0.")
@@ -144,13 +164,17 @@ def test_parts_of_heads():
          ("L1H0", 0, 0, 0, "BOS", 0.9), ("L1H0", 1, 0, 2, "to", 0.1), ("L1H0", 0, 1, 1, "to", 0.0)],
         columns=["name", "prompt", "rank", "position", "token", "mass"],
     )  # fmt: skip
-    joined = JoinedHeads(HEADS, effects, roles, attended, np.ones(2), "loss", "ioi", "m", 0)
+    first = np.array([[0.1, 0.3], [0.9, 0.0]])
+    joined = JoinedHeads(HEADS, effects, roles, attended, first, np.ones(2), "loss", "ioi", "m", 0)
     assert one(joined, "effect") == (
-        "L0H1: effect +4 [+4, +4] loss, mostly through its values (pattern +1 [+1, +1], value +3 [+3, +3], interaction "
-        "+0 [+0, +0]); it looks most at 'Mary' (70%) and keeps 25% on the first key; without the first key the effect is +2 [+2, +2]."
+        "L0H1: effect +4 [+4, +4] loss, more through its values than its pattern (pattern +1 [+1, +1], value +3 [+3, +3], "
+        "interaction +0 [+0, +0]); its last answer's row looks most at 'Mary' in 2 of 2 prompts (with 70% of it) and has 20% on the first "
+        "key, mean of all; without the first key the effect is +2 [+2, +2]."
     )
+    assert "most at 'BOS' in 1 of 2 prompts (with 90% of it)" in one(joined, "none")
+    assert one(joined, "none").endswith("has 45% on the first key, mean of all.")
     assert one(joined, "none").startswith(
-        "L1H0: effect -1 [-3, +1], the interval holds 0; it looks"
+        "L1H0: effect -1 [-3, +1], the interval holds 0; its last"
     )
     apart = effects.copy()
     apart[0, 1:3] = [[3, -1], [0, 6]]  # by the means more through its values
@@ -158,8 +182,16 @@ def test_parts_of_heads():
         "through its pattern or its values, which are not told apart (pattern +1 [-1, +3], value +3 [+0, +6]"
         in one(replace(joined, effects=apart), "effect")
     )
-    turned = replace(joined, effects=effects[::-1, [0, 2, 1, 3, 4]])
-    assert "through its pattern" in " ".join(turned.findings())
+    turned = replace(joined, effects=effects[:, [0, 2, 1, 3, 4]])
+    assert "more through its pattern than its values" in one(turned, "effect")
+    both = effects.copy()
+    both[0] = np.array([1.0, -0.5, 0.1, 1.4, 0])[:, None]  # neither alone does any of it
+    said = one(replace(joined, effects=both), "effect")
+    assert "+1] loss, most of it by pattern and values together (pattern -0.5" in said
+    (said, _) = replace(
+        joined, effects=effects[..., :1], clean=np.ones(1), first_key=first[:, :1]
+    ).findings()
+    assert "(one prompt, no interval) loss (pattern +1, value +3" in said
     assert [said.kind for said in joined.findings(most=1)] == ["effect"]
     table = joined.table()
     assert table[["name", "layer", "head"]].to_numpy().tolist() == [["L0H1", 0, 1], ["L1H0", 1, 0]]

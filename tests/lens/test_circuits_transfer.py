@@ -10,9 +10,10 @@ from lens.circuits import make_circuit, score_edges
 from lens.circuits.checks.evaluation import run_circuits
 from lens.circuits.graph.activations import Ablation
 from lens.circuits.graph.nodes import find_nodes
-from lens.circuits.known import induction_transformer
+from lens.circuits.known import induction_transformer, logic_gate
 from lens.circuits.reuse import transfer
 from lens.circuits.reuse._sides import with_heads_renamed
+from lens.circuits.reuse._transfer import Transfer
 from lens.common.errors import LensError
 from tests.lens.circuit_models import small_model, small_task
 
@@ -81,3 +82,31 @@ def test_refusals():
         transfer(model, [task], [circuit], draws=0)
     with pytest.raises(LensError, match="different graphs or ablations"):
         transfer(model, [task], [circuit, replace(circuit, ablation=Ablation("zero"))])
+
+
+def test_findings_are_of_each_circuit_on_every_task():
+    found = Transfer(
+        np.array([[0.9, 0.2], [-0.1, 1.0]]), np.array([[0.8, 0.1], [-0.2, np.nan]]), np.ones((2, 2)),
+        np.array([[[0.1, 0.3], [0.4, 0.2]], [[np.nan] * 2] * 2]), np.eye(2), ("a", "a"), ("a", "b"), "m",
+    )  # fmt: skip
+    assert [said.kind for said in found.findings()] == ["transfer"] * 2
+    assert found.findings() == (
+        "The circuit of a has a faithfulness on a 0.90 [0.80, 1.00] (its heads renamed within their layers 0.20, p = 0.33); "
+        "on b 0.20 [0.10, 1.00] (its heads renamed within their layers 0.30, p = 1.00).",
+        "The circuit of a has a faithfulness on a -0.10 [-0.20, 1.00] (no heads that could be renamed within their layers); "
+        "on b 1.00 (no heads that could be renamed within their layers).",
+    )
+
+
+def test_a_circuit_is_not_compared_with_itself():
+    """Of one head a layer all renamed circuits are the circuit, as faithful as it."""
+    known = logic_gate("sum", dtype="float64")
+    graph = find_nodes(known.model).graph
+    both = [f"input->a0.h{head}<v>" for head in range(graph.heads)]
+    circuit = make_circuit(
+        graph, [*both, *(f"a0.h{head}->m0" for head in range(graph.heads)), "m0->logits"],
+        task="sum", model=known.model.name,
+    )  # fmt: skip
+    found = transfer(known.model, [known.task], [circuit], draws=4, progress=False)
+    assert np.isnan(found.renamed).all()
+    assert found.table()[["renamed", "p"]].isna().all().all()

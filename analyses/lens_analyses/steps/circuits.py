@@ -247,7 +247,7 @@ COLUMNS = {
     "circuits": "Number of circuits.",
     "ranking": "signed: largest scores first; absolute: largest by size.",
     "share": "Of the edges that are kept; of minimality: of what ablating everything changes.",
-    "recovered": "Metric of the circuit / metric of the model.",
+    "recovered": "Metric of the circuit / metric of the model; missing where the model's is not positive.",
     "distance": "|metric of the model - of the circuit|, means (Wang et al. 2022).",
     "kl": "KL(model || circuit) at the answers, nats.",
     "random": "Of random circuits of the same size, mean; of minimality: 95th percentile of the sizes.",

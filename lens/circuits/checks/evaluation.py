@@ -23,7 +23,7 @@ from lens.common.choices import Count, Seed
 from lens.common.errors import LensError
 from lens.common.given import given_as
 from lens.common.progress import advancing
-from lens.common.results import Result, Sentence
+from lens.common.results import Result, Sentence, ends
 from lens.models.loaded import LoadedModel
 from lens.tasks.task import Task
 
@@ -71,13 +71,15 @@ class Outcome:
         NaN for a single prompt. The denominator is drawn along with the numerator, so the interval is
         wide where prompts disagree on what ablation does. `lens.stats.over_units` takes no negative counts.
         """
-        units = len(self.full)
-        if units < 2:
+        if len(self.full) < 2:
             return np.full(len(self.metric), np.nan), np.full(len(self.metric), np.nan)
-        draws = stats.draws(units, seed)
+        return stats.interval(self.drawn(seed))
+
+    def drawn(self, seed: int) -> np.ndarray:
+        """[draws, circuits], `faithfulness` on prompts drawn again."""
+        draws = stats.draws(len(self.full), seed)
         whole = draws @ (self.full - self.empty)
-        drawn = (draws @ (self.metric - self.empty).T)[whole != 0] / whole[whole != 0][:, None]
-        return stats.interval(drawn)
+        return (draws @ (self.metric - self.empty).T)[whole != 0] / whole[whole != 0][:, None]
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -85,7 +87,7 @@ class CircuitEvaluation(Result):
     """Faithfulness of circuits of growing size.
 
     Attributes:
-        shares: of the edges that are kept.
+        shares: of the edges that are kept: those of `SHARES` that are whole numbers of edges, each number once.
         signed: outcome of the circuits of the largest scores; `cpr` is of these.
         absolute: of the largest scores by size; `cmd` is of these.
         random: [draws, shares], faithfulness of random edges of the same number.
@@ -131,7 +133,8 @@ class CircuitEvaluation(Result):
         """One row per share and ranking.
 
         Columns: `ranking` ("signed", "absolute"), `share`, `edges`, `faithfulness` with `low` and
-        `high` (bootstrap over prompts), `recovered` (metric / that of the model), `distance`
+        `high` (bootstrap over prompts), `recovered` (metric / that of the model; NaN where the model's is not
+        positive, as of metrics of which less is better, which it would turn round), `distance`
         (`|metric of the model - of the circuit|`, means; Wang et al. 2022), `kl` (nats), and of the
         random circuits `random` (mean), `random_low` and `random_high` (least and most).
         """
@@ -148,7 +151,7 @@ class CircuitEvaluation(Result):
                         "faithfulness": outcome.faithfulness(),
                         "low": low,
                         "high": high,
-                        "recovered": metric / full if full else np.nan,
+                        "recovered": metric / full if full > 0 else np.nan,
                         "distance": np.abs(full - metric),
                         "kl": outcome.kl.mean(1),
                         "random": self.random.mean(0),
@@ -160,17 +163,26 @@ class CircuitEvaluation(Result):
         return pd.concat(parts, ignore_index=True)
 
     def findings(self) -> tuple[Sentence, ...]:
-        """Both areas, beside those of random circuits: mean, least and most of the draws."""
-        draws = len(self.random)
+        """Both areas with 95 % intervals over prompts, beside those of random circuits: mean, least and most of the draws."""
+        draws, prompts = len(self.random), len(self.signed.full)
+        several = prompts > 1
+        own_cpr, own_cmd = (
+            f"{value:.2f}"
+            + ends(*stats.interval(area(self.shares, outcome.drawn(self.seed))), ".2f") * several
+            for value, area, outcome in (
+                (self.cpr, cpr, self.signed),
+                (self.cmd, cmd, self.absolute),
+            )
+        )
         random_cpr, random_cmd = (
             f"{drawn.mean():.2f}"
             + (f" ({drawn.min():.2f} to {drawn.max():.2f})" if draws > 1 else "")
             for drawn in (self.random_cpr, self.random_cmd)
         )
         text = (
-            f"Over all sizes the circuit performance ratio (CPR, more is better) is {self.cpr:.2f} and of "
-            f"random circuits, drawn {draws} time{'s' * (draws > 1)}, {random_cpr}; the circuit-model distance (CMD, less is "
-            f"better) {self.cmd:.2f} and {random_cmd}."
+            f"Over all sizes, on {prompts} prompt{'s' * several}, the circuit performance ratio (CPR, more is better) is "
+            f"{own_cpr} and of random circuits, drawn {draws} time{'s' * (draws > 1)}, {random_cpr}; the circuit-model distance (CMD, less is "
+            f"better) {own_cmd} and {random_cmd}."
         )
         return (Sentence(text, kind="areas"),)
 
@@ -192,7 +204,7 @@ def evaluate(
     seed: Seed = 0,
     progress: bool = True,
 ) -> CircuitEvaluation:
-    """Run the circuits of the best-scored edges, from 0.1 % to all of them, and random ones.
+    """Run the circuits of the best-scored edges, from 0.1 % (or one of them) to all, and random ones.
 
         faithfulness = (metric of the circuit - all ablated) / (metric of the model - all ablated)
 
@@ -216,7 +228,8 @@ def evaluate(
     """
     edges = given_as("EdgeScores", edges=edges)
     graph = edges.graph
-    counts = [max(1, round(share * graph.n)) for share in SHARES]
+    counts = sorted({max(1, round(share * graph.n)) for share in SHARES})
+    shares = tuple(count / graph.n for count in counts)
     draw = np.random.default_rng(seed)
     chosen = [
         edges.top(count, absolute=absolute, prune=False).kept
@@ -227,11 +240,11 @@ def evaluate(
         order = draw.permutation(graph.n)
         chosen += [np.isin(np.arange(graph.n), order[:count]) for count in counts]
     found = run_circuits(model, task, np.stack(chosen), edges.ablation, progress=progress)
-    size = len(SHARES)
+    size = len(counts)
     drawn = _part(found, 2 * size, len(chosen)).faithfulness().reshape(draws, size)
     signed, absolute = (_part(found, start, start + size) for start in (0, size))
     return CircuitEvaluation(
-        SHARES, signed, absolute, drawn, np.array(counts), edges.ablation, edges.method, task.metric,
+        shares, signed, absolute, drawn, np.array(counts), edges.ablation, edges.method, task.metric,
         task.name, model.name, seed,
     )  # fmt: skip
 

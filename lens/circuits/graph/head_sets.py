@@ -8,20 +8,23 @@ from lens.circuits.graph.circuit import Circuit
 from lens.circuits.known.circuit import KnownCircuit
 from lens.common.choices import check_lists
 from lens.common.errors import LensError
+from lens.common.given import given_as, is_of
 from lens.common.head_ids import AnyHead, HeadId, head_id, head_of_node
 from lens.models.loaded import LoadedModel
 
 
 def heads_of(heads: Iterable[AnyHead] | Circuit | KnownCircuit) -> tuple[HeadId, ...]:
-    """The heads that are meant, sorted, each once; of a circuit those that a kept edge leaves from.
+    """The heads that are meant, sorted, each once; of a circuit, also one that was found, those that a kept edge leaves from.
 
     Raises:
         LensError: one string instead of a list, or something that is no head.
     """
     if isinstance(heads, KnownCircuit):
         return tuple(sorted(heads.heads))
-    if isinstance(heads, Circuit):
-        return tuple(sorted(filter(None, map(head_of_node, heads.nodes))))
+    if is_of("Circuit", heads):
+        circuit: Circuit = given_as("Circuit", heads=heads)
+        return tuple(sorted(filter(None, map(head_of_node, circuit.nodes))))
+    assert not isinstance(heads, Circuit)
     if isinstance(heads, str):
         raise LensError(f"heads must be a list such as ['L3H5'], got the string {heads!r}")
     check_lists(heads=heads)

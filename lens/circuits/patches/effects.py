@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from lens.common.errors import LensError
-from lens.common.results import Result, Sentence, with_ends
+from lens.common.results import Result, Sentence, ends
 from lens.stats.intervals import columns
-from lens.stats.verdicts import by_chance
+from lens.stats.verdicts import by_chance, of_many
 from lens.tasks.task import Task
 
 Direction = Literal["noising", "denoising"]
@@ -69,8 +69,12 @@ class PatchEffects(Result):
 
     @property
     def relative(self) -> np.ndarray:
-        """[nodes, positions], patched / base - 1, ratio of means, as in Wang et al."""
-        return self.patched.mean(2) / self.base.mean() - 1
+        """[nodes, positions], patched / base - 1, ratio of means, as in Wang et al.
+
+        NaN where the base is not positive, as of metrics of which less is better: it would be turned round.
+        """
+        base = self.base.mean()
+        return self.patched.mean(2) / (base if base > 0 else np.nan) - 1
 
     def table(self) -> pd.DataFrame:
         """One row per node and position, largest effect by size first.
@@ -92,7 +96,8 @@ class PatchEffects(Result):
         return rows.loc[order].reset_index(drop=True)
 
     def findings(self) -> tuple[Sentence, ...]:
-        """The place that moves most by size, beside the median place, and how many are told apart from nothing."""
+        """The place that moves most by size (its interval is that of the largest of all), beside the median place, and how
+        many are told apart from nothing."""
         largest = max(np.abs(self.base).max(), np.abs(self.source).max())
         if not self.whole:
             apart = np.abs(self.source - self.base).max()
@@ -111,14 +116,13 @@ class PatchEffects(Result):
         away = bool(best["effect"] < 0)
         text = (
             f"Of {len(rows)} places {_place(best)} moves most{', away from the other run' * away}: "
-            f"{with_ends(best, 'change', '+z.3g', plain=True)} of the {self.whole:+.3g} {self.metric} between both runs, "
+            f"{_change(best, len(rows))} of the {self.whole:+.3g} {self.metric} between both runs, "
             f"the median place {rows['change'].median():+z.3g}"
         )
         most = int(np.argmax(rows["effect"]))
         towards = rows.iloc[most]
         if away and towards["effect"] > 0 and moved.iloc[most]:
-            change = with_ends(towards, "change", "+z.3g", plain=True)
-            text += f"; towards it {_place(towards)} most, {change}"
+            text += f"; towards it {_place(towards)} most, {_change(towards, len(rows))}"
         many = (
             f"{clear} of {len(rows)} places have a 95 % interval that leaves out 0 "
             f"({by_chance(len(rows)):.1f} by chance)."
@@ -137,6 +141,11 @@ class PatchEffects(Result):
             f"PatchEffects({self.direction}{to} on {self.task!r}, {self.model}: {len(self.nodes)} nodes, "
             f"{len(self.base)} prompts; largest {best})"
         )
+
+
+def _change(row: pd.Series, many: int) -> str:
+    """With its interval as of the largest of so many."""
+    return f"{row['change']:+z.3g}{ends(*of_many(row['change'], row['low'], row['high'], many), '+z.3g')}"
 
 
 def _place(row: pd.Series) -> str:

@@ -41,6 +41,7 @@ class JoinedHeads(Result):
             `lens.heads.roles`; NaN = not scored.
         attended: one row per head, prompt and rank: `name`, `prompt`, `rank` (from 0), `position`,
             `token`, `mass` that the row of the last answer puts on the key, most first.
+        first_key: [head, prompt], mass that this row puts on the first key.
         clean: [prompt], the metric of the model as it is.
         metric, task, model: their names; corrupt prompts stand for what is put in ("counterfactual",
             noising, all positions, each head alone).
@@ -51,6 +52,7 @@ class JoinedHeads(Result):
     effects: np.ndarray
     roles: pd.DataFrame
     attended: pd.DataFrame
+    first_key: np.ndarray
     clean: np.ndarray
     metric: str
     task: str
@@ -61,17 +63,18 @@ class JoinedHeads(Result):
         """One row per head.
 
         Columns: `name`, `layer`, `head`; each of `PARTS` with `_low` and `_high` (95 % bootstrap interval over prompts,
-        NaN for one); each of `ROLES`; `attends_to`, the token that the last answer's row looks at most
-        in most prompts, and `attends_mass`, its mean mass there; `n`.
+        NaN for one); each of `ROLES`; `attends_to`, the token that the last answer's row looks at most in more prompts
+        than any other, `attends_prompts`, in how many, and `attends_mass`, its mean mass there; `first_key`, the mean
+        mass of that row on the first key; `n`.
         """
         found = head_columns(self.heads)
         for number, part in enumerate(PARTS):
             found |= columns(part, self.effects[:, number], self.seed)
         table = pd.DataFrame(found).merge(self.roles, on="name", sort=False)
         most = [self._most(str(head)) for head in self.heads]
-        table["attends_to"] = [token for token, _ in most]
-        table["attends_mass"] = [mass for _, mass in most]
-        return table.assign(n=len(self.clean))
+        for number, name in enumerate(("attends_to", "attends_prompts", "attends_mass")):
+            table[name] = [one[number] for one in most]
+        return table.assign(first_key=self.first_key.mean(1), n=len(self.clean))
 
     def findings(self, most: int | None = None) -> tuple[Sentence, ...]:
         """One sentence per head: its effect, through what, where it looks, and what the sink changes ("effect"),
@@ -87,34 +90,36 @@ class JoinedHeads(Result):
             rows = rows.loc[order]
         return tuple(self._finding(row) for row in rows.to_dict("records"))
 
-    def _most(self, head: str) -> tuple[str, float]:
+    def _most(self, head: str) -> tuple[str, int, float]:
         first = self.attended[(self.attended["name"] == head) & (self.attended["rank"] == 0)]
         token = first["token"].mode().iloc[0]
-        return token, float(first.loc[first["token"] == token, "mass"].mean())
+        masses = first.loc[first["token"] == token, "mass"]
+        return token, len(masses), float(masses.mean())
 
     def _through(self, row: dict) -> str:
-        """Whether pattern or values do more of it, prompt by prompt."""
+        """Whether pattern or values do more of it, prompt by prompt; nothing of a single prompt."""
+        if len(self.clean) < 2:
+            return ""
         place = [str(head) for head in self.heads].index(row["name"])
-        pattern, value = (
-            np.sign(row[part]) * self.effects[place, PARTS.index(part)]
-            for part in ("pattern", "value")
+        pattern, value, both = (
+            np.sign(row["full"]) * self.effects[place, PARTS.index(part)]
+            for part in ("pattern", "value", "interaction")
         )
+        if both.mean() > max(pattern.mean(), value.mean()):
+            return ", most of it by pattern and values together"
         more = (pattern - value)[:, None]
         low, high = (float(end[0]) for end in over_units(more, np.ones_like(more), self.seed))
-        told = verdict(low, high)
-        if np.isnan(low):
-            told = "above" if more.mean() > 0 else "below"
         return {
-            "above": "mostly through its pattern",
-            "below": "mostly through its values",
-            "not told apart": "through its pattern or its values, which are not told apart",
-        }[told]
+            "above": ", more through its pattern than its values",
+            "below": ", more through its values than its pattern",
+            "not told apart": ", through its pattern or its values, which are not told apart",
+        }[verdict(low, high)]
 
     def _finding(self, row: dict) -> Sentence:
         interval = f"[{row['full_low']:+z.3g}, {row['full_high']:+z.3g}]"
         looks = (
-            f"it looks most at {row['attends_to']!r} ({row['attends_mass']:.0%}) and keeps "
-            f"{row['sink_mass']:.0%} on the first key"
+            f"its last answer's row looks most at {row['attends_to']!r} in {row['attends_prompts']} of {row['n']} prompts "
+            f"(with {row['attends_mass']:.0%} of it) and has {row['first_key']:.0%} on the first key, mean of all"
         )
         if row["full_low"] <= 0 <= row["full_high"]:
             text = f"{row['name']}: effect {row['full']:+z.3g} {interval}, the interval holds 0; {looks}."
@@ -123,7 +128,7 @@ class JoinedHeads(Result):
             interval = "(one prompt, no interval)"
         through = self._through(row)
         text = (
-            f"{row['name']}: effect {row['full']:+z.3g} {interval} {self.metric}, "
+            f"{row['name']}: effect {row['full']:+z.3g} {interval} {self.metric}"
             f"{through} (pattern {with_ends(row, 'pattern', '+z.3g')}, value {with_ends(row, 'value', '+z.3g')}, interaction "
             f"{with_ends(row, 'interaction', '+z.3g')}); {looks}; without the first key the effect is "
             f"{with_ends(row, 'without_sink', '+z.3g')}."
@@ -172,34 +177,36 @@ def head_parts(
     """
     chosen = heads_in(model, heads)
     effects = split_effects(model, task, chosen, progress=progress)
-    attended = _attended(model, task, chosen, min(keys, task.length))
+    attended, first = _attended(model, task, chosen, min(keys, task.length))
     table = roles(model, task.prompts, seed=seed, progress=progress).table()
     names = [str(head) for head in chosen]
     found = table.set_index("name").loc[names, list(ROLES)].reset_index()
     clean = task.evaluate(model).double().numpy()
     return JoinedHeads(
-        chosen, effects, found, attended, clean, task.metric, task.name, model.name, seed
+        chosen, effects, found, attended, first, clean, task.metric, task.name, model.name, seed
     )
 
 
 def _attended(
     model: LoadedModel, task: Task, heads: tuple[HeadId, ...], count: int
-) -> pd.DataFrame:
-    """The keys with most mass in the row of each prompt's last answer; see `JoinedHeads`."""
-    rows = []
+) -> tuple[pd.DataFrame, np.ndarray]:
+    """The keys with most mass in the row of each prompt's last answer, and the mass on the first one; see `JoinedHeads`."""
+    rows, on_first = [], np.zeros((len(heads), task.n))
     for prompt in range(task.n):
         ids = task.clean[prompt]
         calls = {call.layer: call for call in read_calls(model, ids[None])}
         at = int(task.positions[prompt].max())
-        for head in heads:
+        for number, head in enumerate(heads):
             call = part_of(calls[head.layer], torch.tensor([head.head]), at)
             with torch.no_grad():
                 result = attend(call, statistics=("block_mass",), block_size=(1, 1))
             mass = result.statistics["block_mass"][0, 0, 0].double().cpu()
+            on_first[number, prompt] = mass[0]
             best = mass.topk(min(count, at + 1))
             for rank, (value, key) in enumerate(
                 zip(best.values.tolist(), best.indices.tolist(), strict=True)
             ):
                 token = model.token_strings([int(ids[key])])[0]
                 rows.append((str(head), prompt, rank, key, token, value))
-    return pd.DataFrame(rows, columns=["name", "prompt", "rank", "position", "token", "mass"])
+    names = ["name", "prompt", "rank", "position", "token", "mass"]
+    return pd.DataFrame(rows, columns=names), on_first

@@ -8,7 +8,7 @@ which head is which stay as they are.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -19,6 +19,7 @@ from lens.circuits.graph.edge_scores import EdgeScores
 from lens.circuits.reuse._sides import Comparable, EdgeSide, measured, renaming, sides
 from lens.common.choices import Count, Seed
 from lens.common.errors import LensError
+from lens.common.given import given_as, is_of
 from lens.common.head_ids import HeadId, head_columns
 from lens.common.results import Result, Sentence, with_ends
 from lens.heads.measures.scores import HeadScores
@@ -73,8 +74,8 @@ class Overlap(Result):
     def table(self) -> pd.DataFrame:
         """One row per measure.
 
-        Columns: `measure`, `value`, `low`, `high` (95 % bootstrap interval over the prompts of both
-        tasks, NaN without), `chance`, `chance_low`, `chance_high` (mean and middle 95 % of the null),
+        Columns: `measure`, `value`, `low`, `high` (middle 95 % of circuits made of prompts of both tasks drawn again, which
+        the value may lie outside of; NaN without), `chance`, `chance_low`, `chance_high` (mean and middle 95 % of the null),
         `p`.
         """
         rows = []
@@ -110,14 +111,14 @@ class Overlap(Result):
         kept = "of the same layers" if self.kind == "layers" else "of any layer"
         shared = (
             f"{self.names[0]} and {self.names[1]} share {len(self.shared)} of {either} heads "
-            f"(Jaccard {with_ends(row, 'value', '.2f', plain=True)}; heads {kept} at random "
+            f"(Jaccard {_redrawn(row)}; heads {kept} at random "
             f"{with_ends(row, 'chance', '.2f')}, p {row['p']:.2g})."
         )
         found = [Sentence(shared, kind="shared")]
         if "rank correlation" in self.values:
             row = rows.loc["rank correlation"]
             orders = (
-                f"All scores put in order agree to {with_ends(row, 'value', '.2f', plain=True)} (Spearman; "
+                f"All scores put in order agree to {_redrawn(row)} (Spearman; "
                 f"{with_ends(row, 'chance', '.2f')} by chance, p {row['p']:.2g})."
             )
             found.append(Sentence(orders, kind="orders"))
@@ -130,6 +131,12 @@ class Overlap(Result):
     def __repr__(self) -> str:
         shown = ", ".join(f"{name} {value:.2f}" for name, value in self.values.items())
         return f"Overlap({self.names[0]!r} and {self.names[1]!r}: {shown}; null: {self.kind})"
+
+
+def _redrawn(row: Any) -> str:
+    """A value, and between what those of circuits of redrawn prompts lie: no interval of it, as these are noisier."""
+    drawn = f", of redrawn prompts {row['low']:.2f} to {row['high']:.2f}"
+    return f"{row['value']:.2f}{drawn * bool(row['low'] == row['low'])}"
 
 
 def overlap(
@@ -153,7 +160,7 @@ def overlap(
 
     Args:
         first, second: both `EdgeScores` or both `HeadScores` (the best `count` make the circuit), both
-            `Circuit`, or both lists of head names.
+            `Circuit`, or both lists of head names; two that `lens.circuits.find` returned are circuits with their scores.
         count: edges (chosen as by `EdgeScores.top`) or heads (by size) of each circuit; of scores alone.
         shape: layers and heads of the model; of head names alone.
         scores: of all edges, those that each of two circuits was made from: adds the rank correlation.
@@ -177,6 +184,10 @@ def overlap(
         >>> lens.circuits.reuse.overlap(first, second, count=20).table()
     """
     draw = np.random.default_rng(seed)
+    if is_of("Circuit", first) and is_of("Circuit", second):
+        if scores is None and is_of("EdgeScores", first) and is_of("EdgeScores", second):
+            scores = given_as("EdgeScores", first=first), given_as("EdgeScores", second=second)
+        first, second = given_as("Circuit", first=first), given_as("Circuit", second=second)
     a, b = sides(first, second, count, shape, scores)
     edges = isinstance(a, EdgeSide)
     if edges and null == "all":

@@ -31,6 +31,7 @@ from lens.models.loaded import LoadedModel
 from lens.passes.logits import logits_of
 from lens.stats.controls import others, p_value
 from lens.stats.intervals import columns
+from lens.stats.verdicts import verdict
 from lens.tasks.task import Task
 
 Split = Literal["equal", "own"]
@@ -129,9 +130,7 @@ class Redirection(Result):
             if np.isnan(change["accuracy_low"])
             else "the interval holds 0"
             if change["accuracy_low"] <= 0 <= change["accuracy_high"]
-            else "the heads repair the task"
-            if change["accuracy"] > 0
-            else "the heads harm the task"
+            else _judged(change["accuracy"], beside["accuracy_low"], beside["accuracy_high"])
         )
         names = ", ".join(map(str, self.heads))
         effect = (
@@ -162,6 +161,17 @@ class Redirection(Result):
             f"{self.n} prompts, accuracy {means[0]:.3g} to {means[1]:.3g}, {len(self.controls)} controls "
             f"{means[2:].mean():.3g})"
         )
+
+
+def _judged(change: float, low: float, high: float) -> str:
+    """Of a change with an interval beside 0; low and high are of the difference to other heads."""
+    told = verdict(low, high)
+    if told == ("above" if change > 0 else "below"):
+        return f"the heads {'repair' if change > 0 else 'harm'} the task"
+    does = "rises" if change > 0 else "falls"
+    if told == "not told apart":
+        return f"accuracy {does}, not told apart from what it does with other heads"
+    return f"accuracy {does}, but more with other heads"
 
 
 def redirect(

@@ -14,7 +14,7 @@ from lens.circuits.reuse._sides import with_heads_renamed
 from lens.common.choices import Count, Seed, check_lists
 from lens.common.errors import LensError
 from lens.common.given import given_as
-from lens.common.results import Result
+from lens.common.results import Result, Sentence, with_ends
 from lens.models.loaded import LoadedModel
 from lens.stats.controls import jaccard, p_value
 from lens.tasks.task import Task
@@ -27,7 +27,8 @@ class Transfer(Result):
     Attributes:
         faithfulness, low, high: [circuits, tasks], with the 95 % bootstrap interval over prompts (NaN for
             one prompt).
-        renamed: [circuits, tasks, draws], faithfulness with the heads of the circuit renamed.
+        renamed: [circuits, tasks, draws], faithfulness with the heads of the circuit renamed; NaN for a draw that is the
+            circuit itself, as all are where no layer has heads that could change places.
         shared: [circuits, circuits], Jaccard index of the edges.
         circuits, tasks: names; a circuit is called after the task that it was made for.
         model: its name.
@@ -46,17 +47,38 @@ class Transfer(Result):
         """One row per circuit and task.
 
         Columns: `circuit`, `task`, `faithfulness`, `low`, `high`, `renamed` (mean over draws), `p`:
-        (1 + renamed circuits that are as faithful) / (1 + draws).
+        (1 + renamed circuits that are as faithful) / (1 + draws); both NaN without a draw.
         """
         rows = []
         for number, circuit in enumerate(self.circuits):
             for other, task in enumerate(self.tasks):
                 at = number, other
                 drawn, value = self.renamed[at], self.faithfulness[at]
-                found = (value, self.low[at], self.high[at], drawn.mean(), p_value(value, drawn))
+                drawn = drawn[~np.isnan(drawn)]
+                beside = (drawn.mean(), p_value(value, drawn)) if len(drawn) else (np.nan, np.nan)
+                found = (value, self.low[at], self.high[at], *beside)
                 rows.append((circuit, task, *found))
         columns = ["circuit", "task", "faithfulness", "low", "high", "renamed", "p"]
         return pd.DataFrame(rows, columns=pd.Index(columns))
+
+    def findings(self) -> tuple[Sentence, ...]:
+        """Of each circuit its faithfulness on every task, beside circuits whose heads are renamed ("transfer")."""
+        said, table = [], self.table()
+        for number, circuit in enumerate(self.circuits):
+            rows = table[number * len(self.tasks) :][: len(self.tasks)]
+            on = "; ".join(
+                f"on {row['task']} {with_ends(row, 'faithfulness', '.2f', plain=True)}"
+                + (
+                    f" (its heads renamed within their layers {row['renamed']:.2f}, p = {row['p']:.2f})"
+                    if row["p"] == row["p"]
+                    else " (no heads that could be renamed within their layers)"
+                )
+                for row in rows.to_dict("records")
+            )
+            said.append(
+                Sentence(f"The circuit of {circuit} has a faithfulness {on}.", kind="transfer")
+            )
+        return tuple(said)
 
     def __repr__(self) -> str:
         shown = "; ".join(
@@ -111,14 +133,17 @@ def transfer(
         )
     draw = np.random.default_rng(seed)
     kept = [one.kept for one in circuits]
-    kept += [with_heads_renamed(graph, one.kept, draw) for one in circuits for _ in range(draws)]
+    others = [with_heads_renamed(graph, one.kept, draw) for one in circuits for _ in range(draws)]
+    same = np.array([(one == kept[n // draws]).all() for n, one in enumerate(others)])
+    kept += others
     found = []
     for task in tasks:
         outcome = run_circuits(model, task, np.stack(kept), ablation, progress=progress)
         found.append((outcome.faithfulness(), *outcome.interval(seed)))
     values, low, high = np.moveaxis(np.array(found), 0, -1)  # [circuits and their renamed, tasks]
     count = len(circuits)
-    renamed = np.moveaxis(values[count:].reshape(count, draws, len(tasks)), 1, 2)
+    drawn = np.where(same[:, None], np.nan, values[count:])
+    renamed = np.moveaxis(drawn.reshape(count, draws, len(tasks)), 1, 2)
     shared = jaccard(np.stack([one.kept for one in circuits]))
     made_for, of = tuple(one.task for one in circuits), tuple(task.name for task in tasks)
     return Transfer(
