@@ -40,8 +40,18 @@ def test_the_exact_alpha_lies_between_the_bounds():
 def test_a_block_of_sinks_is_certain_and_an_empty_one_is_none():
     p = np.zeros((1, 1, 64, 64))
     p[0, 0, :, 0] = 1
-    found = block_bounds(trace_of(p), epsilon=0.05).table()
-    assert found["sink"].tolist() == ["yes", "no", "no", "no"]
+    found = block_bounds(trace_of(p), epsilon=0.05)
+    assert found.table()["sink"].tolist() == ["yes", "no", "no", "not judged"]
+    assert "1 more were not judged: fewer than 16 queries see one" in found.findings()[1]
+
+
+def test_keys_that_few_queries_see_are_not_judged():
+    """Every query looks at itself: the last keys, seen by few, would be sinks."""
+    found = block_bounds(trace_of(np.eye(64)[None, None]), epsilon=0.1)
+    assert found.lower[0, 0, -1] > 0.1
+    assert found.table()["sink"].tolist()[-1] == "not judged"
+    with pytest.raises(LensError, match=r"epsilon 0.01 says nothing here: the first key receives"):
+        block_bounds(trace_of(np.eye(64)[None, None]), epsilon=0.01)
 
 
 def test_at_16k_tokens():

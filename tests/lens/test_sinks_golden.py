@@ -81,10 +81,14 @@ def test_keys_and_profile():
         "limit",
         "15 positions were not judged: in some layer fewer than 16 queries count for them.",
     )
-    common = ("positions", f"Sinks in more than 25% of heads: position 13 {settings}.")
+    rate = "100.0% [100.0%, 100.0%] of heads (with uniform attention 0.0%)"
+    common = ("positions", f"Sinks in more than 25% of heads: position 13 in {rate} {settings}.")
     assert said(result) == [
-        ("heads", f"Sinks: 1 key in 1 head, from layer 0 on {settings}."),
-        ("key", f"Key 13 ('t3') is a sink in 1 head, with α up to {(1 + 53 * 0.5) / 54:.2f}."),
+        (
+            "heads",
+            f"Sinks in at least one of 2 prompts: 1 key in 1 head, from layer 0 on {settings}.",
+        ),
+        ("key", f"Key 13 ('t3') is a sink in {rate}, with α up to {(1 + 53 * 0.5) / 54:.2f}."),
         common,
         limit,
     ]
@@ -95,11 +99,30 @@ def test_keys_and_profile():
     ]  # fmt: skip
 
 
+def test_keys_are_named_by_how_often_they_are_sinks():
+    """Keys 3 to 8 are a sink of one prompt each, key 13 of all: it comes first, whatever the number of prompts."""
+    several = [
+        trace_of((one + parked(67, 0.9, key=key)) / 2, bos="added")
+        for key, one in zip(range(3, 9), [parked(67, 0.9, key=13)] * 6, strict=True)
+    ]
+    result = lens.sinks.find(several, epsilon=0.4)
+    assert result.keys == [3, 4, 5, 6, 7, 8, 13]
+    table = result.profile.table().set_index("key")
+    assert table.loc[13, "rate"] == 1
+    assert table.loc[3, "rate"] == pytest.approx(1 / 6)
+    assert table.loc[3, "low"] == 0 < table.loc[3, "high"]
+    named = [text for kind, text in said(result) if kind == "key"]
+    assert len(named) == 5
+    assert named[0].startswith("Key 13 ('t3') is a sink in 100.0% [100.0%, 100.0%] of heads")
+    assert named[1].startswith("Key 3 ('t3') is a sink in 16.7% [0.0%, 50.0%] of heads (with")
+
+
 def test_blocks():
     samples = Samples("small", "float32", 9, "added", 1)
     bounds = {"lower": [0.4, 0.1, 0.2], "upper": [0.5, 0.2, 0.4]}
     arrays = {name: np.array(values)[None, None] for name, values in bounds.items()}
     edges = {"start": np.array([0, 3, 6]), "stop": np.array([3, 6, 9])}
+    arrays |= {"judged": np.ones((1, 3), bool)}
     result = BlockAlphas(**arrays, **edges, layers=(5,), epsilon=0.3, samples=samples)
     assert said(result) == [
         ("blocks", "Of 3 blocks of keys (all heads) 1 hold a sink for certain and 1 hold none (ε = 0.3, small, "

@@ -12,7 +12,7 @@ import lens
 from lens.common.errors import LensError
 from lens.common.results import ends, of_kind
 from lens.figures.sink_mechanism import sink_origin, sink_tests
-from lens.sinks.causes import kind_tests, moves
+from lens.sinks.causes import kind_results, kind_tests, moves
 from lens.stats.verdicts import of_many
 from tests.lens.architectures import build
 from tests.lens.naive import probabilities_and_values, rms_ratio
@@ -97,6 +97,18 @@ def test_planted_kinds_are_found(found):
     assert found.counts == dict.fromkeys(found.rows["kind"], 1)
     assert (found.table()["uniform_mass"] < 0.1).all()
     assert {one.kind for one in found.findings()} == {"kinds", "test", "origin", "move", "limit"}
+
+
+def test_kinds_are_said_with_thresholds_baseline_and_how_many_are_sure(found):
+    (said,) = of_kind(found.findings(), "kinds")
+    even = found.rows["uniform_mass"].mean()
+    assert f"a sink takes more than 30%, even attention gives the sources {even:.1%}" in said
+    assert found.rows["sure"].tolist() == [True] * 4
+    assert said.endswith("; 4 are of their kind at all ends of the intervals of mass and share.")
+    row: dict = found.rows.to_dict("records")[0]  # a nop
+    assert not kind_results.is_sure(row | {"share_high": 0.2})
+    assert not kind_results.is_sure(row | {"mass_low": 0.2})
+    assert not kind_results.is_sure(row | {"mass_low": np.nan, "mass_high": np.nan})
 
 
 def test_each_kind_is_told_by_its_test(found):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import pandas as pd
 
 from lens.common.results import Result, Sentence, ends
 from lens.stats.verdicts import of_many
+from lens.traces.scores import SINK_EPSILON
 
 _TEST = {
     "zero": "with the sources' values at 0",
@@ -22,6 +24,9 @@ _TEST = {
 }
 
 
+NOP, BROADCAST, FIXED = 0.1, 0.5, 0.05
+
+
 @dataclass(frozen=True, repr=False, eq=False)
 class SinkKinds(Result):
     """Kinds of sinks, head by head.
@@ -29,7 +34,8 @@ class SinkKinds(Result):
     Attributes:
         rows: one per head: `kind` ("none", "nop", "fixed broadcast", "input broadcast", "mixed", "learned", "gate";
             "broadcast" of one prompt, where fixed and input are not told apart); `mass` that the sources get and `share`
-            of the size of what the head writes that comes from them, each with `_low`, `_high` (95 % over prompts);
+            of the size of what the head writes that comes from them, each with `_low`, `_high` (95 % over prompts); `sure`,
+            whether the kind is the same at all ends of these (never of one prompt, which has none);
             `uniform_mass`, `uniform_share`: the same if attention were spread evenly; `variation` of the sources'
             values over prompts, their variance over the mean square: 0 where they are the same, about 1 without a common mean; `rank`, `rank_centred`: stable rank of what the head writes, and about the mean
             row; `learned`: what the model's own sink takes; `gate`: what a gate on the output lets through.
@@ -59,7 +65,16 @@ class SinkKinds(Result):
     def findings(self) -> tuple[Sentence, ...]:
         """How many heads have each kind ("kinds"), what each test does ("test"), origin ("origin") and moves ("move")."""
         shown = ", ".join(f"{kind} {count}" for kind, count in self.counts.items())
-        said = [Sentence(f"Of {len(self.rows)} heads the sinks are: {shown}.", kind="kinds")]
+        even = self.rows["uniform_mass"].mean()
+        sure = int(self.rows["sure"].sum())
+        text = (
+            f"Of {len(self.rows)} heads the sinks are: {shown} (a sink takes more than {SINK_EPSILON:.0%}, even attention "
+            f"gives the sources {even:.1%}; of what a head writes a nop has less than {NOP:.0%} from them, a broadcast more "
+            f"than {BROADCAST:.0%}, a fixed one with a variation below {FIXED:g})"
+        )
+        if len(self.tokens) > 1:
+            text += f"; {sure} are of their kind at all ends of the intervals of mass and share"
+        said = [Sentence(f"{text}.", kind="kinds")]
         for kind, rows in self.tests.groupby("kind", sort=False):
             parts = [
                 f"{_TEST[row['test']]} {row['delta_loss']:+z.4f}{ends(row['delta_loss_low'], row['delta_loss_high'], '+z.4f')}"
@@ -116,6 +131,31 @@ class SinkKinds(Result):
                 kind="origin",
             )
         ]
+
+
+def kind_of(row: Mapping[Any, Any]) -> str:
+    """What takes most of the head, and how; "none" where nothing takes `SINK_EPSILON`."""
+    taken = {"gate": 1 - row["gate"], "learned": row["learned"], "keys": row["mass"]}
+    taken = {name: value for name, value in taken.items() if value > SINK_EPSILON}
+    if not taken:
+        return "none"
+    most = max(taken, key=lambda name: taken[name])
+    if most != "keys":
+        return most
+    if row["share"] < NOP or np.isnan(row["share"]):  # of a head that writes nothing
+        return "nop"
+    if row["share"] <= BROADCAST:
+        return "mixed"
+    if np.isnan(row["variation"]):
+        return "broadcast"
+    return "fixed broadcast" if row["variation"] < FIXED else "input broadcast"
+
+
+def is_sure(row: Mapping[Any, Any]) -> bool:
+    """Whether the kind is the same at both ends of the intervals of mass and share; not of one prompt, without intervals."""
+    places = product((row["mass_low"], row["mass_high"]), (row["share_low"], row["share_high"]))
+    kinds = {kind_of({**row, "mass": mass, "share": share}) for mass, share in places}
+    return kinds == {kind_of(row)} and not np.isnan(row["mass_low"])
 
 
 def _highest(table: pd.DataFrame, name: str, form: str, unit: str = "") -> tuple[pd.Series, str]:

@@ -23,7 +23,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
@@ -43,14 +42,12 @@ from lens.passes.keys import Keys, KeysAt, check_fixed_keys, members
 from lens.passes.logits import check_predicts_tokens
 from lens.passes.sessions import base, listening
 from lens.sinks.causes.gates import Outputs
-from lens.sinks.causes.kind_results import SinkKinds
+from lens.sinks.causes.kind_results import SinkKinds, is_sure, kind_of
 from lens.sinks.causes.kind_tests import tests_of
 from lens.sinks.causes.moves import moves_of
 from lens.sinks.causes.origins import origins_of
 from lens.stats.intervals import columns
-from lens.traces.scores import SINK_EPSILON
 
-NOP, BROADCAST, FIXED = 0.1, 0.5, 0.05
 _MEASURES = ("mass", "share", "learned", "uniform_mass", "uniform_share", "rank", "rank_centred")
 _INTERVALS = ("mass", "share")
 
@@ -245,23 +242,7 @@ def _rows(
     found["variation"] = variation.flatten().numpy()
     found["gate"] = gates.flatten(1).mean(0).numpy()
     table = pd.DataFrame(head_columns(model.info.every_head) | found)
-    table.insert(3, "kind", [_kind(row) for row in table.to_dict("records")])
+    records = table.to_dict("records")
+    table.insert(3, "kind", [kind_of(row) for row in records])
+    table.insert(4, "sure", [is_sure(row) for row in records])
     return table
-
-
-def _kind(row: Mapping[Any, Any]) -> str:
-    """What takes most of the head, and how; "none" where nothing takes `SINK_EPSILON`."""
-    taken = {"gate": 1 - row["gate"], "learned": row["learned"], "keys": row["mass"]}
-    taken = {name: value for name, value in taken.items() if value > SINK_EPSILON}
-    if not taken:
-        return "none"
-    most = max(taken, key=lambda name: taken[name])
-    if most != "keys":
-        return most
-    if row["share"] < NOP or np.isnan(row["share"]):  # of a head that writes nothing
-        return "nop"
-    if row["share"] <= BROADCAST:
-        return "mixed"
-    if np.isnan(row["variation"]):
-        return "broadcast"
-    return "fixed broadcast" if row["variation"] < FIXED else "input broadcast"

@@ -11,9 +11,9 @@ import pandas as pd
 from lens.common.errors import LensError
 from lens.common.head_ids import all_heads, head_columns
 from lens.common.results import Result, Sentence
-from lens.sinks.detection.alphas import Samples, check_epsilon, samples_of
+from lens.sinks.detection.alphas import Samples, check_epsilon, least_alpha, samples_of
 from lens.traces.arrays import block_rows
-from lens.traces.scores import SINK_EPSILON
+from lens.traces.scores import FEWEST_VIEWERS, SINK_EPSILON
 
 if TYPE_CHECKING:
     from lens.traces.trace import AttentionTrace
@@ -25,6 +25,7 @@ class BlockAlphas(Result):
 
     Attributes:
         lower, upper: [layers, heads, key_blocks]: the largest alpha of the block lies between them.
+        judged: bool [layers, key_blocks], whether 16 queries see each of its keys (the first key is always judged).
         start, stop: [key_blocks], the block's first key and the one behind its last.
         layers: numbers of the layers.
         epsilon: threshold of a sink.
@@ -33,6 +34,7 @@ class BlockAlphas(Result):
 
     lower: np.ndarray = field(repr=False)
     upper: np.ndarray = field(repr=False)
+    judged: np.ndarray = field(repr=False)
     start: np.ndarray = field(repr=False)
     stop: np.ndarray = field(repr=False)
     layers: tuple[int, ...]
@@ -40,12 +42,14 @@ class BlockAlphas(Result):
     samples: Samples
 
     def table(self) -> pd.DataFrame:
-        """One row per layer, head and block; `sink` is "yes", "no" or "undecided" by the bounds."""
+        """One row per layer, head and block; `sink` is "yes", "no" or "undecided" by the bounds, or "not judged"."""
         _, heads, blocks = self.lower.shape
         places = all_heads(self.layers, heads)
         count = len(places)
         lower, upper = self.lower.ravel(), self.upper.ravel()
         sink = np.where(lower > self.epsilon, "yes", "undecided")
+        sink = np.where(upper <= self.epsilon, "no", sink)
+        judged = np.repeat(self.judged[:, None], heads, axis=1).ravel()
         return pd.DataFrame(
             head_columns([place for place in places for _ in range(blocks)])
             | {
@@ -53,7 +57,7 @@ class BlockAlphas(Result):
                 "stop": np.tile(self.stop, count),
                 "alpha_lower_bound": lower,
                 "alpha_upper_bound": upper,
-                "sink": np.where(upper <= self.epsilon, "no", sink),
+                "sink": np.where(judged, sink, "not judged"),
                 "epsilon": self.epsilon,
                 "tokens": self.samples.tokens,
                 "bos": self.samples.bos,
@@ -61,9 +65,11 @@ class BlockAlphas(Result):
         )
 
     def findings(self) -> tuple[Sentence, ...]:
-        """How many blocks hold a sink for certain, how many none, how many may."""
+        """How many blocks hold a sink for certain, how many none, how many may, and how many are not judged."""
         counts = self.table()["sink"].value_counts()
-        yes, no, open_ = (int(counts.get(name, 0)) for name in ("yes", "no", "undecided"))
+        yes, no, open_, other = (
+            int(counts.get(name, 0)) for name in ("yes", "no", "undecided", "not judged")
+        )
         counted = (
             f"Of {yes + no + open_} blocks of keys (all heads) {yes} hold a sink for certain and {no} "
             f"hold none (ε = {self.epsilon}, {self.samples})."
@@ -72,6 +78,8 @@ class BlockAlphas(Result):
             f"{open_} are undecided: the block map bounds alpha and does not give it. Capture "
             "`received` for exact numbers."
         )
+        if other:
+            limit += f" {other} more were not judged: fewer than {FEWEST_VIEWERS} queries see one of their keys."
         return (Sentence(counted, kind="blocks"), Sentence(limit, kind="limit"))
 
 
@@ -80,19 +88,20 @@ def block_bounds(trace: AttentionTrace, *, epsilon: float = SINK_EPSILON) -> Blo
 
     R_J is what the block's keys receive together (block mass times the rows of each query block,
     summed over the query blocks) and v_k the number of queries that see key k: R_J is the sum of
-    `alpha_k v_k`. Keys near the end count too, so their own attention can look like a sink there.
+    `alpha_k v_k`. Blocks with a key behind the first that fewer than 16 queries see are not judged: its attention to itself
+    would look like a sink.
 
     Args:
         trace: with `block_mass`, of one prompt.
         epsilon: threshold of a sink.
 
     Raises:
-        LensError: no block mass, or an epsilon outside 0 to 1.
+        LensError: no block mass, or an epsilon outside 0 to 1, or that the first key exceeds by definition (1 / T).
 
     Example:
         >>> lens.sinks.block_bounds(trace).findings()
     """
-    check_epsilon(epsilon)
+    check_epsilon(epsilon, least_alpha(trace))
     if "block_mass" not in trace.dataset:
         raise LensError(
             "block_bounds needs block_mass; capture it: lens.capture(..., statistics=['block_mass'])"
@@ -105,12 +114,15 @@ def block_bounds(trace: AttentionTrace, *, epsilon: float = SINK_EPSILON) -> Blo
     visible = trace.visible.values.astype(float)  # [layers, keys]
     together = np.add.reduceat(visible, starts, axis=1)[:, None]
     fewest = np.minimum.reduceat(visible, starts, axis=1)[:, None]
+    counted = np.where(np.arange(trace.length) == 0, FEWEST_VIEWERS, visible)
+    judged = np.minimum.reduceat(counted, starts, axis=1) >= FEWEST_VIEWERS
     with np.errstate(divide="ignore", invalid="ignore"):
         lower = np.where(together > 0, received / together, np.nan)
         upper = np.where(fewest > 0, received / fewest, 1.0)
     return BlockAlphas(
         lower=lower,
         upper=np.minimum(upper, 1.0),
+        judged=judged,
         start=starts,
         stop=stops,
         layers=trace.layers,

@@ -42,22 +42,25 @@ class SinkEmergence(Result):
         return self.rows
 
     def first_layer(self, condition: str) -> int | None:
-        """The first layer in which some head has the sink, or None.
+        """The first layer in which some head has the sink in more than half of the prompts, or None.
 
         Raises:
             LensError: another condition.
         """
-        check_choice("condition", condition, tuple(self.rates))
-        rows = self.rows[(self.rows["condition"] == condition) & self.rows["layer"].notna()]
-        found = rows.loc[rows["rate"] > 0, "layer"]
-        return None if found.empty else int(found.min())
+        one = self.rates[check_choice("condition", condition, tuple(self.rates))]
+        found = np.flatnonzero(one.by_head.max(1) > 0.5)
+        return int(one.layers[found[0]]) if len(found) else None
 
     def findings(self) -> tuple[Sentence, ...]:
         """The rate of each condition beside uniform attention, its first layer, and what it depends on."""
         found = []
         for condition, one in self.rates.items():
             first = self.first_layer(condition)
-            where = "in no layer" if first is None else f"from layer {first} on"
+            where = (
+                "in no head in more than half of the prompts"
+                if first is None
+                else f"in more than half of the prompts from layer {first} on"
+            )
             even = "not known" if np.isnan(one.uniform) else f"{one.uniform:.1%}"
             interval = ends(one.low, one.high, ".1%")
             text = (

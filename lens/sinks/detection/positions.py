@@ -11,7 +11,7 @@ import pandas as pd
 
 from lens.common.given import given_traces
 from lens.common.head_ids import HeadId, head_columns
-from lens.common.results import Result, Sentence
+from lens.common.results import Result, Sentence, few
 from lens.sinks.detection.alphas import (
     DIVIDED,
     Normalise,
@@ -20,7 +20,10 @@ from lens.sinks.detection.alphas import (
     check_epsilon,
     least_alpha,
     samples_of,
+    uniform_alpha,
 )
+from lens.stats.intervals import columns
+from lens.stats.verdicts import mean_told
 from lens.traces.scores import FEWEST_VIEWERS, SINK_EPSILON
 
 if TYPE_CHECKING:
@@ -30,6 +33,7 @@ COMMON = 0.25
 """A key is a common sink where its rate exceeds this."""
 
 _NAMED = 5  # keys that findings name
+_SEED = 0  # of the bootstrap
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -61,23 +65,25 @@ class SinkKeys(Result):
         return self.rows.assign(**self.profile.settings())
 
     def findings(self) -> tuple[Sentence, ...]:
-        """Which keys, in how many heads, which are common, and what was not judged."""
+        """How many keys in how many heads, those that are a sink most often, which are common, and what was not judged."""
         settings = f"({self.profile.words()})"
         if not len(self.rows):
             found = [Sentence(f"No key is a sink in any head {settings}.", kind="heads")]
         else:
             found = [
                 Sentence(
-                    f"Sinks: {_count(len(self.keys), 'key')} in {_count(len(self.heads), 'head')}, from "
-                    f"layer {self.heads[0].layer} on {settings}.",
+                    f"Sinks in at least one of {_count(self.profile.samples.n, 'prompt')}: "
+                    f"{_count(len(self.keys), 'key')} in {_count(len(self.heads), 'head')}, from layer "
+                    f"{self.heads[0].layer} on {settings}.",
                     kind="heads",
                 )
             ]
-            for key in self.keys[:_NAMED]:
+            rate = np.nan_to_num(self.profile.rate)
+            for key in sorted(self.keys, key=lambda key: -rate[key])[:_NAMED]:
                 here = self.rows[self.rows["key"] == key]
                 token = here["token"].mode()[0]
                 text = (
-                    f"Key {key} ({token!r}) is a sink in {_count(here['name'].nunique(), 'head')}, with α up "
+                    f"Key {key} ({token!r}) is a sink in {self.profile.told(key)}, with α up "
                     f"to {here['alpha'].max():.2f}."
                 )
                 found.append(Sentence(text, kind="key"))
@@ -91,12 +97,16 @@ class SinkProfile(Result):
     Attributes:
         rate: [keys], share of (sample, layer, head) with alpha above epsilon; NaN where a layer
             shows the key to too few queries.
+        by_prompt: [samples, keys], the same of each.
+        uniform: [keys], the same with uniform attention in every layer; NaN as in `SinkRate`.
         alpha: [layers, heads, keys], mean over samples, NaN likewise.
         layers: numbers of the layers.
         epsilon, normalise, samples: as in `SinkRate`.
     """
 
     rate: np.ndarray
+    by_prompt: np.ndarray = field(repr=False)
+    uniform: np.ndarray = field(repr=False)
     alpha: np.ndarray = field(repr=False)
     layers: tuple[int, ...]
     epsilon: float
@@ -122,20 +132,30 @@ class SinkProfile(Result):
         return f"α above {self.epsilon:g}, {DIVIDED[self.normalise]}; {self.samples}"
 
     def table(self) -> pd.DataFrame:
-        """One row per position; `alpha` is the mean over heads, `largest_alpha` the largest."""
+        """One row per position: `rate` with `low` and `high` (95 % over prompts) and `uniform`; `alpha` is the mean over heads,
+        `largest_alpha` the largest."""
         flat = self.alpha.reshape(-1, self.alpha.shape[-1])
-        columns = {"key": np.arange(len(self.rate)), "rate": self.rate}
-        columns |= {"alpha": flat.mean(0), "largest_alpha": flat.max(0)}
-        return pd.DataFrame(columns).assign(**self.settings())
+        found = {"key": np.arange(len(self.rate))}
+        found |= columns("rate", self.by_prompt.T, _SEED, plain=True)
+        found |= {"uniform": self.uniform, "alpha": flat.mean(0), "largest_alpha": flat.max(0)}
+        return pd.DataFrame(found).assign(**self.settings())
+
+    def told(self, key: int) -> str:
+        """Its rate in words, with its interval and what uniform attention gives."""
+        if np.isnan(self.rate[key]):
+            return "heads of some layers, and is not judged in others"
+        even = "not known" if np.isnan(self.uniform[key]) else f"{self.uniform[key]:.1%}"
+        mean = mean_told(self.by_prompt[:, key], _SEED, ".1%")
+        return f"{mean} of heads (with uniform attention {even})"
 
     def findings(self) -> tuple[Sentence, ...]:
         """Which positions are sinks in common, and how many were not judged."""
-        common = self.common()
-        named = ", ".join(map(str, common[:_NAMED])) + (", ..." if len(common) > _NAMED else "")
+        common = sorted(self.common(), key=lambda key: -self.rate[key])
+        named = few([f"position {key} in {self.told(key)}" for key in common], _NAMED)
         text = (
             f"No position is a sink in more than {COMMON:.0%} of heads ({self.words()})."
             if not common
-            else f"Sinks in more than {COMMON:.0%} of heads: position {named} ({self.words()})."
+            else f"Sinks in more than {COMMON:.0%} of heads: {named} ({self.words()})."
         )
         unscored = int(np.isnan(self.rate).sum())
         limit = (
@@ -190,8 +210,12 @@ def find(
         }
     )
     unscored = np.isnan(alpha).any((0, 1, 2))
+    by_prompt = np.where(unscored, np.nan, is_sink.mean((1, 2)))
+    even = uniform_alpha(several[0], normalise)
     profile = SinkProfile(
-        rate=np.where(unscored, np.nan, is_sink.mean((0, 1, 2))),
+        rate=by_prompt.mean(0),
+        by_prompt=by_prompt,
+        uniform=np.where(np.isnan(even).any(0), np.nan, (even > epsilon).mean(0)),
         alpha=alpha.mean(0),
         layers=tuple(numbers.tolist()),
         epsilon=epsilon,
