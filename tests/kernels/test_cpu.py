@@ -270,7 +270,13 @@ def _instruction_sets() -> list[str]:
 
 
 @needs_library
-@pytest.mark.parametrize("target", _instruction_sets())
+@pytest.mark.parametrize(
+    "target",
+    [
+        pytest.param(target, marks=pytest.mark.exhaustive if target == "-march=x86-64" else ())
+        for target in _instruction_sets()
+    ],
+)
 def test_every_instruction_set_gives_the_same(
     target: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

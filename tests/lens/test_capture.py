@@ -229,7 +229,10 @@ def test_padding_is_left_out():
     batch = model.tokenizer(texts, padding=True, return_tensors="pt")
     assert batch["attention_mask"].min() == 0
     for trace, text in zip(lens.capture(model, batch), texts, strict=True):
-        assert np.array_equal(trace.lse.values, lens.capture(model, text).lse.values)
+        alone = lens.capture(
+            model, text
+        ).lse.values  # some processors multiply two rows in another order
+        np.testing.assert_allclose(trace.lse.values, alone, rtol=2e-6)
 
 
 def test_several_prompts_go_into_numbered_folders(tmp_path):
