@@ -168,5 +168,5 @@ def test_refusals():
     with pytest.raises(LensError, match="has no corrupt prompts"):
         codes(model, replace(task, corrupt=None))
     known = induction_transformer()  # a single prompt: nothing to hold out
-    with pytest.raises(LensError, match="1 pairs of prompts"):
+    with pytest.raises(LensError, match="has one pair of prompts, and codes need 2"):
         codes(known.model, known.task, examples=2)

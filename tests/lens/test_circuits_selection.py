@@ -133,13 +133,23 @@ def test_find_takes_the_smallest_circuit_that_is_faithful_enough():
     assert found.circuit.n < found.circuit.graph.n
     row = tried[tried["chosen"]].iloc[0]
     smallest = f"It is the smallest of {len(tried)} circuits tried that reaches"
-    for low, ending in ((0.9, "."), (0.5, " on the mean; its interval does not."), (np.nan, ".")):
+    for low, ending in (
+        (0.9, "."),
+        (0.5, " on the mean; its interval does not."),
+        (np.nan, "; one prompt has no interval."),
+    ):
         other = replace(found, tried=tried.assign(low=low, faithfulness=row["faithfulness"]))
         assert of_kind(other.findings(), "enough")[0] == f"{smallest} 0.85{ending}"
     (size,) = of_kind(found.findings(), "circuit")
     assert size.startswith(
         f"The circuit has {found.circuit.n:,} of {found.circuit.graph.n:,} edges"
     )
+    assert (
+        f"on the 1 of 1 prompts that it was chosen on its faithfulness is {row['faithfulness']:.2f}, that of as many"
+        in size
+    )
+    assert f"drawn once at random {found.random:.2f}, its KL" in size
+    assert found.random < 0.5
 
 
 def test_find_says_when_no_circuit_is_faithful_enough():
@@ -152,6 +162,25 @@ def test_find_says_when_no_circuit_is_faithful_enough():
     assert "nan" not in " ".join(one.findings())
     (said,) = of_kind(found.findings(), "enough")
     assert said == "None of 2 circuits tried reaches 0.85; this is the most faithful."
+
+
+def test_a_found_circuit_says_on_how_many_prompts_it_was_chosen():
+    """All edges are scored on 20 prompts, and circuits tried on the first 16 of them."""
+    model = lens.load("induction-2l")
+    task = lens.tasks.induction(model, 20, length=5)
+    found = lens.circuits.find(model, task, method="eap", edges=60, progress=False)
+    assert (
+        "; on the 16 of 20 prompts that it was chosen on its"
+        in of_kind(found.findings(), "circuit")[0]
+    )
+    signed = replace(found, ranking="signed")
+    assert "what works against the task comes last)" in of_kind(signed.findings(), "circuit")[0]
+
+
+def test_edges_that_work_against_the_task_come_last():
+    """They are not left out, as it was said: a signed circuit of all edges has them all."""
+    found = scores(chain1=-2.0, chain2=3.0)
+    assert found.top(GRAPH.n, absolute=False, prune=False).n == GRAPH.n
 
 
 def test_find_refuses_shares_and_sizes_that_are_none():

@@ -3,7 +3,6 @@
 from dataclasses import asdict, replace
 
 import numpy as np
-import pandas as pd
 import torch
 
 from lens import circuits
@@ -65,7 +64,7 @@ def edges(subject: Subject) -> Section:
         name="edges",
         title="Edges: what passes between which parts",
         summary=(
-            *_scores_in_words(scores, table),
+            *scores.findings(),
             *found.findings(),
             *stable.findings(),
         ),
@@ -204,25 +203,6 @@ def largest(chosen: Circuit, scores: EdgeScores) -> list[str]:
 
 def _name(task: Task) -> str:
     return "".join(sign if sign.isalnum() else "-" for sign in task.name.lower()).strip("-")
-
-
-def _scores_in_words(scores: EdgeScores, table: pd.DataFrame) -> list[str]:
-    best = "; ".join(
-        f"{row['edge'].replace('->', ' to ')} {row['value']:+z.3g} [{row['low']:+z.3g}, {row['high']:+z.3g}]"
-        for row in table.head(4).to_dict("records")
-    )
-    said = [
-        f"On {scores.task} ({scores.n} prompts) {scores.method} scores the edges {best} highest by size, "
-        f"in units of {scores.metric}; positive: the task goes worse without the edge."
-    ]
-    if scores.residual is not None and scores.total:
-        share = abs(scores.residual / scores.total)
-        said.append(
-            f"The edges from the input sum to {scores.total + scores.residual:.3g} where they should to "
-            f"{scores.total:.3g}: the integral of {scores.steps} steps is {share:.0%} off"
-            f"{', so more steps would help' if share > 0.05 else ''}."
-        )
-    return said
 
 
 COLUMNS = {

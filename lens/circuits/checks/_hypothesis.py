@@ -19,7 +19,7 @@ from lens.circuits.graph.selection import random_edges, random_path
 from lens.common.choices import Count, Seed, is_number
 from lens.common.errors import LensError
 from lens.common.given import given_as
-from lens.common.results import Result
+from lens.common.results import Result, Sentence
 from lens.models.loaded import LoadedModel
 from lens.stats.controls import p_value
 from lens.tasks.task import Task
@@ -78,6 +78,24 @@ class EdgeTests(Result):
             }
         )
         return rows.sort_values("change", ascending=False, kind="stable", ignore_index=True)
+
+    def findings(self) -> tuple[Sentence, ...]:
+        """How many edges are told from edges that were added at random ("told"), and where draws are too few to tell any
+        ("draws")."""
+        row, many, draws = self.table().iloc[0], len(self.edges), len(self.null)
+        told = (
+            f"{len(self.needed())} of {many} edges of the circuit are told from edges of random paths that were added to it "
+            f"(p at most 0.05 / {many}); most does {row['edge']}: it changes the metric by {row['change']:.3g}, 90 of 100 added "
+            f"ones by at most {row['null']:.3g} ({draws} draws)."
+        )
+        least = QUANTILE**draws
+        if least <= 0.05 / many:
+            return (Sentence(told, kind="told"),)
+        few = (
+            f"With {draws} draws p is at least {least:.2g} and above 0.05 / {many} whatever an edge does: more draws are needed "
+            "to tell any."
+        )
+        return Sentence(told, kind="told"), Sentence(few, kind="draws")
 
     def __repr__(self) -> str:
         return (

@@ -37,7 +37,7 @@ from lens.circuits.graph.references import References
 from lens.common.choices import Count, Seed, check_counts
 from lens.common.errors import LensError
 from lens.common.progress import advancing
-from lens.common.results import Result
+from lens.common.results import Result, Sentence
 from lens.models.loaded import LoadedModel
 from lens.tasks.task import Task
 
@@ -98,7 +98,16 @@ class Acdc(Result):
         """The largest threshold that keeps each edge, 0 for one that none keeps.
 
         One row, since a threshold is of the mean over all prompts: there are no intervals.
+
+        Raises:
+            LensError: edges that the threshold 0 alone keeps, whose score would be that of edges that none keeps.
         """
+        at_0 = self.kept.any(0) & ~self.kept[np.array(self.thresholds) > 0].any(0)
+        if at_0.any():
+            raise LensError(
+                f"{at_0.sum():,} edges are kept by the threshold 0 alone, and would score 0 as those that none keeps; leave "
+                "0 out of the thresholds"
+            )
         limits = np.array(self.thresholds)[:, None]
         values = np.where(self.kept, limits, 0).max(0, keepdims=True)
         return EdgeScores(
@@ -118,6 +127,20 @@ class Acdc(Result):
                 "runs": self.runs,
             }
         )
+
+    def findings(self) -> tuple[Sentence, ...]:
+        """How many edges the thresholds keep, and what their circuits lose beside the whole model ("circuits")."""
+        several = len(self.thresholds) > 1
+        kept = "; ".join(
+            f"threshold {self.thresholds[at]:g} keeps {self.kept[at].sum():,} of {self.graph.n:,} edges, with a loss of "
+            f"{self.loss[at]:.3g}"
+            for at in (0, -1)[: 1 + several]
+        )
+        text = (
+            f"On {self.task} {kept} ({self.metric}, less is better; the whole model's is {self.whole:.3g}, both on the prompts that edges were "
+            f"tested on). Edges were visited in {self.order} order; of two that stand in for each other one is kept."
+        )
+        return (Sentence(text, kind="circuits"),)
 
     def __repr__(self) -> str:
         sizes = self.kept.sum(1)

@@ -14,6 +14,7 @@ from lens.circuits.graph.activations import Baseline
 from lens.circuits.graph.circuit import Circuit
 from lens.circuits.graph.edge_scores import EdgeScores
 from lens.circuits.graph.mixed import check_edges
+from lens.circuits.graph.selection import random_edges
 from lens.circuits.scores.methods import EapIg, Hybrid, Method
 from lens.circuits.scores.scoring import score_edges
 from lens.common.choices import Seed, check_counts
@@ -23,10 +24,10 @@ from lens.models.loaded import LoadedModel
 from lens.tasks.task import Task
 
 Ranking = Literal["absolute", "signed"]
-"""By size, or with what works against the task left out."""
+"""By size, or with what works against the task last."""
 _RANKINGS: dict[Ranking, str] = {
     "absolute": "the largest scores by size, also of what works against the task",
-    "signed": "the largest signed scores, so what works against the task is left out",
+    "signed": "the largest signed scores, so what works against the task comes last",
 }
 _SMALLEST, _SIZES = 0.001, 16  # share of the edges, and number of sizes that are tried
 _PROMPTS = 16  # on which the sizes are tried
@@ -42,6 +43,8 @@ class FoundCircuit(Result):
         ranking: how its edges were chosen from them.
         tried: one row per circuit that was tried.
         least: faithfulness that was asked for.
+        random: faithfulness of as many edges drawn once at random, on the same prompts.
+        prompts: number of those that circuits were tried on, the first of the task.
     """
 
     circuit: Circuit
@@ -49,24 +52,34 @@ class FoundCircuit(Result):
     ranking: Ranking
     tried: pd.DataFrame = field(repr=False)
     least: float
+    random: float
+    prompts: int
 
     def table(self) -> pd.DataFrame:
         """One row per circuit tried: `ranking`, `edges`, `writers`, `faithfulness`, `low`, `high`, `kl`, `chosen`."""
         return self.tried
 
     def findings(self) -> tuple[Sentence, ...]:
-        """Its size and faithfulness (`circuit`), and whether that is what was asked for (`enough`)."""
+        """Its size and faithfulness beside as many random edges (`circuit`), and whether that is what was asked for
+        (`enough`)."""
         graph, chosen = self.circuit.graph, self.circuit
         (row,) = self.tried[self.tried["chosen"]].to_dict("records")
         interval = with_ends(row, "faithfulness", ".2f", plain=True)
         size = (
             f"The circuit has {chosen.n:,} of {graph.n:,} edges ({chosen.n / graph.n:.2%}) between "
-            f"{len(chosen.nodes)} of {len(graph.writers)} parts ({_RANKINGS[self.ranking]}); on these "
-            f"prompts its faithfulness is {interval}, its KL divergence from the model {row['kl']:.2g} nats."
+            f"{len(chosen.nodes)} of {len(graph.writers)} parts ({_RANKINGS[self.ranking]}); on the {self.prompts} of "
+            f"{self.scores.n} prompts that it was chosen on its faithfulness is {interval}, that of as many edges drawn once "
+            f"at random {self.random:.2f}, its KL divergence from the model {row['kl']:.2g} nats."
+        )
+        sure = (
+            "; one prompt has no interval."
+            if np.isnan(row["low"])
+            else " on the mean; its interval does not."
+            if row["low"] < self.least
+            else "."
         )
         enough = (
-            f"It is the smallest of {len(self.tried)} circuits tried that reaches {self.least:g}"
-            + (" on the mean; its interval does not." if row["low"] < self.least else ".")
+            f"It is the smallest of {len(self.tried)} circuits tried that reaches {self.least:g}{sure}"
             if row["faithfulness"] >= self.least
             else f"None of {len(self.tried)} circuits tried reaches {self.least:g}; this is the most faithful."
         )
@@ -96,7 +109,7 @@ def find(
             task has none.
         edges: try circuits of this many edges alone.
         faithfulness: share of the task that the circuit shall do.
-        seed: of the bootstrap.
+        seed: of the bootstrap, and of the random circuit beside it.
 
     Raises:
         LensError: as `score_edges`, more edges than the graph has, or no circuit through a head.
@@ -143,4 +156,14 @@ def find(
             f"the best {chosen.n or max(counts):,} edges make no circuit that goes through a head; "
             "ask for more edges"
         )
-    return FoundCircuit(chosen, scores, rankings[best][0], tried, faithfulness)
+    drawn = random_edges(scores.graph, chosen.n, np.random.default_rng(seed))
+    beside = run_circuits(model, few, drawn[None], scores.ablation, progress=progress)
+    return FoundCircuit(
+        chosen,
+        scores,
+        rankings[best][0],
+        tried,
+        faithfulness,
+        float(beside.faithfulness()[0]),
+        few.n,
+    )

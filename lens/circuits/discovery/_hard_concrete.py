@@ -34,7 +34,7 @@ from lens.circuits.graph.selection import pruned
 from lens.common.choices import Count, Seed, check_choice, is_number
 from lens.common.errors import LensError
 from lens.common.progress import advancing
-from lens.common.results import Result
+from lens.common.results import Result, Sentence
 from lens.models.loaded import LoadedModel
 from lens.stats.orders import top
 from lens.tasks.task import Task
@@ -114,6 +114,22 @@ class LearnedMasks(Result):
             {"gate": names, "probability": self.probabilities, "log_alpha": self.log_alpha}
         )
         return rows.sort_values("log_alpha", ascending=False, kind="stable", ignore_index=True)
+
+    def findings(self) -> tuple[Sentence, ...]:
+        """How many gates are open and how many undecided, beside the sparsity that was asked for ("gates")."""
+        open_ = self.probabilities
+        undecided = int(((open_ > 0.1) & (open_ < 0.9)).sum())
+        goal = (
+            f"a penalty of {self.penalty:g}"
+            if self.sparsity is None
+            else f"{self.sparsity:.1%} asked for"
+        )
+        text = (
+            f"Of {len(open_):,} gates on {self.over} {int((open_ >= 0.9).sum()):,} are open with a probability of at least 0.9 "
+            f"and {undecided:,} undecided (0.1 to 0.9) after {len(self.losses)} steps; {1 - open_.mean():.1%} of them are expected to "
+            f"be 0 ({goal}). Of one seed ({self.seed}): others may open other gates."
+        )
+        return (Sentence(text, kind="gates"),)
 
     def __repr__(self) -> str:
         return (

@@ -12,12 +12,21 @@ from lens.circuits.graph.activations import Ablation
 from lens.circuits.graph.circuit import Circuit
 from lens.circuits.graph.graph import Graph
 from lens.circuits.graph.selection import consistent, greedy, pruned, top
-from lens.common.choices import check_choice, is_whole
+from lens.common.choices import check_choice, check_counts, is_whole
 from lens.common.errors import LensError
-from lens.common.results import Result
+from lens.common.results import Result, Sentence, ends
 from lens.stats.intervals import columns
+from lens.stats.verdicts import by_chance, of_many
 
 Selection = Literal["top", "greedy", "bootstrap"]
+_NAMED = 4  # edges that a sentence names
+_ROUNDING = 1e-6  # of the largest score
+_GATE = "the probability that its gate is open"
+_UNITS = {
+    "acdc": "the largest threshold that keeps the edge",
+    "edge-pruning": _GATE,
+    "subnetwork-probing": _GATE,
+}
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -84,7 +93,7 @@ class EdgeScores(Result):
                 the largest edge whose reader is already in the circuit, so that all are connected;
                 "bootstrap", the largest of those whose sign is the same when prompts are drawn anew
                 (95 % of 200 draws): fewer than `count` where fewer are sure.
-            absolute: by size; False: the signed score, which leaves harmful edges out.
+            absolute: by size; False: by the signed score, so that edges of 0 and harmful ones come last.
             prune: drop edges that lie on no path from the input to the logits.
 
         Raises:
@@ -115,9 +124,14 @@ class EdgeScores(Result):
             count: only so many edges, the largest by size.
             seed: of the bootstrap.
 
+        Raises:
+            LensError: a number of edges that is none.
+
         Columns: `edge`, `writer`, `reader`, `value`, `stderr`, `low`, `high` (95 % bootstrap interval
         over prompts, draws by `seed`; NaN for one prompt), `n`.
         """
+        if count is not None:
+            check_counts(count=count)
         values = self.values
         chosen = np.argsort(-np.abs(values), kind="stable")[:count]
         reader, writer = (end[chosen] for end in self.graph.ends)
@@ -135,6 +149,48 @@ class EdgeScores(Result):
         )
         rows.insert(4, "stderr", spread)
         return rows.sort_values("value", ascending=False, kind="stable", ignore_index=True)
+
+    def findings(self) -> tuple[Sentence, ...]:
+        """The largest edges by size beside the median one ("largest"), how many intervals leave out 0 ("chance"), and how far
+        the integral is off ("integral")."""
+        known = int((~np.isnan(self.values)).sum())
+        if not known:
+            return ()
+        rows = self.table(seed=0)
+        rows = rows[rows["value"].notna()]
+        order = rows["value"].abs().sort_values(ascending=False, kind="stable").index
+        best = "; ".join(
+            f"{row['edge'].replace('->', ' to ')} {row['value']:+z.3g}"
+            + ends(*of_many(row["value"], row["low"], row["high"], known), "+z.3g")
+            for row in rows.loc[order[:_NAMED]].to_dict("records")
+        )
+        several = self.n > 1
+        unit = _UNITS.get(
+            self.method,
+            f"in units of {self.metric}; positive: the task goes worse without the edge",
+        )
+        said = [
+            Sentence(
+                f"On {self.task} ({self.n} prompt{'s' * several}) {self.method} scores the edges {best} highest by size"
+                f"{' (intervals as of the largest of all)' * several}, {unit}. The median size of {known:,} edges is "
+                f"{rows['value'].abs().median():.2g}.",
+                kind="largest",
+            )
+        ]
+        if several:
+            seen = rows["value"].abs() > _ROUNDING * rows["value"].abs().max()
+            clear = int((seen & ((rows["low"] > 0) | (rows["high"] < 0))).sum())
+            text = f"{clear:,} of {known:,} edges have a 95 % interval that leaves out 0 ({by_chance(known):.1f} by chance)."
+            said.append(Sentence(text, kind="chance"))
+        if self.residual is not None and self.total:
+            share = abs(self.residual / self.total)
+            text = (
+                f"The edges from the input sum to {self.total + self.residual:.3g} where they should to "
+                f"{self.total:.3g}: the integral of {self.steps} steps is {share:.0%} off"
+                f"{', so more steps would help' if share > 0.05 else ''}."
+            )
+            said.append(Sentence(text, kind="integral"))
+        return tuple(said)
 
     def __repr__(self) -> str:
         values = self.values

@@ -20,10 +20,11 @@ from lens.common.choices import is_number
 from lens.common.errors import LensError
 from lens.common.head_ids import HeadId, head_columns, head_id
 from lens.common.progress import advancing
-from lens.common.results import Result
+from lens.common.results import Result, Sentence, ends
 from lens.models.loaded import LoadedModel
 from lens.passes.calls import LayerCall, attend
 from lens.stats.intervals import columns
+from lens.stats.verdicts import of_many
 from lens.tasks.task import Task
 
 THRESHOLD = 0.04
@@ -79,6 +80,30 @@ class FlowRoutes(Result):
             }
         )
         return table.sort_values("value", ascending=False, kind="stable", ignore_index=True)
+
+    def findings(self) -> tuple[Sentence, ...]:
+        """The heads that routes pass most through, beside the median head ("routes"), and what that does not say ("limit")."""
+        table = self.table()
+        used = table[table["used"] > 0]
+        edges = (
+            f"{len(self.edges) / self.n:.0f} edges a prompt from a share of {self.threshold:g} on"
+        )
+        several = "s" * (self.n > 1)
+        if not len(used):
+            text = f"No head is on the routes to the answers of {self.task} ({self.n} prompt{several}, {edges})."
+            return (Sentence(text, kind="routes"),)
+        best = [
+            f"{row['name']} {row['value']:.2g}{ends(*of_many(row['value'], row['low'], row['high'], len(table)), '.2g')} in "
+            f"{row['used']:.0%} of the prompts"
+            for row in used.head(3).to_dict("records")
+        ]
+        joined = ", ".join(best)
+        text = (
+            f"Routes to the answers of {self.task} ({self.n} prompt{several}, {edges}) pass most through {joined}, the "
+            f"median head {table['value'].median():.2g} (summed importance; intervals as of the largest of all)."
+        )
+        limit = "Routes say what a state is made of; whether the task needs it, only an intervention says."
+        return Sentence(text, kind="routes"), Sentence(limit, kind="limit")
 
     def __repr__(self) -> str:
         best = ", ".join(f"{row.name} {row.value:.2g}" for row in self.table().head(3).itertuples())
@@ -193,6 +218,8 @@ def _routes(streams: _Streams, prompt: int, start: int, threshold: float) -> lis
     graph = streams.nodes.graph
     reached, found = {start}, []
     for layer in reversed(range(graph.layers)):
+        if not reached:  # no part of any state is above the threshold
+            break
         after, before = streams.before[layer + 1], streams.before[layer]
         mlp = streams.mlps[layer] if graph.mlps else None
         if mlp is not None and not graph.parallel:

@@ -21,12 +21,13 @@ from lens.circuits.graph.circuit import Circuit
 from lens.circuits.graph.graph import Graph, Kv
 from lens.circuits.graph.nodes import Nodes, find_nodes, visit
 from lens.circuits.graph.selection import pruned
-from lens.common.choices import Count
+from lens.common.choices import Count, is_whole, shown
 from lens.common.errors import LensError
 from lens.common.progress import advancing
-from lens.common.results import Result
+from lens.common.results import Result, Sentence, ends
 from lens.models.loaded import LoadedModel
 from lens.stats.intervals import columns
+from lens.stats.verdicts import of_many
 from lens.tasks.task import Task
 
 Baseline = Literal["counterfactual", "zero"]
@@ -88,13 +89,17 @@ class GateScores(Result):
             prune: drop edges that lie on no path from the input to the logits.
 
         Raises:
-            LensError: a count that is not of this graph.
+            LensError: a count that is not of this graph, or nodes without a score.
         """
-        graph = self.graph
-        if not 0 <= count <= len(self.nodes):
-            raise LensError(f"top takes 0 to {len(self.nodes):,} nodes, got {count}")
+        graph, values = self.graph, self.values
+        if not (is_whole(count) and 0 <= count <= len(self.nodes)):
+            raise LensError(f"top takes 0 to {len(self.nodes):,} nodes, got {shown(count)}")
+        if np.isnan(values).any():
+            raise LensError(
+                f"{int(np.isnan(values).sum())} nodes have no score (NaN), so they cannot be ranked"
+            )
         chosen = np.zeros(len(graph.readers), bool)
-        chosen[np.argsort(-self.values, kind="stable")[:count]] = True
+        chosen[np.argsort(-values, kind="stable")[:count]] = True
         chosen[-1] = True
         writes = np.zeros(len(graph.writers), bool)
         writes[0] = True
@@ -115,6 +120,22 @@ class GateScores(Result):
         value = columns("value", (self.per_prompt / self._lengths()).T, seed, plain=True)
         table = pd.DataFrame({"node": self.nodes, "layer": self._layers, **value, "n": self.n})
         return table.sort_values("value", ascending=False, kind="stable", ignore_index=True)
+
+    def findings(self) -> tuple[Sentence, ...]:
+        """The gates on which most hangs, beside the median one ("largest")."""
+        table, many = self.table(), len(self.nodes)
+        best = ", ".join(
+            f"{row['node']} {row['value']:.3g}{ends(*of_many(row['value'], row['low'], row['high'], many))}"
+            for row in table.head(3).to_dict("records")
+        )
+        several = self.n > 1
+        unit = "normalised by layer" if self.normalized else f"in units of {self.metric}"
+        text = (
+            f"On {self.task} ({self.n} prompt{'s' * several}) the metric changes fastest with the gates of {best}, {unit} and "
+            f"without a sign{' (intervals as of the largest of all)' * several}; the median of {many:,} gates has "
+            f"{table['value'].median():.3g}."
+        )
+        return (Sentence(text, kind="largest"),)
 
     def __repr__(self) -> str:
         best = ", ".join(f"{row.node} {row.value:.3g}" for row in self.table().head(3).itertuples())

@@ -187,6 +187,10 @@ def codes(
     corrupt = task.corrupt_or_refuse()
     if not is_number(penalty):
         raise LensError(f"penalty must be a number, got {penalty!r}")
+    if task.n < 2:
+        raise LensError(
+            f"{task.name!r} has one pair of prompts, and codes need 2: some to train on, the others to count on"
+        )
     if not is_whole(examples) or examples < 2 or examples % 2 or examples // 2 >= task.n:
         raise LensError(
             f"examples must be an even number of 2 to {2 * task.n - 2} ({task.n} pairs of prompts, some "
