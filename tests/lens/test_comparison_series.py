@@ -117,7 +117,9 @@ def test_the_first_token_is_beyond_chance_where_its_interval_is(tmp_path):
     assert (rows["mass_low"] < rows["mass"]).all()
     assert rows["uniform"].tolist() == pytest.approx([0.2] * 3)
     (said,) = of_kind(series.findings(), "sinks")
-    assert f"for the first time at {series.names[2]}, where it gets 40% [40%, 41%]" in said
+    assert (
+        f"at 1 of 3, for the first time at {series.names[2]}, where it gets 40% [40%, 41%]" in said
+    )
     assert len(first_token_curves(series).data) == 3
 
 
@@ -128,11 +130,19 @@ def test_beyond_chance_is_not_said_where_a_run_lacks_it(tmp_path):
     assert "what chance gives is not in all of these runs (uniform attention 20%" in said
 
 
+def test_chance_of_other_prompts_is_a_range(tmp_path):
+    table = made_series(tmp_path, [0.4, 0.41]).sinks
+    table.loc[0, "uniform"] = 0.024
+    (said,) = emerged(table)
+    assert "at each of them (uniform attention 2% to 20%, " in said
+
+
 @pytest.mark.parametrize(
     ("masses", "prompts", "match"),
     [
         ([0.19, 0.193], 3, "it is beyond chance at none"),
-        ([0.3, 0.1], 3, "it is beyond chance from the first on"),
+        ([0.3, 0.4], 3, "it is beyond chance at each of them (uniform attention 20%"),
+        ([0.3, 0.1], 3, "it is beyond chance at 1 of 2, for the first time at"),
         ([0.1, 0.9], 1, "cannot be said of one prompt"),
     ],
 )

@@ -65,9 +65,9 @@ def emerged(table: pd.DataFrame) -> Iterator[Sentence]:
             "the highest head with random weights": "random_weights",
         }
         by_chance = [
-            f"{words} {last[column]:.0%}"
+            f"{words} {_range(rows[column].dropna())}"
             for words, column in known.items()
-            if last[column] == last[column]
+            if rows[column].notna().any()
         ]
         if chance.isna().any():
             when = "what chance gives is not in all of these runs"
@@ -75,15 +75,23 @@ def emerged(table: pd.DataFrame) -> Iterator[Sentence]:
             when = "whether that is beyond chance cannot be said of one prompt"
         elif sure.empty:
             when = "it is beyond chance at none"
-        elif sure["place"].iloc[0] == first["place"]:
-            when = "it is beyond chance from the first on"
+        elif len(sure) == len(rows):
+            when = "it is beyond chance at each of them"
         else:
-            when = f"it is beyond chance for the first time at {sure['run'].iloc[0]}, where it gets {_mass(sure.iloc[0])}"
+            when = (
+                f"it is beyond chance at {len(sure)} of {len(rows)}, for the first time at {sure['run'].iloc[0]}, where it "
+                f"gets {_mass(sure.iloc[0])}"
+            )
         when += f" ({', '.join(by_chance)})" if by_chance else ""
         yield Sentence(
             f"{said}; {when}. Heads with a sink there: {first['rate']:.0%} and {last['rate']:.0%}.",
             kind="sinks",
         )
+
+
+def _range(shares: pd.Series) -> str:
+    """The smallest and the largest: runs of other prompts have another chance."""
+    return " to ".join(dict.fromkeys(f"{share:.0%}" for share in (shares.min(), shares.max())))
 
 
 def _mass(row: pd.Series) -> str:
