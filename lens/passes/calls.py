@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import torch
 from lens_kernels import AttentionResult, attention
 from torch import Tensor
 from torch.nn.functional import pad
@@ -103,6 +104,11 @@ def read_half(call: LayerCall, output: Tensor) -> Tensor:
         return output
     first, second = output.chunk(2, -1)
     return second.where(call.halves[:, None, :, None], first)
+
+
+def evened(call: LayerCall) -> LayerCall:
+    """The call whose rows look at all keys that they see alike: logits of 0. Its learned sinks are left."""
+    return replace(call, query=torch.zeros_like(call.query), position_bias=None)
 
 
 def without_last(call: LayerCall, count: int) -> LayerCall:

@@ -22,7 +22,7 @@ from lens.common.choices import check_counts
 from lens.common.progress import advancing
 from lens.models.loaded import LoadedModel
 from lens.models.parts import Layout
-from lens.passes.calls import LayerCall, attend
+from lens.passes.calls import LayerCall, attend, evened
 from lens.passes.inputs import read_prompts
 from lens.passes.replay import proved
 from lens.passes.sessions import run
@@ -95,9 +95,7 @@ class _Mixing(Plain):
     def attention(self, layer: int, call: LayerCall) -> None:
         assert self._stream is not None
         stream = self._stream[0].double()
-        blind = replace(
-            call, query=torch.zeros_like(call.query), position_bias=None, sink_logits=None
-        )
+        blind = replace(evened(call), sink_logits=None)
         own, even = (self._ratios(layer, one, stream) for one in (call, blind))
         self.ratios[layer] = own, even
 

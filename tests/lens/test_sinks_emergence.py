@@ -116,6 +116,11 @@ def test_gates_equal_those_of_whole_probabilities(architecture):
     expected = ((1 - mass) * rows).sum(-1) / rows.sum(-1)
     keys = result[result["mechanism"] == "keys"]
     assert rms_ratio(keys["gate"], expected.mean(1).flatten()) < 1e-5
+    if (
+        architecture == "llama"
+    ):  # with even attention, of the rows that see another key than 0 and 4
+        even = [1 - (1 + (row >= 4)) / (row + 1) for row in range(1, LENGTH)]
+        assert keys["gate_baseline"].tolist() == pytest.approx([np.mean(even)] * 18)
     if architecture == "gpt_oss":
         trace = lens.capture(model, IDS[:2], statistics=["lse"])
         closed = []
@@ -132,6 +137,9 @@ def test_gates_equal_those_of_whole_probabilities(architecture):
     assert set(result["mechanism"]) == {"keys", "off_by_one"}
     lse = np.stack([one.lse.values for one in lens.capture(model, IDS[:2], statistics=["lse"])])
     off = result[result["mechanism"] == "off_by_one"]
+    if architecture == "llama":
+        even = np.mean([1 - 1 / (row + 2) for row in range(LENGTH)])
+        assert off["gate_baseline"].tolist() == pytest.approx([even] * 18)
     assert rms_ratio(off["gate"], (1 / (1 + np.exp(-lse))).mean((0, 3)).ravel()) < 1e-5
 
 

@@ -85,6 +85,26 @@ def test_drain_and_contribution_equal_those_of_whole_probabilities():
     assert rms_ratio(table["contribution"], share.ravel()) < 1e-5
 
 
+def test_even_attention_stands_beside():
+    """A head without queries has what even attention has."""
+    network = build("llama")
+    model = lens.load(network)
+    before = lens.sinks.mechanism(model, IDS, sources=SOURCES).table()
+    with torch.no_grad():
+        for layer in network.model.layers:
+            layer.self_attn.q_proj.weight.zero_()
+    table = lens.sinks.mechanism(model, IDS, sources=SOURCES).table()
+    for name in ("alpha", "contribution"):
+        assert table[f"{name}_baseline"].to_numpy() == pytest.approx(
+            table[name].to_numpy(), rel=1e-5
+        )
+        assert (before[f"{name}_low"] < before[name]).all()
+    first = before["layer"] == 0
+    assert before["contribution_baseline"][first].to_numpy() == pytest.approx(
+        table["contribution"][first].to_numpy(), rel=1e-5
+    )
+
+
 def test_weights_that_are_not_known_leave_the_drain_unscored():
     table = lens.sinks.mechanism(lens.load(build("llama4")), IDS[0], sources="first").table()
     assert table["drain"].isna().all()

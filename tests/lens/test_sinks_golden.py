@@ -1,5 +1,6 @@
 """Every sentence about sinks, whole, on data where its other half would be false."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -7,6 +8,7 @@ import pandas as pd
 import pytest
 
 import lens
+from lens.common.head_ids import HeadId
 from lens.common.results import Sentence
 from lens.sinks.activations.dims import SinkDims
 from lens.sinks.activations.massive import MassiveActivations
@@ -141,68 +143,89 @@ def heads(**columns) -> pd.DataFrame:
 
 
 def test_mechanism():
-    rows = heads(
-        alpha=[0.9, 0.8, 0.1], key_norm=[0.25, 0.35, 9], value_norm=[0.4, 0.6, 9], cosine=[0.5, 0.7, 9],
-        cosine_others=[-0.2, -0.4, 9], drain=[0.1, 0.3, 9], contribution=[0.5, 0.7, 9],
-    )  # fmt: skip
-    park = ("heads", "2 of 3 heads park on the sources (mean α above 0.3; 2 prompts, BOS added).")
+    columns = {
+        "alpha": [0.9, 0.8, 0.1], "key_norm": [0.25, 0.35, 9], "value_norm": [0.4, 0.6, 9], "cosine": [0.5, 0.7, 9],
+        "cosine_others": [-0.2, -0.4, 9], "drain": [0.1, 0.3, 9], "contribution": [0.5, 0.7, 9],
+        "alpha_baseline": [0.05] * 3, "contribution_baseline": [0.1] * 3,
+    }  # fmt: skip
+    values = np.array(list(columns.values()))[..., None] + np.array([0, 0])
+    values[1, :2] += [-0.05, 0.05]  # key norms of two prompts
+    names = tuple(HeadId(1, head) for head in range(3))
+    even = "0.05 with even attention"
+    park = (
+        "heads",
+        f"2 of 3 heads park on the sources (mean α above 0.3, {even}; 2 prompts, BOS added).",
+    )
     of = "(median of 2 heads)"
-    found = said(SinkMechanism(rows, "added", 2))
+    result = SinkMechanism(values, names, "added")
+    found = said(result)
     assert found == [
         park,
-        ("keys", f"The sources' keys are 0.30 times as long as the others {of}."),
-        ("directions", f"Their cosine with the queries is 0.60, that of other keys -0.30 {of}."),
-        ("values", f"Their values are 0.50 times as long as the others {of}."),
-        ("outputs", "They write 0.20 times as much as another token with equal attention, and 60% of the head's "
-                    f"output {of}."),
+        ("keys", f"The sources' keys are 0.30 [0.25, 0.35] times as long as the others {of}."),
+        ("directions", f"Their cosine with the queries is 0.60 [0.60, 0.60], that of other keys -0.30 [-0.30, -0.30] {of}."),
+        ("values", f"Their values are 0.50 [0.50, 0.50] times as long as the others {of}."),
+        ("outputs", "They write 0.20 [0.20, 0.20] times as much as another token with equal attention, and 60% [60%, 60%] of "
+                    f"the head's output, with even attention 10% [10%, 10%] {of}."),
         ("limit", "This describes the heads as they are; it proves no cause."),
     ]  # fmt: skip
-    unknown = said(SinkMechanism(rows.assign(drain=np.nan), "added", 2))
-    assert [kind for kind, _ in unknown] == ["heads", "keys", "directions", "values", "limit"]
-    assert said(SinkMechanism(rows.assign(alpha=0.3), "added", 2)) == [
-        ("heads", "No head gives the sources a mean α above 0.3, so there is no mechanism to explain (2 prompts, BOS "
-                  "added)."),
+    assert result.table()["key_norm_low"].tolist() == pytest.approx([0.2, 0.3, 9])
+    unknown = values.copy()
+    unknown[5:7] = np.nan
+    kinds = [kind for kind, _ in said(replace(result, values=unknown))]
+    assert kinds == ["heads", "keys", "directions", "values", "limit"]
+    none = values.copy()
+    none[0] = 0.3
+    assert said(replace(result, values=none)) == [
+        ("heads", f"No head gives the sources a mean α above 0.3 ({even}), so there is no mechanism to explain (2 prompts, "
+                  "BOS added)."),
     ]  # fmt: skip
-    drawn: Any = SinkMechanism(rows, "added", 2).plot().data[0]
-    assert np.array_equal(drawn.y, rows["drain"])
+    drawn: Any = result.plot().data[0]
+    assert np.array_equal(drawn.y, result.rows["drain"])
 
 
 def test_gates():
     rows = [
-        heads(gate=[0.9, 0.1], low=[0.8, 0.05], high=[1.0, 0.2]).assign(mechanism=name)
-        for name in ("keys", "learned", "off_by_one", "output")
+        heads(gate=[0.9, 0.1], low=[0.8, 0.05], high=[1.0, 0.2], gate_baseline=[even] * 2).assign(
+            mechanism=name
+        )
+        for name, even in (("keys", 0.9), ("learned", 0.8), ("off_by_one", 0.7), ("output", np.nan))
     ]
+    means = {rows["mechanism"][0]: np.array([0.4, 0.6]) for rows in rows}
     limit = "2 prompts, BOS added; rows that see only sinks excepted."
-    end = "on average (effective gate); L1H1 least, 10.0% [5.0%, 20.0%]."
-    assert said(EffectiveGates(pd.concat(rows), (9, 9), "added", "found")) == [
-        ("keys", f"Beside what lies on the sources the heads keep 50% of their attention {end}"),
-        ("learned", f"Beside the model's learned sinks the heads keep 50% of their attention {end}"),
-        ("off_by_one", "With softmax-off-by-one, which the model does not have, the heads would keep 50% of their "
-                       f"attention {end}"),
-        ("output", f"The gates behind the attention let 50% of the heads' output through {end}"),
+    mean, start = "50% [40%, 60%]", "on average (effective gate"
+    least = "L1H1 least, 10.0% [4.3%, 21.4%]."  # the lowest of two
+    assert said(EffectiveGates(pd.concat(rows), means, (9, 9), "added", "found", 0)) == [
+        ("keys", f"Beside what lies on the sources the heads keep {mean} of their attention {start}; 90% with even "
+                 f"attention); {least}"),
+        ("learned", f"Beside the model's learned sinks the heads keep {mean} of their attention {start}; 80% with even "
+                    f"attention); {least}"),
+        ("off_by_one", f"With softmax-off-by-one, which the model does not have, the heads would keep {mean} of their "
+                       f"attention {start}; 70% with even attention); {least}"),
+        ("output", f"The gates behind the attention let {mean} of the heads' output through {start}); {least}"),
         ("limit", limit),
     ]  # fmt: skip
-    hidden = said(EffectiveGates(rows[0], (9, 9), "added", "Not looked for."))
+    hidden = said(EffectiveGates(rows[0], means, (9, 9), "added", "Not looked for.", 0))
     assert hidden[-1] == ("limit", f"{limit} Not looked for.")
 
 
 def test_memory():
     rows = heads(
         gate=[0.9, 0.1], low=[0.8, 0.05], high=[1.0, 0.2], contribution=[0.1, 0.2], removal=[0.2, 0.4],
-        early_mass=[0.5, 0.7], late_mass=[0.1, 0.3],
+        early_mass=[0.5, 0.7], late_mass=[0.1, 0.3], gate_baseline=[0.8, 0.8], early_mass_baseline=[0.4, 0.4],
+        late_mass_baseline=[0.1, 0.1],
     )  # fmt: skip
-    drift, removed = (-0.4, -0.5, -0.3), (0.3, 0.2, 0.4)
-    assert said(PersistentMemory(rows, drift, removed, 1, (9, 9), "absent")) == [
-        ("gate", "With 1 pair of memory the heads keep 50% of their attention on average; L1H1 least, 10.0% [5.0%, "
-                 "20.0%]."),
+    gate, drift, removed = (0.5, 0.4, 0.6), (-0.4, -0.5, -0.3), (0.3, 0.2, 0.4)
+    assert said(PersistentMemory(rows, gate, drift, removed, 1, (9, 9), "absent")) == [
+        ("gate", "With 1 pair of memory the heads keep 50% [40%, 60%] of their attention on average (80% with even attention); "
+                 "L1H1 least, 10.0% [4.3%, 21.4%]."),
         ("drift", "The mass of the memory goes from 60.0% in the first quarter of the rows to 20.0% in the last, "
-                  "-40.0% [-50.0%, -30.0%]."),
+                  "-40.0% [-50.0%, -30.0%]; with even attention from 40.0% to 10.0%."),
         ("removal", "Masking the memory changes a head's output by 30% [20%, 40%] of its size on average."),
         ("limit", "2 prompts, BOS absent."),
     ]  # fmt: skip
-    wide = said(PersistentMemory(rows, (-0.4, -0.9, 0.1), removed, 3, (9, 9), "absent"))
+    wide = said(PersistentMemory(rows, gate, (-0.4, -0.9, 0.1), removed, 3, (9, 9), "absent"))
     assert wide[0][1].startswith("With 3 pairs of")
-    assert wide[1][1].endswith("-40.0% [-90.0%, +10.0%], not told apart from no change.")
+    assert "-40.0% [-90.0%, +10.0%], not told apart from no change; with" in wide[1][1]
 
 
 LIMIT = (

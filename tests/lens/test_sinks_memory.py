@@ -108,6 +108,8 @@ def test_a_planted_mass_is_the_gate(mass):
     found = lens.sinks.persistent_memory(lens.load(network), IDS[:1], given).table()
     expected = (torch.arange(1, 42) / (count + torch.arange(1, 42.0))).mean()
     assert found["gate"].tolist() == pytest.approx([float(expected)] * 6, rel=1e-5)
+    for name in ("gate", "early_mass", "late_mass"):  # that is even attention
+        assert found[f"{name}_baseline"].tolist() == pytest.approx(found[name].tolist(), rel=1e-5)
     assert set(found["layer"]) == {0}
     assert (found["late_mass"] < found["early_mass"]).all()
     assert found["removal"].iloc[0] > mass

@@ -70,9 +70,8 @@ def test_the_gate_is_that_of_the_models_own_forward(gated):
     torch.testing.assert_close(values, mean, rtol=1e-4, atol=1e-5)
     assert values.std() > 0.02
     (said,) = of_kind(found.findings(), "output")
-    assert said.startswith(
-        f"The gates behind the attention let {mean.mean():.0%} of the heads' output"
-    )
+    assert said.startswith(f"The gates behind the attention let {mean.mean():.0%} [")
+    assert "] of the heads' output through on average (effective gate); " in said
 
 
 def loss(network, ids):

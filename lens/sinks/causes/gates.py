@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,11 +20,13 @@ from lens.common.results import Result, Sentence, ends
 from lens.edits.base import grouped
 from lens.edits.losses import bos_policy, two_tokens
 from lens.models.loaded import LoadedModel
-from lens.passes.calls import LayerCall
+from lens.passes.calls import LayerCall, evened
 from lens.passes.inputs import read_prompts
 from lens.passes.keys import Keys, KeysAt, check_fixed_keys, members
 from lens.passes.sessions import OnLayer, base, listening
 from lens.stats import over_units
+from lens.stats.intervals import known_mean
+from lens.stats.verdicts import mean_told, of_many
 
 OFF_BY_ONE = 0.0
 """Logit of softmax-off-by-one, `exp(s) / (1 + sum exp(s))`: a learned sink with this logit."""
@@ -46,19 +48,23 @@ class EffectiveGates(Result):
     """`g = 1 - mass of a sink` of every head, means over the rows and prompts.
 
     Attributes:
-        rows: one per mechanism, layer and head: `gate`, with `low` and `high` (95 % over prompts).
-            Mechanisms: "keys" (the sources, as BOS, registers or persistent memory), "learned" (the
+        rows: one per mechanism, layer and head: `gate`, with `low` and `high` (95 % over prompts), and `gate_baseline`, the
+            same with even attention (logits of 0; NaN of "output", which it does not change). Mechanisms: "keys" (the sources, as BOS, registers or persistent memory), "learned" (the
             model's own sink logits), "off_by_one" (what softmax-off-by-one would leave; the model
             does not have it) and "output" (gates between a head's output and its projection).
+        means: mechanism -> [prompts], mean gate of all heads.
         tokens: [prompts], T of each.
         bos: "added", "absent" or "mixed".
+        seed: of the bootstrap.
         projections: "found", or which projections were not, so that output gates would not be seen.
     """
 
     rows: pd.DataFrame = field(repr=False)
+    means: Mapping[str, np.ndarray] = field(repr=False)
     tokens: tuple[int, ...]
     bos: str
     projections: str
+    seed: int
 
     def table(self) -> pd.DataFrame:
         """The rows with BOS policy and number of prompts."""
@@ -69,10 +75,15 @@ class EffectiveGates(Result):
         found = []
         for mechanism, rows in self.rows.groupby("mechanism", sort=False):
             lowest = rows.sort_values("gate").iloc[0]
-            kept = _NAMES[str(mechanism)].format(f"{rows['gate'].mean():.0%}")
+            mean = mean_told(self.means[str(mechanism)], self.seed, ".0%")
+            even = rows["gate_baseline"].mean()
+            beside = "" if np.isnan(even) else f"; {even:.0%} with even attention"
+            low, high = np.clip(
+                of_many(lowest["gate"], lowest["low"], lowest["high"], len(rows)), 0, 1
+            )
             text = (
-                f"{kept} on average (effective gate); "
-                f"{lowest['name']} least, {lowest['gate']:.1%}{ends(lowest['low'], lowest['high'], '.1%')}."
+                f"{_NAMES[str(mechanism)].format(mean)} on average (effective gate{beside}); "
+                f"{lowest['name']} least, {lowest['gate']:.1%}{ends(low, high, '.1%')}."
             )
             found.append(Sentence(text, kind=str(mechanism)))
         hidden = "" if self.projections == "found" else f" {self.projections}"
@@ -121,31 +132,33 @@ def gates(
             run, outputs = _Gates(sources), Outputs(model)
             with torch.no_grad(), listening(model, outputs.of(run.on_layer)), outputs.hooked():
                 base(model)(**prompt.inputs)
-            for mechanism, layers in (*run.layers.items(), ("output", outputs.kept)):
-                found.setdefault(mechanism, []).append(torch.stack(layers or run.missing))
+            kept = [torch.stack([gate, torch.full_like(gate, torch.nan)]) for gate in outputs.kept]
+            for mechanism, layers in (*run.layers.items(), ("output", kept)):
+                found.setdefault(mechanism, []).append(torch.stack(layers or run.missing, 1))
             advance(1)
-    rows = []
+    rows, means = [], {}
     for mechanism, of_prompts in found.items():
-        values = (
-            torch.stack(of_prompts).double().numpy()
+        values, even = (
+            torch.stack(of_prompts, 1).double().numpy()
         )  # [prompts, layers, heads], NaN: not there
         if mechanism == "output" and (np.abs(values - 1) < _SAME).all():
             continue
         low, high = over_units(values, (values == values).astype(float), seed)
-        columns = {"gate": values.mean(0), "low": low, "high": high}
+        columns = {"gate": values.mean(0), "low": low, "high": high, "gate_baseline": even.mean(0)}
         table = pd.DataFrame(
             {"mechanism": mechanism}
             | head_columns(model.info.every_head)
             | {name: column.ravel() for name, column in columns.items()}
         )
         rows.append(table[table["gate"].notna()])
+        means[mechanism] = known_mean(values.reshape(len(values), -1))
     table = pd.concat(rows, ignore_index=True)
     lengths = tuple(len(ids) for ids in read)
-    return EffectiveGates(table, lengths, bos_policy(model, read), outputs.words())
+    return EffectiveGates(table, means, lengths, bos_policy(model, read), outputs.words(), seed)
 
 
 class _Gates:
-    """Runs the model as it is; mechanism -> per layer [heads], mean gate."""
+    """Runs the model as it is; mechanism -> per layer [2, heads], mean gate, and the same with even attention."""
 
     def __init__(self, sources: Keys) -> None:
         self.layers: dict[str, list[torch.Tensor]] = {"keys": [], "learned": [], "off_by_one": []}
@@ -153,7 +166,7 @@ class _Gates:
 
     @property
     def missing(self) -> list[torch.Tensor]:
-        """Per layer [heads] of NaN."""
+        """Per layer [2, heads] of NaN."""
         return [torch.full_like(gate, torch.nan) for gate in self.layers["keys"]]
 
     def on_layer(self, call: LayerCall) -> torch.Tensor:
@@ -164,26 +177,33 @@ class _Gates:
             call.layer, 0, torch.arange(call.key.shape[2], device=call.key.device)[None], None
         )
         source = members("sources", self._sources, at)
-        result = grouped(call, source.int(), "auto")
-        assert result.groups is not None
-        whole = result.statistics["lse"][0]  # the learned sink included
-        if len(result.groups.lse) < 2 or not bool(source.any()):
-            raise LensError(f"none of the sources is in a prompt of {source.shape[1]} tokens")
-        rest, sinks = result.groups.lse[0][0], result.groups.lse[1][0]
-        real = torch.logaddexp(rest, sinks)
-        has_rest = rest > -torch.inf
-        if not bool(has_rest.any()):
-            raise LensError("no row sees a key that is no source; give fewer sources")
-        kept = -torch.expm1(sinks - whole)
-        self.layers["keys"].append(_mean(kept, has_rest))
-        learned = (real - whole).exp()
-        nothing = torch.full_like(learned[:, 0], torch.nan)
-        own = nothing if call.sink_logits is None else _mean(learned, real > -torch.inf)
-        self.layers["learned"].append(own.cpu())
-        if call.sink_logits is None:
-            nothing = _mean((real - OFF_BY_ONE).sigmoid(), real > -torch.inf)
-        self.layers["off_by_one"].append(nothing.cpu())
-        return result.output
+        output, own = _gates(call, source)
+        _, even = _gates(evened(call), source)
+        for mechanism, gate in own.items():
+            self.layers[mechanism].append(torch.stack([gate, even[mechanism]]).cpu())
+        return output
+
+
+def _gates(call: LayerCall, source: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The output of a layer, and mechanism -> [heads], mean gate; NaN of one that it has not."""
+    result = grouped(call, source.int(), "auto")
+    assert result.groups is not None
+    whole = result.statistics["lse"][0]  # the learned sink included
+    if len(result.groups.lse) < 2 or not bool(source.any()):
+        raise LensError(f"none of the sources is in a prompt of {source.shape[1]} tokens")
+    rest, sinks = result.groups.lse[0][0], result.groups.lse[1][0]
+    real = torch.logaddexp(rest, sinks)
+    has_rest = rest > -torch.inf
+    if not bool(has_rest.any()):
+        raise LensError("no row sees a key that is no source; give fewer sources")
+    keys = _mean(-torch.expm1(sinks - whole), has_rest)
+    nothing = torch.full_like(keys, torch.nan)
+    learned, off_by_one = nothing, nothing
+    if call.sink_logits is None:
+        off_by_one = _mean((real - OFF_BY_ONE).sigmoid(), real > -torch.inf)
+    else:
+        learned = _mean((real - whole).exp(), real > -torch.inf)
+    return result.output, {"keys": keys, "learned": learned, "off_by_one": off_by_one}
 
 
 class Outputs:

@@ -12,72 +12,93 @@ from torch.nn.functional import normalize
 
 from lens import stats
 from lens.common.errors import LensError
-from lens.common.head_ids import head_columns
+from lens.common.head_ids import HeadId, head_columns
 from lens.common.progress import advancing
 from lens.common.results import Result, Sentence
 from lens.edits.losses import bos_policy
 from lens.heads.weights import head_weights
 from lens.models.loaded import LoadedModel
-from lens.passes.calls import LayerCall, attend
+from lens.passes.calls import LayerCall, attend, evened
 from lens.passes.inputs import Prompt, read_prompts
 from lens.passes.keys import Keys, KeysAt, check_fixed_keys, members
 from lens.passes.sessions import base, listening
-from lens.sinks.detection.alphas import alpha_of
+from lens.sinks.detection.alphas import alpha_of, uniform_alpha
+from lens.stats.intervals import columns
+from lens.stats.verdicts import mean_told
 from lens.traces.scores import SINK_EPSILON
 
 _COLUMNS = (
-    "alpha", "key_norm", "value_norm", "cosine", "cosine_others", "drain", "contribution",
+    "alpha", "key_norm", "value_norm", "cosine", "cosine_others", "drain", "contribution", "alpha_baseline",
+    "contribution_baseline",
 )  # fmt: skip
+_SEED = 0  # of the bootstrap
 
 
 @dataclass(frozen=True, repr=False, eq=False)
 class SinkMechanism(Result):
-    """Geometry of the sources' keys and values in every head, means over prompts.
+    """Geometry of the sources' keys and values in every head.
 
     Attributes:
-        rows: one per layer and head. `alpha`: mean over the sources. `key_norm`: mean norm of their
-            keys over the median norm of the other keys; `value_norm` likewise (raw values, before
+        values: [columns, heads, prompts], the columns of `rows`. `alpha`: mean over the sources. `key_norm`: mean norm of
+            their keys over the median norm of the other keys; `value_norm` likewise (raw values, before
             the output projection). `cosine`: mean cosine between a source's key and the queries
             after it; `cosine_others` the same for all other keys. `drain`: mean `|W_O v|` of the
             sources over that of the other keys. `contribution`: `c = sum_S |A W_O v| / sum |A W_O v|`,
             mean over the rows behind the last source. Both are NaN where the architecture's output
-            weights are not known.
+            weights are not known. `alpha_baseline`, `contribution_baseline`: with even attention.
+        heads: layer by layer.
         bos: "added", "absent" or "mixed".
-        n: number of prompts.
     """
 
-    rows: pd.DataFrame = field(repr=False)
+    values: np.ndarray = field(repr=False)
+    heads: tuple[HeadId, ...] = field(repr=False)
     bos: str
-    n: int
+
+    @property
+    def rows(self) -> pd.DataFrame:
+        """One row per layer and head: means over prompts, those of the model with `_low`, `_high` (95 % over prompts)."""
+        found = head_columns(self.heads)
+        for name, values in zip(_COLUMNS, self.values, strict=True):
+            more = columns(name, values, _SEED)
+            found |= {name: more[name]} if name.endswith("_baseline") else more
+        return pd.DataFrame(found)
 
     def table(self) -> pd.DataFrame:
         """The rows, with BOS policy and number of prompts."""
-        return self.rows.assign(bos=self.bos, n=self.n)
+        return self.rows.assign(bos=self.bos, n=self.values.shape[-1])
 
     def findings(self) -> tuple[Sentence, ...]:
-        """Medians over the heads that park on the sources: keys, directions, values, outputs."""
-        heads = self.rows[self.rows["alpha"] > SINK_EPSILON]
-        settings = f"{self.n} prompts, BOS {self.bos}"
-        if heads.empty:
+        """Medians over the heads that park on the sources, means over prompts: keys, directions, values, outputs."""
+        every: dict[str, np.ndarray] = dict(zip(_COLUMNS, self.values, strict=True))
+        parked = every["alpha"].mean(-1) > SINK_EPSILON
+        even = f"{every['alpha_baseline'].mean():.2g} with even attention".replace(
+            "nan", "not known"
+        )
+        settings = f"{self.values.shape[-1]} prompts, BOS {self.bos}"
+        if not parked.any():
             text = (
-                f"No head gives the sources a mean α above {SINK_EPSILON}, so there is no mechanism "
+                f"No head gives the sources a mean α above {SINK_EPSILON} ({even}), so there is no mechanism "
                 f"to explain ({settings})."
             )
             return (Sentence(text, kind="heads"),)
-        middle = {name: float(heads[name].median()) for name in _COLUMNS}
-        of = f"median of {len(heads)} heads"
+
+        def told(name: str, form: str = ".2f") -> str:
+            return mean_told(np.median(every[name][parked], 0), _SEED, form)
+
+        of = f"median of {parked.sum()} heads"
         found = {
-            "heads": f"{len(heads)} of {len(self.rows)} heads park on the sources (mean α above {SINK_EPSILON}; "
+            "heads": f"{parked.sum()} of {len(parked)} heads park on the sources (mean α above {SINK_EPSILON}, {even}; "
             f"{settings}).",
-            "keys": f"The sources' keys are {middle['key_norm']:.2f} times as long as the others ({of}).",
-            "directions": f"Their cosine with the queries is {middle['cosine']:.2f}, that of other keys "
-            f"{middle['cosine_others']:.2f} ({of}).",
-            "values": f"Their values are {middle['value_norm']:.2f} times as long as the others ({of}).",
+            "keys": f"The sources' keys are {told('key_norm')} times as long as the others ({of}).",
+            "directions": f"Their cosine with the queries is {told('cosine')}, that of other keys "
+            f"{told('cosine_others')} ({of}).",
+            "values": f"Their values are {told('value_norm')} times as long as the others ({of}).",
         }
-        if not np.isnan(middle["drain"]):
+        if not np.isnan(every["drain"][parked]).any():
             found["outputs"] = (
-                f"They write {middle['drain']:.2f} times as much as another token with equal attention, and "
-                f"{middle['contribution']:.0%} of the head's output ({of})."
+                f"They write {told('drain')} times as much as another token with equal attention, and "
+                f"{told('contribution', '.0%')} of the head's output, with even attention "
+                f"{told('contribution_baseline', '.0%')} ({of})."
             )
         found["limit"] = "This describes the heads as they are; it proves no cause."
         return tuple(Sentence(text, kind=kind) for kind, text in found.items())
@@ -118,12 +139,9 @@ def mechanism(
         for prompt in asked:
             found.append(_columns(model, prompt, sources, output))
             advance(1)
-    mean = torch.stack(found).mean(0)
-    columns = {name: mean[place].flatten().numpy() for place, name in enumerate(_COLUMNS)}
     bos = bos_policy(model, [prompt.ids or [] for prompt in asked])
-    return SinkMechanism(
-        pd.DataFrame(head_columns(model.info.every_head) | columns), bos, len(found)
-    )
+    values = torch.stack(found, -1).flatten(1, 2).numpy()
+    return SinkMechanism(values, tuple(model.info.every_head), bos)
 
 
 def _columns(
@@ -146,11 +164,13 @@ def _columns(
     geometry = _Geometry(source, output)
     with torch.no_grad(), listening(model, geometry.on_layer):
         base(model)(**prompt.inputs)
-    return torch.cat([alpha[None], torch.stack(geometry.layers, 1)])
+    *measured, contribution = torch.stack(geometry.layers, 1)
+    even = torch.from_numpy(uniform_alpha(trace)[:, source]).mean(-1)[:, None].expand_as(alpha)
+    return torch.stack([alpha, *measured, even, contribution])
 
 
 class _Geometry:
-    """Takes norms and cosines while the model runs as it is; `layers` are [6, heads] each."""
+    """Takes norms and cosines while the model runs as it is; `layers` are [7, heads] each."""
 
     def __init__(self, source: torch.Tensor, output: torch.Tensor | None) -> None:
         self.layers: list[torch.Tensor] = []
@@ -193,20 +213,21 @@ class _Geometry:
 
     def _drained(
         self, call: LayerCall, value: torch.Tensor, source: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """[heads] each: drain and contribution of the sources; `value` is [heads, keys, head_dim]."""
+    ) -> tuple[torch.Tensor, ...]:
+        """[heads] each: drain and contribution of the sources, and this with even attention; `value` is [heads, keys,
+        head_dim]."""
         if self._output is None:
-            return value.new_full((len(value),), torch.nan), value.new_full(
-                (len(value),), torch.nan
-            )
+            return (value.new_full((len(value),), torch.nan),) * 3
         norm = (value @ self._output[call.layer].to(value)).norm(dim=-1)  # [heads, keys]
         both = torch.stack([norm * source, norm], -1)[None].to(call.value.dtype)
         share = call.query.shape[1] // call.key.shape[1]
         key = call.key.repeat_interleave(share, 1)
-        weighed = attend(replace(call, key=key, value=both)).output[0].double()
         after = slice(int(source.nonzero()[-1]) + 1, None)
-        contribution = (weighed[:, after, 0] / weighed[:, after, 1]).mean(-1)
-        return norm[:, source].mean(-1) / norm[:, ~source].mean(-1), contribution
+        contributions = []
+        for one in (call, evened(call)):
+            weighed = attend(replace(one, key=key, value=both)).output[0].double()
+            contributions.append((weighed[:, after, 0] / weighed[:, after, 1]).mean(-1))
+        return norm[:, source].mean(-1) / norm[:, ~source].mean(-1), *contributions
 
 
 def _cosines(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:

@@ -36,7 +36,7 @@ from lens.heads.weights import head_weights
 from lens.models.layout import is_known
 from lens.models.loaded import LoadedModel
 from lens.models.weights import matrix
-from lens.passes.calls import LayerCall, attend
+from lens.passes.calls import LayerCall, attend, evened
 from lens.passes.inputs import read_prompts
 from lens.passes.keys import Keys, KeysAt, check_fixed_keys, members
 from lens.passes.logits import check_predicts_tokens
@@ -183,10 +183,7 @@ class _Measuring:
         factor = self._factors[call.layer].to(call.value.device)
         source = self._source.to(call.value.device)
         own = self._of(call, source, factor)
-        even = replace(
-            call, query=torch.zeros_like(call.query), position_bias=None, sink_logits=None
-        )
-        flat = self._of(even, source, factor)
+        flat = self._of(replace(evened(call), sink_logits=None), source, factor)
         none = torch.full_like(own[0], torch.nan)
         learned = none if call.sink_logits is None else own[2]
         self.layers.append(torch.stack([*own[:2], learned, *flat[:2], *own[3:]]).cpu())

@@ -26,15 +26,16 @@ from lens.common.progress import advancing
 from lens.common.results import Result, Sentence, ends
 from lens.edits.losses import bos_policy, two_tokens
 from lens.models.loaded import LoadedModel
-from lens.passes.calls import LayerCall, attend
+from lens.passes.calls import LayerCall, attend, evened
 from lens.passes.inputs import read_prompts
 from lens.passes.sessions import base, listening
 from lens.passes.structures import MaskStructure
 from lens.stats import over_units
-from lens.stats.verdicts import APART, verdict
+from lens.stats.verdicts import APART, of_many, verdict
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 _MEASURES = ("gate", "contribution", "removal", "early_mass", "late_mass")
+_EVEN = ("gate_baseline", "early_mass_baseline", "late_mass_baseline")
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -45,7 +46,9 @@ class PersistentMemory(Result):
         rows: one per layer and head that has memory: `gate`, `1 - m`, with `low` and `high` (95 % over
             prompts); `contribution`, the share `|m o_P| / (|m o_P| + |(1 - m) o|)` of the head's output;
             `removal`, `|o - output| / |output|`, what masking the memory changes; `early_mass` and
-            `late_mass`, m in the first and the last quarter of the rows (drift with the context).
+            `late_mass`, m in the first and the last quarter of the rows (drift with the context); `gate_baseline`,
+            `early_mass_baseline`, `late_mass_baseline`, with even attention to memory and tokens, whose mass falls, too.
+        gate: mean of `gate` over heads, with `low` and `high` over prompts.
         drift: what `late_mass` has more than `early_mass`, mean over heads, with `low` and `high` over prompts.
         removed: mean of `removal` over heads, with `low` and `high` over prompts.
         pairs: of memory in the layer that has most.
@@ -54,6 +57,7 @@ class PersistentMemory(Result):
     """
 
     rows: pd.DataFrame = field(repr=False)
+    gate: tuple[float, float, float]
     drift: tuple[float, float, float]
     removed: tuple[float, float, float]
     pairs: int
@@ -67,16 +71,20 @@ class PersistentMemory(Result):
     def findings(self) -> tuple[Sentence, ...]:
         """How much the memory takes, whether that changes along the prompt, and the `limit`."""
         lowest = self.rows.sort_values("gate").iloc[0]
-        early, late = self.rows["early_mass"].mean(), self.rows["late_mass"].mean()
+        least, most = np.clip(
+            of_many(lowest["gate"], lowest["low"], lowest["high"], len(self.rows)), 0, 1
+        )
+        mean = self.rows.mean(numeric_only=True)
         change, low, high = self.drift
         beside = "" if verdict(low, high) in APART else ", not told apart from no change"
         pairs = f"{self.pairs} pair{'s' * (self.pairs != 1)}"
         found = {
-            "gate": f"With {pairs} of memory the heads keep {self.rows['gate'].mean():.0%} of their attention "
-            f"on average; {lowest['name']} least, {lowest['gate']:.1%}"
-            f"{ends(lowest['low'], lowest['high'], '.1%')}.",
-            "drift": f"The mass of the memory goes from {early:.1%} in the first quarter of the rows to "
-            f"{late:.1%} in the last, {change:+.1%}{ends(low, high, '+.1%')}{beside}.",
+            "gate": f"With {pairs} of memory the heads keep {self.gate[0]:.0%}{ends(*self.gate[1:], '.0%')} of their attention "
+            f"on average ({mean['gate_baseline']:.0%} with even attention); {lowest['name']} least, {lowest['gate']:.1%}"
+            f"{ends(least, most, '.1%')}.",
+            "drift": f"The mass of the memory goes from {mean['early_mass']:.1%} in the first quarter of the rows to "
+            f"{mean['late_mass']:.1%} in the last, {change:+.1%}{ends(low, high, '+.1%')}{beside}; with even attention from "
+            f"{mean['early_mass_baseline']:.1%} to {mean['late_mass_baseline']:.1%}.",
             "removal": f"Masking the memory changes a head's output by {self.removed[0]:.0%}"
             f"{ends(self.removed[1], self.removed[2], '.0%')} of its size on average.",
             "limit": f"{len(self.tokens)} prompts, BOS {self.bos}.",
@@ -133,7 +141,7 @@ def persistent_memory(
     low, high = over_units(values[..., 0], (values[..., 0] == values[..., 0]).astype(float), seed)
     having = [layer for layer, pair in enumerate(pairs) if pair is not None]
     places = all_heads(having, values.shape[2])
-    columns = dict(zip(_MEASURES, np.moveaxis(values.mean(0), -1, 0), strict=True))
+    columns = dict(zip((*_MEASURES, *_EVEN), np.moveaxis(values.mean(0), -1, 0), strict=True))
     columns |= {"low": low, "high": high}
     rows = pd.DataFrame(
         head_columns(places) | {name: column[having].ravel() for name, column in columns.items()}
@@ -141,9 +149,9 @@ def persistent_memory(
     most = max(pair[0].shape[1] for pair in pairs if pair is not None)
     lengths = tuple(len(ids) for ids in read)
     by_prompt = values[:, having].mean((1, 2))  # [prompts, measures]
+    gate, removed = (_mean(by_prompt[:, place], seed) for place in (0, 2))
     drift = _mean(by_prompt[:, 4] - by_prompt[:, 3], seed)
-    removed = _mean(by_prompt[:, 2], seed)
-    return PersistentMemory(rows, drift, removed, most, lengths, bos_policy(model, read))
+    return PersistentMemory(rows, gate, drift, removed, most, lengths, bos_policy(model, read))
 
 
 def _mean(values: np.ndarray, seed: Seed) -> tuple[float, float, float]:
@@ -173,7 +181,8 @@ class WithMemory:
         tokens, pair = attend(call), self._pairs[layer]
         own, own_lse = tokens.output, tokens.statistics["lse"]
         if pair is None:
-            self.measured.append(torch.full((own.shape[1], len(_MEASURES)), torch.nan))
+            count = len(_MEASURES) + len(_EVEN)
+            self.measured.append(torch.full((own.shape[1], count), torch.nan))
             return own
         keys, values = (tensor.to(call.key)[None] for tensor in pair)
         self._check(layer, call, keys, values)
@@ -196,6 +205,8 @@ class WithMemory:
         output = given + rest
         sizes = [part.norm(dim=-1) for part in (given, rest, output, own.float() - output)]
         quarter = max(1, mass.shape[2] // 4)
+        both = [attend(evened(one)).statistics["lse"][0] for one in (call, alone)]
+        even_kept, even = ((one - torch.logaddexp(*both)).exp() for one in both)  # [heads, rows]
         self.measured.append(
             torch.stack(
                 [
@@ -204,6 +215,9 @@ class WithMemory:
                     (sizes[3] / sizes[2])[0].mean(-1),
                     mass[0, :, :quarter, 0].mean(-1),
                     mass[0, :, -quarter:, 0].mean(-1),
+                    even_kept.mean(-1),
+                    even[:, :quarter].mean(-1),
+                    even[:, -quarter:].mean(-1),
                 ],
                 -1,
             ).cpu()
