@@ -106,7 +106,7 @@ def energy_curves(table: pd.DataFrame, **look: Unpack[Look]) -> go.Figure:
     Args:
         table: of `SpectralBands`.
     """
-    count = table["band"].nunique()
+    chance = table.drop_duplicates("band")
     figure = go.Figure()
     for color, weight, rows in classes(table, "weight"):
         mean = rows.groupby("band")["energy"].mean()
@@ -118,7 +118,13 @@ def energy_curves(table: pd.DataFrame, **look: Unpack[Look]) -> go.Figure:
             line={"color": color},
             hovertemplate="band %{x}: %{y:.3f}",
         )
-    figure.add_hline(y=1 / count, line={"color": BASELINE, "dash": "dot"})
+    figure.add_scatter(
+        x=chance["band"],
+        y=chance["chance"],
+        name="by chance",
+        mode="lines",
+        line={"color": BASELINE, "dash": "dot"},
+    )
     figure.update_xaxes(title="Band, strongest first; the last is the weakest")
     figure.update_yaxes(title="Share of the weights, mean over heads", rangemode="tozero")
     return style(figure, "Where weights read and write; dotted: by chance", look)
@@ -138,8 +144,18 @@ def band_points(table: pd.DataFrame, **look: Unpack[Look]) -> go.Figure:
             error_y=bars(table, "delta_loss", plain=True),
             mode="lines+markers",
             line={"color": ACCENT},
+            name="band",
             hovertemplate="band %{x}: %{y:.4f}<extra></extra>",
         )
+    )
+    figure.add_scatter(
+        x=table["band"],
+        y=table["control"],
+        error_y=bars(table, "control"),
+        mode="lines+markers",
+        line={"color": BASELINE, "dash": "dot"},
+        name="as many random directions",
+        hovertemplate="as many random directions: %{y:.4f}<extra></extra>",
     )
     figure.update_xaxes(title="Band, strongest first; the last is the weakest")
     figure.update_yaxes(title=f"{_LOSS} without it")

@@ -235,28 +235,30 @@ LIMIT = (
 
 
 def test_bands():
-    losses = BandLosses(np.array([[0.1, 0.3], [0.5, 0.7], [0.0, 0.2]]), (9, 9), "added", 0)
-    worth = ("losses", "Without band 1 of 3 the loss rises most, by 0.600 [0.500, 0.700] nats per token; without the "
-                       "weakest by 0.100 [0.000, 0.200] (2 prompts, BOS added).")  # fmt: skip
+    random = np.array([[0.0, 0.2], [0.1, 0.1], [0.3, 0.3]])
+    losses = BandLosses(np.array([[0.1, 0.3], [0.5, 0.7], [0.0, 0.2]]), random, (9, 9), "added", 0)
+    worth = ("losses", "Without band 1 of 3 the loss rises most, by 0.600 [0.500, 0.700] nats per token, without as many random "
+                       "directions by 0.100 [0.100, 0.100]; without the weakest by 0.100 [0.000, 0.200] nats per token, without "
+                       "as many random directions by 0.300 [0.300, 0.300] (2 prompts, BOS added).")  # fmt: skip
     assert said(losses) == [worth, ("limit", LIMIT)]
-    assert said(BandLosses(-losses.delta_loss - 0.1, (9, 9), "added", 0))[0] == (
+    assert said(replace(losses, delta_loss=-losses.delta_loss - 0.1))[0] == (
         "losses", "Without none of 3 bands the loss is told to rise; without the weakest it changes by -0.200 [-0.300, "
-                  "-0.100] nats per token (2 prompts, BOS added).",
+                  "-0.100] nats per token, without as many random directions by 0.300 [0.300, 0.300] (2 prompts, BOS added).",
     )  # fmt: skip
-    by_chance = BandLosses(np.array([[-0.5, 0.9], [-0.6, 0.6], [-0.4, 0.4]]), (9, 9), "added", 0)
+    by_chance = replace(losses, delta_loss=np.array([[-0.5, 0.9], [-0.6, 0.6], [-0.4, 0.4]]))
     assert said(by_chance)[0][1].startswith("Without none of 3 bands")  # the highest mean is 0.2
-    alone = BandLosses(losses.delta_loss[:, :1], (9,), "added", 0)
+    alone = replace(losses, delta_loss=losses.delta_loss[:, :1], random=random[:, :1], tokens=(9,))
     assert said(alone)[0][1].startswith("Without band 1 of 3 the loss rises most, by 0.500 nats")
     weights = pd.concat(
         [heads(energy=share).assign(weight="query", band=band)
          for band, share in enumerate(([0.2, 0.4], [0.1, 0.3], [0.7, 0.3]))]
     )  # fmt: skip
     nothing: Any = None
-    result = SpectralBands(nothing, (0, 1, 2, 3), np.ones(3) / 3, weights, losses)
+    result = SpectralBands(nothing, (0, 3, 6, 8), np.ones(3) / 3, weights, losses)
     energies = ("energies", "Share of the weights in the weakest of 3 bands, mean over heads: query 50.0% (by chance "
-                            "33.3%).")  # fmt: skip
+                            "25.0%).")  # fmt: skip
     assert said(result) == [energies, worth, ("limit", LIMIT)]
-    assert said(SpectralBands(nothing, (0, 1, 2, 3), np.ones(3) / 3, weights)) == [energies]
+    assert said(SpectralBands(nothing, (0, 3, 6, 8), np.ones(3) / 3, weights)) == [energies]
 
 
 def massive(rows: list[dict[str, Any]]) -> MassiveActivations:

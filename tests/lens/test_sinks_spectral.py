@@ -67,6 +67,15 @@ def test_losses_without_a_band_equal_those_by_hand(network):
             assert abs(expected) > 1e-3
             assert result.delta_loss[band, 1] == pytest.approx(expected, abs=1e-5)
     assert len(result.table()) == COUNT
+    drawn = torch.randn(48, 48, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    own = torch.linalg.qr(drawn).Q[:, :7]  # 48 directions in seven bands: the first has seven
+    with torch.no_grad():
+        stream = taken[0].double() @ (torch.eye(48) - own @ own.T)
+        logits = network.lm_head(network.model.norm(stream.float()))[0, :-1]
+        losses = [torch.nn.functional.cross_entropy(x, IDS[1, 1:]) for x in (logits, plain)]
+    assert result.random[0, 1] == pytest.approx(float(losses[0] - losses[1]), abs=1e-5)
+    chance = bands(model, count=COUNT).table().drop_duplicates("band")["chance"]
+    assert chance.tolist() == pytest.approx([7 / 48] * 3 + [6 / 48] + [7 / 48] * 3)
     assert "(2 prompts, BOS absent)" in result.findings()[0]
 
 

@@ -168,7 +168,7 @@ COSTS: dict[str, dict[str, Callable[[Load], Cost]]] = {
         "dose": lambda load: _of_windows(load, 2 * _amounts(load) + 1),
         "redistribution": lambda load: _of_windows(load, _amounts(load) + 3),
         "streaming": lambda load: _of_windows(load, 7),
-        "spectrum": lambda load: Cost(33 * load.length, 33),
+        "spectrum": lambda load: Cost(63 * load.length, 63),
     },
     "redistribute": {
         "dose": lambda load: Cost(_amounts(load) * (load.task + load.windows)),

@@ -200,7 +200,7 @@ def spectrum(subject: Subject) -> Section:
     asked = {"count": _BANDS, "seed": subject.seed, "progress": subject.progress}
     found = sinks.bands(subject.model, texts, **asked)
     assert found.losses is not None
-    mean = found.table().groupby(["weight", "band"], as_index=False)["energy"].mean()
+    mean = found.table().groupby(["weight", "band"], as_index=False)[["energy", "chance"]].mean()
     tables = {"losses": found.losses.table(), "energies": mean}
     said = found.findings()
     return Section(
@@ -211,7 +211,7 @@ def spectrum(subject: Subject) -> Section:
             "Bands are of the unembedding's singular directions, strongest first (arXiv 2402.09221).",
             *of_kind(said, "limit"),
         ),
-        columns=defined(tables.values(), COLUMNS),
+        columns=defined(tables.values(), COLUMNS | _SPECTRUM),
         configuration={"bands": _BANDS, "prompts": len(texts)},
         tables=tables,
         figures={"losses": found.losses.plot(), "energies": found.plot()},
@@ -229,6 +229,10 @@ def spectrum(subject: Subject) -> Section:
     )
 
 
+_SPECTRUM = {
+    "control": "delta_loss of as many random directions.",
+    "chance": "Share of the directions that are in the band.",
+}
 COLUMNS = {
     "neuron_share": "Share of what an MLP writes that one neuron makes at the sources (size of activation times weights).",
     "neuron_share_others": "The same of whichever neuron is largest at each other position, median.",

@@ -14,13 +14,13 @@ from lens.common.choices import Seed, is_whole
 from lens.common.errors import LensError
 from lens.common.head_ids import head_columns
 from lens.common.progress import advancing
-from lens.common.results import Result, Sentence, ends
+from lens.common.results import Result, Sentence, with_ends
 from lens.edits.losses import bos_policy, two_tokens
 from lens.heads.weights import head_weights
 from lens.models.loaded import LoadedModel
 from lens.passes.inputs import read_prompts
 from lens.passes.replay import proved
-from lens.stats import over_units
+from lens.stats.intervals import columns
 from lens.stats.verdicts import of_many
 
 BANDS = 20
@@ -53,12 +53,18 @@ class SpectralBands(Result):
         """
         if not 0 <= band < len(self.share):
             raise LensError(f"band must be 0 to {len(self.share) - 1}, got {band}")
-        columns = self.vectors[:, self.edges[band] : self.edges[band + 1]]
-        return columns @ columns.T
+        own = self.vectors[:, self.edges[band] : self.edges[band + 1]]
+        return own @ own.T
 
     def table(self) -> pd.DataFrame:
-        """The share of every head's weights in each band; by chance 1 / bands."""
-        return self.weights
+        """The share of every head's weights in each band, and `chance`, that of the directions, of which bands have nearly
+        as many each."""
+        return self.weights.assign(chance=self.chance[self.weights["band"]])
+
+    @property
+    def chance(self) -> np.ndarray:
+        """[bands], share of the directions."""
+        return np.diff(self.edges) / self.edges[-1]
 
     def findings(self) -> tuple[Sentence, ...]:
         """The share of the weights in the band of the smallest singular values, and what the bands are worth."""
@@ -67,7 +73,7 @@ class SpectralBands(Result):
         shares = dark.groupby("weight", sort=False)["energy"].mean()
         text = (
             f"Share of the weights in the weakest of {count} bands, mean over heads: "
-            f"{', '.join(f'{name} {share:.1%}' for name, share in shares.items())} (by chance {1 / count:.1%})."
+            f"{', '.join(f'{name} {share:.1%}' for name, share in shares.items())} (by chance {self.chance[-1]:.1%})."
         )
         losses = () if self.losses is None else self.losses.findings()
         return (Sentence(text, kind="energies"), *losses)
@@ -79,22 +85,25 @@ class BandLosses(Result):
 
     Attributes:
         delta_loss: [bands, prompts], nats per token.
+        random: [bands, prompts], the same of as many random directions: bands of a random rotation.
         tokens: [prompts], T of each.
         bos: "added", "absent" or "mixed".
         seed: of the bootstrap.
     """
 
     delta_loss: np.ndarray = field(repr=False)
+    random: np.ndarray = field(repr=False)
     tokens: tuple[int, ...]
     bos: str
     seed: int
 
     def table(self) -> pd.DataFrame:
-        """One row per band, 95 % intervals over prompts."""
-        values = self.delta_loss.T
-        low, high = over_units(values, np.ones_like(values), self.seed)
-        columns = {"band": range(len(low)), "delta_loss": values.mean(0), "low": low, "high": high}
-        return pd.DataFrame(columns).assign(bos=self.bos, n=len(self.tokens))
+        """One row per band: `delta_loss` with `low` and `high` (95 % over prompts), and `control` with `control_low` and
+        `control_high`, of as many random directions."""
+        found = {"band": range(len(self.delta_loss))}
+        found |= columns("delta_loss", self.delta_loss, self.seed, plain=True)
+        found |= columns("control", self.random, self.seed)
+        return pd.DataFrame(found).assign(bos=self.bos, n=len(self.tokens))
 
     def findings(self) -> tuple[Sentence, ...]:
         """The dearest band and the weakest, and what is not in these numbers."""
@@ -102,22 +111,28 @@ class BandLosses(Result):
         most, dark = table.sort_values("delta_loss").iloc[-1], table.iloc[-1]
         said = (
             f"Without band {most['band']} of {len(table)} the loss rises most, by "
-            f"{most['delta_loss']:.3f}{ends(most['low'], most['high'], '.3f')} nats per token; without "
-            f"the weakest by {dark['delta_loss']:.3f}{ends(dark['low'], dark['high'], '.3f')} "
+            f"{_told(most)}; without the weakest by {_told(dark)} "
             f"({len(self.tokens)} prompts, BOS {self.bos})."
         )
         low, _ = of_many(most["delta_loss"], most["low"], most["high"], len(table))
         if not low > 0 and not (np.isnan(low) and most["delta_loss"] > 0):
             said = (
                 f"Without none of {len(table)} bands the loss is told to rise; without the weakest it changes "
-                f"by {dark['delta_loss']:.3f}{ends(dark['low'], dark['high'], '.3f')} nats per token "
-                f"({len(self.tokens)} prompts, BOS {self.bos})."
+                f"by {_told(dark)} ({len(self.tokens)} prompts, BOS {self.bos})."
             )
         limit = (
             "Only the stream before the last norm was filtered: what earlier layers read of a band is not "
             "in these numbers."
         )
         return (Sentence(said, kind="losses"), Sentence(limit, kind="limit"))
+
+
+def _told(row: Any) -> str:
+    """What a band is worth, beside as many random directions."""
+    return (
+        f"{with_ends(row, 'delta_loss', '.3f', plain=True)} nats per token, without as many random directions by "
+        f"{with_ends(row, 'control', '.3f')}"
+    )
 
 
 def bands(
@@ -131,7 +146,7 @@ def bands(
     """SVD of the unembedding (the last norm's scale folded in), cut into equal bands.
 
     With the share of every head's weights in each band and, on prompts, the change of loss with each
-    band projected out of the stream before the last norm.
+    band projected out of the stream before the last norm, beside as many random directions.
 
     Reference: Cancedda, Spectral Filters, Dark Signals, and Attention Sinks, arXiv 2402.09221.
 
@@ -139,7 +154,7 @@ def bands(
         model: a language model whose weights are known to `lens.heads`; causal where prompts are given.
         prompts: as for `lens.capture`, token prompts; None: weights alone.
         count: number of bands.
-        seed: of the bootstrap.
+        seed: of the random directions and of the bootstrap.
         progress: show a bar.
 
     Raises:
@@ -164,8 +179,8 @@ def bands(
             for head, weight in enumerate(heads):
                 reading = weight.T if name == "output" else weight
                 energy = _energies(vectors, edges, reading)
-                columns = head_columns([(layer, head)] * count) | {"weight": name}
-                tables.append(pd.DataFrame(columns | {"band": range(count), "energy": energy}))
+                names = head_columns([(layer, head)] * count) | {"weight": name}
+                tables.append(pd.DataFrame(names | {"band": range(count), "energy": energy}))
     table = pd.concat(tables, ignore_index=True)
     found = SpectralBands(vectors, edges, share / share.sum(), table)
     if prompts is None:
@@ -190,19 +205,27 @@ def _losses(
     read = [two_tokens(prompt.ids) for prompt in asked]
     model, norm, count = layout.model, layout.final_norm.module, len(found.share)
     assert norm is not None
-    with advancing("bands", len(read) * count, progress) as advance:
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randn(found.vectors.shape, generator=generator, dtype=torch.float64)
+    rotated = replace(found, vectors=torch.linalg.qr(drawn).Q)
+    with advancing("bands", 2 * len(read) * count, progress) as advance:
         for ids in read:
             plain, row = loss(model, ids), []
-            for band in range(count):
-                projector = found.projector(band).to(model.device, model.dtype)
-                hook = norm.register_forward_pre_hook(
-                    lambda _, args, projector=projector: (args[0] - args[0] @ projector, *args[1:])
-                )
-                try:
-                    row.append(loss(model, ids) - plain)
-                finally:
-                    hook.remove()
-                advance(1)
+            for one in (found, rotated):
+                for band in range(count):
+                    projector = one.projector(band).to(model.device, model.dtype)
+                    hook = norm.register_forward_pre_hook(
+                        lambda _, args, projector=projector: (
+                            args[0] - args[0] @ projector,
+                            *args[1:],
+                        )
+                    )
+                    try:
+                        row.append(loss(model, ids) - plain)
+                    finally:
+                        hook.remove()
+                    advance(1)
             deltas.append(row)
+    own, random = np.array(deltas).T.reshape(2, count, len(read))
     lengths = tuple(len(ids) for ids in read)
-    return BandLosses(np.array(deltas).T, lengths, bos_policy(model, read), seed)
+    return BandLosses(own, random, lengths, bos_policy(model, read), seed)
