@@ -6,11 +6,13 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
+from lens_analyses.steps.classes import _headline as classes_headline
+from lens_analyses.steps.explain import _without as parts_headline
+from lens_analyses.steps.explain_answers import _fragile
 from lens_analyses.steps.headlines import (
     of_circuit,
     of_conditions,
     of_edits,
-    of_heads_together,
     of_highest,
     of_importance,
     of_pruning,
@@ -20,10 +22,14 @@ from lens_analyses.steps.headlines import (
     of_sink_check,
     of_streaming,
 )
+from lens_analyses.steps.importance import of_heads_together
+from lens_analyses.steps.policies import _of_reuse
 from lens_analyses.steps.tried import COLUMNS, told, tried
 
 import lens
+from lens.common.head_ids import HeadId
 from lens.heads.measures.scores import HeadScores, Intervention
+from lens.reading.removals import Removals
 
 NAN = float("nan")
 
@@ -253,8 +259,12 @@ def test_groups_caches_and_searches_say_their_other_side():
     both = pd.DataFrame(
         {"role": ["a", "b"], "heads": ["L0H0 L0H1", "L0H2 L0H3"], "value": [2.0, 1.0]}
     ).assign(low=[1.8, 0.9], high=[2.2, 1.1], alone=[1.2, 1.5], interaction=[0.8, -0.5])
+    both = both.assign(interaction_low=[0.6, -0.8], interaction_high=[1.0, -0.2])
     (one,) = of_heads_together(both, "loss")
-    assert (one.value, one.baseline) == (2.0, 1.2)
+    assert (one.value, one.low, one.high, one.baseline) == (0.8, 0.6, 1.0, 0.0)
+    assert one.text.endswith("worth 2 [1.8, 2.2], alone 1.2 in sum: +0.8 [+0.6, +1] more.")
+    assert one.stands
+    assert not list(of_heads_together(both.assign(interaction_low=-0.1), "loss"))
     cache = pd.DataFrame({"first": [0, 1, 4], "last": 12, "delta_loss": [0.5, 0.3, 0.2]})
     cache = cache.assign(delta_loss_low=[0.4, 0.2, 0.1], delta_loss_high=[0.6, 0.35, 0.3])
     (one,) = of_streaming(cache, "policies")
@@ -268,3 +278,46 @@ def test_groups_caches_and_searches_say_their_other_side():
     (one,) = of_search(judged, "loss", "gains")
     assert (one.value, one.baseline) == (0.1, -0.1)
     assert not list(of_search(judged[:1], "loss", "gains"))
+
+
+def test_a_baseline_that_was_measured_scatters_as_its_interval_says():
+    conditions = pd.DataFrame(
+        {
+            "condition": ["prompt"],
+            "efficiency": [0.8],
+            "efficiency_low": [0.7],
+            "efficiency_high": [0.9],
+        }
+    ).assign(own_recall=0.5, random_recall=0.25, random_recall_low=0.2, random_recall_high=0.3)
+    (one,) = _of_reuse(conditions)
+    assert (one.baseline, one.spread) == (0.5, pytest.approx(0.1))
+    assert "keep 0.80 [0.70, 0.90] of" in one.text
+    assert "at random 0.50 [0.40, 0.60]" in one.text
+    changed = pd.DataFrame(
+        {"name": ["L0H0"], "along": "logits", "size": 2.0, "worst": 0.5, "random": 0.3}
+    )
+    changed = changed.assign(worst_low=0.4, worst_high=0.6, random_low=0.05, random_high=0.55)
+    (one,) = _fragile(changed)
+    assert (one.baseline, one.spread) == (0.3, pytest.approx(0.25))
+    assert not one.stands, "0.1 beyond a baseline that scatters by 0.25"
+    lost = pd.DataFrame(
+        {"name": ["L0H0"], "label": ["four"], "value": 0.3, "low": 0.25, "high": 0.35}
+    )
+    (one,) = classes_headline(lost.assign(all=0.1, chance_low=0.06, chance_high=0.14), 12)
+    assert (one.baseline, one.spread, one.many) == (0.1, pytest.approx(0.04), 12)
+    assert "the class four loses 0.3 [0.25, 0.35] of its probability" in one.text
+
+
+def test_a_part_is_told_where_the_attention_falls_on_the_same_prompts():
+    def without(measured):
+        return Removals(
+            HeadId(0, 1), "key", ("L0H0",), "such keys", np.array([0.5, 0.6, 0.7]), np.array([[0.2, 0.3, 0.4]]),
+            np.array([measured]), 0, "toy",
+        )  # fmt: skip
+
+    (one,) = parts_headline({HeadId(0, 1): without([0.3, 0.4, 0.5])})
+    assert (one.value, one.baseline) == (pytest.approx(0.4), pytest.approx(0.6))
+    assert one.spread == pytest.approx(0.075, abs=0.03)
+    assert "gives such keys 40.0% [" in one.text
+    assert "of its attention instead of 60.0% [" in one.text
+    assert not list(parts_headline({HeadId(0, 1): without([0.1, 0.7, 0.8])}))

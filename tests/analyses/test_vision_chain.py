@@ -45,15 +45,7 @@ def test_the_chain_is_whole_in_every_shape(name):
     assert set(found.figures) == {"segments", "before_and_after"} | measured
     assert not any(one.startswith("No ") for one in found.limits)
     assert sum("There is no size control" in one for one in found.limits) == 3  # of all heads
-    flow, *hidden = found.headlines
-    rows = found.tables["flow"].set_index("route")["kl"]
-    at = int(rows["image"].to_numpy().argmax())
-    assert (flow.value, flow.baseline) == (rows["image_part"].iloc[at], rows["other_part"].iloc[at])
-    own = found.tables["knock_out"].set_index("condition")["delta_loss"]
-    alike = abs(own["edit"] / own["size"] - 1) < 0.05  # then there is nothing to tell
-    assert [(one.value, one.baseline) for one in hidden] == [(own["edit"], own["size"])] * (
-        not alike
-    )
+    assert found.headlines == (), "one picture tells nothing apart"
     assert found.summary[0].startswith("Flow: The text depends on its edges to the image most")
     assert not any("nan" in one for one in found.summary)
     assert found.configuration["dims"][0] == DIM

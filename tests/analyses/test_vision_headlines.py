@@ -1,11 +1,15 @@
 """Chief sentences of pictures: only what rows have in common that uniform attention has not."""
 
+from types import SimpleNamespace
+
 import numpy as np
+import pandas as pd
 import pytest
-from lens_analyses.steps.vision_headlines import crossing, strongest
+from lens_analyses.steps.vision_headlines import crossing, of_flow, of_sinks, strongest
 
 import lens
 from lens.runs.headlines import those_that_stand
+from lens.vision.routes import ROUTES, TextFlow
 from tests.lens.pictures import planted
 from tests.lens.test_windows import built
 
@@ -69,3 +73,42 @@ def test_a_head_is_said_to_keep_to_its_cross_where_it_does():
     assert one.baseline == pytest.approx(11 / 36)
     expected = (patterns[7] * cross)[1::2].sum(-1).mean()
     assert one.value == pytest.approx(expected, rel=1e-4)
+
+
+def flow(part, others):
+    """Of two layers, in the second of which the text depends on the image: so much by these tokens, and by as many others."""
+    kl = np.full((len(ROUTES), 2, 4), 0.01)
+    kl[0, 1], kl[2, 1], kl[3, 1] = 0.9, part, others
+    few = np.ones((len(ROUTES), 4))
+    return TextFlow(
+        layers=(3, 4), keys=few, mass=np.full_like(kl, 0.2), delta_loss=kl, kl=kl, window=1, seed=0
+    )
+
+
+def test_image_tokens_are_told_beside_others_where_the_paired_difference_holds():
+    (one,) = of_flow(flow([0.5, 0.6, 0.7, 0.6], [0.1, 0.2, 0.3, 0.2]))
+    assert (one.value, one.baseline, one.many) == (pytest.approx(0.6), pytest.approx(0.2), 2)
+    assert one.spread > 0.03
+    assert "move by 0.6 [0." in one.text
+    assert "as many others by 0.2 [0." in one.text
+    assert not list(of_flow(flow([0.1, 0.9, 0.2, 0.6], [0.3, 0.2, 0.3, 0.4])))
+
+
+def test_visual_sinks_are_told_beside_others_where_the_paired_difference_holds():
+    def hidden(low):
+        rows = [("edit", 0.4, 0.3, 0.5, np.nan, np.nan), ("size", 0.1, 0.05, 0.2, low, 0.4)]
+        names = [
+            "condition",
+            "delta_loss",
+            "delta_loss_low",
+            "delta_loss_high",
+            "excess_low",
+            "excess_high",
+        ]
+        return SimpleNamespace(table=lambda: pd.DataFrame(rows, columns=names).assign(mass=0.3))
+
+    (one,) = of_sinks(hidden(0.2))
+    assert (one.value, one.baseline, one.spread) == (0.4, 0.1, pytest.approx(0.075))
+    assert "changes by +0.4 [+0.3, +0.5] nats a token" in one.text
+    assert "tokens of the image by +0.1 [+0.05, +0.2]." in one.text
+    assert not list(of_sinks(hidden(-0.1)))

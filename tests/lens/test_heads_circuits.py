@@ -7,6 +7,7 @@ import lens
 from lens.circuits.known import induction_transformer, logic_gate, tracr
 from lens.heads import agreement, importance
 from lens.heads.pruning import ablate
+from lens.stats.intervals import columns
 from lens.tasks import induction
 
 BASELINES = ("zero", "mean", "resample", "counterfactual")
@@ -92,9 +93,16 @@ def test_disagreement_and_redundancy_are_said_in_words():
     assert "L0H1 only by ablation (mean)" in last
     assert "they disagree on the most important head" in last
     group = ablate(model, task, heads=["L1H0", "L1H2", "L1H3"], progress=False)
-    assert group.finding(mean).startswith("Together L1H0, L1H2, L1H3 are worth ")
-    assert "single-head importance understates them" in group.finding(mean)
+    (said,) = group.findings(mean)
+    assert said.startswith("Together L1H0, L1H2, L1H3 are worth ")
+    assert "single-head importance understates them" in said
+    assert said.kind == "understated"
+    low, high = group.interaction_interval(mean)
+    paired = group.per_prompt - sum(mean.per_prompt[head] for head in group.heads)
+    (_,), (expected_low,), (expected_high,) = columns("", paired[None], 0).values()
+    assert (low, high) == (expected_low, expected_high)
+    assert f"{group.interaction(mean):+.3g} [{low:+.3g}, {high:+.3g}]" in said
     known = logic_gate("and")
     made = importance(known.model, known.task, baseline="zero", progress=False)
     pair = ablate(known.model, known.task, heads=["L0H0", "L0H1"], baseline="zero", progress=False)
-    assert "no more and no less" in pair.finding(made)  # one prompt has no interval
+    assert "no more and no less" in pair.findings(made)[0]  # one prompt has no interval

@@ -7,10 +7,11 @@ import pandas as pd
 
 import lens
 from lens.common.head_ids import head_columns, head_id
-from lens.runs.headlines import Headline
+from lens.common.results import with_ends
 from lens.runs.sections import Section
 from lens_analyses.boxes import ENDS, read_boxes
 from lens_analyses.steps.columns import defined
+from lens_analyses.steps.headlines import beside
 from lens_analyses.steps.subject import Subject
 from lens_analyses.steps.vision import pictured
 
@@ -31,6 +32,7 @@ def grounding(subject: Subject) -> Section:
     found = lens.vision.grounding(overlays, corners, seed=subject.seed)
     table = found.table()
     best = table.iloc[int(table["iou"].argmax())]
+    blind = "iou_middle" if best["iou_middle"] > best["iou_whole"] else "iou_whole"
     figures = {"scores": found.plot()}
     for one, theirs in list(zip(several.values(), corners, strict=True))[:_MOST]:
         figures[one.name] = one.titled(one.overlay([best["map"]]).plot(boxes=theirs))
@@ -58,12 +60,14 @@ def grounding(subject: Subject) -> Section:
         tables=tables,
         figures=figures,
         headlines=(
-            Headline(
-                f"{best['map']} covers the boxes with an IoU of {best['iou']:.2f}, the best of {len(heads)} heads; patches "
-                f"round the middle of the picture with {best['iou_middle']:.2f}, the whole picture with {best['iou_whole']:.2f}.",
-                *(float(best[f"iou{end}"]) for end in ("", "_low", "_high")),
-                baseline=float(max(best["iou_middle"], best["iou_whole"])),
-                against="patches round the middle, or the whole picture",
+            beside(
+                f"{best['map']} covers the boxes with an IoU of {with_ends(best, 'iou', '.2f')}, the best of {len(heads)} "
+                f"heads; patches round the middle of the picture with {with_ends(best, 'iou_middle', '.2f')}, the whole "
+                f"picture with {with_ends(best, 'iou_whole', '.2f')}.",
+                "iou",
+                best.to_dict(),
+                {f"iou{end}": best[f"{blind}{end}"] for end in ("", "_low", "_high")},
+                "patches round the middle, or the whole picture",
                 figure="scores",
                 many=len(table),
             ),

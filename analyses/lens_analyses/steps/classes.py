@@ -6,12 +6,14 @@ import pandas as pd
 
 from lens import heads
 from lens.common.errors import LensError
+from lens.common.results import with_ends
 from lens.figures.importance import classes_grid
 from lens.heads.pruning.outputs import METRICS
 from lens.runs.headlines import Headline
 from lens.runs.sections import Section
 from lens.stats.intervals import of_share
 from lens_analyses.steps.columns import defined
+from lens_analyses.steps.headlines import beside
 from lens_analyses.steps.subject import Subject
 
 _CHIEF = "probability"  # the metric that is told; all are in the tables
@@ -91,12 +93,14 @@ def _headline(apart: pd.DataFrame, pairs: int) -> Iterator[Headline]:
     if apart.empty:
         return
     best = apart.iloc[int((apart["value"] - apart["all"]).to_numpy().argmax())]
-    yield Headline(
-        f"Without {best['name']} the class {best['label']} loses {best['value']:.2g} of its {_CHIEF}, all classes "
-        f"together {best['all']:.2g}.",
-        *(float(best[name]) for name in ("value", "low", "high")),
-        baseline=float(best["all"]),
-        against="all classes",
+    every = {"value": best["all"], "low": best["chance_low"], "high": best["chance_high"]}
+    yield beside(
+        f"Without {best['name']} the class {best['label']} loses {with_ends(best, 'value', '.2g', plain=True)} of its "
+        f"{_CHIEF}, all classes together {best['all']:.2g}.",
+        "value",
+        best.to_dict(),
+        every,
+        "all classes",
         figure="classes",
         many=pairs,
     )

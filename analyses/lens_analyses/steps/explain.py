@@ -1,18 +1,22 @@
 """Why heads attend where they do: logits taken apart, parts taken out, singular components."""
 
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
+import numpy as np
 import pandas as pd
 
 import lens
 from lens.common.errors import LensError
 from lens.common.head_ids import HeadId
-from lens.common.results import Result, Sentence, ends, of_kind
+from lens.common.results import Result, Sentence, of_kind, with_ends
 from lens.figures.reading_changes import part_shares
 from lens.reading.explanations import Explanation
+from lens.reading.removals import Removals
 from lens.runs.headlines import Headline
 from lens.runs.sections import Section
+from lens.stats.intervals import columns
+from lens.stats.verdicts import APART, verdict
 from lens_analyses.config.listed import listed
 from lens_analyses.steps.columns import defined
 from lens_analyses.steps.explain_shared import (
@@ -23,9 +27,10 @@ from lens_analyses.steps.explain_shared import (
     named,
     pairs_of,
 )
-from lens_analyses.steps.headlines import of_highest
+from lens_analyses.steps.headlines import beside, of_highest
 from lens_analyses.steps.subject import Subject
 
+_R = TypeVar("_R", bound=Result)
 _CELLS = 15  # of each head, in the table
 _PARTS = 6  # of each head that are taken out
 _BESIDE: dict[str, Literal["previous", "duplicate"]] = {
@@ -125,20 +130,20 @@ def groups(subject: Subject) -> Section:
 
 
 def _of_each(
-    subject: Subject, name: str, measure: Callable[[HeadId], Result]
-) -> tuple[pd.DataFrame, list[Sentence], dict[str, Any]]:
-    """What is measured of each head: one table, all sentences, and a figure a head, called after `name`."""
+    subject: Subject, name: str, measure: Callable[[HeadId], _R]
+) -> tuple[dict[HeadId, _R], pd.DataFrame, list[Sentence], dict[str, Any]]:
+    """What is measured of each head: the results, one table, all sentences, and a figure a head, called after `name`."""
     found = {head: measure(head) for head in heads_of(subject)}
     table = pd.concat([named(head, one.table()) for head, one in found.items()], ignore_index=True)
     said = [sentence for one in found.values() for sentence in one.findings()]
-    return table, said, {f"{name}_{key(head)}": one.plot() for head, one in found.items()}
+    return found, table, said, {f"{name}_{key(head)}": one.plot() for head, one in found.items()}
 
 
 def removal(subject: Subject) -> Section:
     """The attention without each of the largest parts of the keys, predicted and measured."""
     largest = subject.run.section("explain").tables["sides"]
 
-    def without(head: HeadId) -> Result:
+    def without(head: HeadId) -> Removals:
         own = largest[(largest["name"] == str(head)) & (largest["side"] == "key")]
         written = [part for part in own["part"] if part not in ("key bias", "norm bias")]
         return lens.reading.removal(
@@ -146,11 +151,11 @@ def removal(subject: Subject) -> Section:
             seed=subject.seed, progress=subject.progress,
         )  # fmt: skip
 
-    table, said, figures = _of_each(subject, "removal", without)
+    found, table, said, figures = _of_each(subject, "removal", without)
     return Section(
         name="removal",
         title="The same heads without a part of their keys: predicted, and what the model does",
-        headlines=tuple(_without(table)),
+        headlines=tuple(_without(found)),
         summary=tuple(said),
         limits=(
             "A part is taken out of what one head's keys read; what it does elsewhere stays as it is.",
@@ -172,7 +177,7 @@ def subspace(subject: Subject) -> Section:
             seed=subject.seed, progress=subject.progress,
         )  # fmt: skip
 
-    table, said, figures = _of_each(subject, "subspace", without)
+    _, table, said, figures = _of_each(subject, "subspace", without)
     return Section(
         name="subspace",
         title="The same heads without a subspace of their queries, beside principal components, another head's and random directions",
@@ -188,21 +193,32 @@ def subspace(subject: Subject) -> Section:
     )
 
 
-def _without(table: pd.DataFrame) -> Iterator[Headline]:
+def _without(found: dict[HeadId, Removals]) -> Iterator[Headline]:
     """Of each head the part without which its attention falls most, beside the attention with all parts."""
-    for name, own in table.groupby("name", sort=False):
-        row = own.sort_values("measured").to_dict("records")[0]
-        interval = ends(row["measured_low"], row["measured_high"], ".1%")
-        yield Headline(
-            f"Without what {row['part']} wrote {name} gives such keys {row['measured']:.1%}{interval} of its "
-            f"attention instead of {row['clean']:.1%}; {row['predicted']:.1%} was predicted.",
-            row["measured"],
-            row["measured_low"],
-            row["measured_high"],
-            row["clean"],
+    for head, one in found.items():
+        table = one.table()
+        least = int(table["measured"].to_numpy().argmin())
+        row: dict[Any, Any] = table.iloc[least].to_dict()
+        change = columns("change", one.measured[[least]] - one.clean, one.seed, plain=True)
+        if verdict(change["low"][0], change["high"][0]) not in APART:
+            continue
+        names = ("measured", "measured_low", "measured_high")
+        clean = dict(
+            zip(
+                names,
+                map(float, map(np.squeeze, columns("", one.clean[None], one.seed).values())),
+                strict=True,
+            )
+        )
+        yield beside(
+            f"Without what {row['part']} wrote {head} gives such keys {with_ends(row, 'measured', '.1%')} of its "
+            f"attention instead of {with_ends(clean, 'measured', '.1%')}; {row['predicted']:.1%} was predicted.",
+            "measured",
+            row,
+            clean,
             "the head with all parts",
-            figure=f"removal_{str(name).lower()}",
-            many=len(own),
+            figure=f"removal_{key(head)}",
+            many=len(table),
         )
 
 

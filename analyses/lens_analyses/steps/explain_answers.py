@@ -13,7 +13,7 @@ from lens.runs.headlines import Headline
 from lens.runs.sections import Section
 from lens_analyses.steps.columns import defined
 from lens_analyses.steps.explain_shared import COLUMNS, heads_of
-from lens_analyses.steps.headlines import change
+from lens_analyses.steps.headlines import beside, change
 from lens_analyses.steps.subject import Subject
 
 _PROMPTS, _DRAWS = 6, 5  # of the sections on answers
@@ -43,10 +43,12 @@ def retrieval_kinds(subject: Subject) -> Section:
     )
     tables = {"heads": found.table(), "recall": found.recall(), "agreement": found.agreement()}
     rows = tables["recall"]
-    chances = rows[rows["by"] == "random"].dropna(subset=["recall"]).set_index("masked")["recall"]
+    chances = rows[rows["by"] == "random"].dropna(subset=["recall"]).set_index("masked")
     lists = rows[(rows["by"] != "random") & rows["masked"].isin(chances.index)]
     best = lists.sort_values("recall", kind="stable").head(1).to_dict("records")
-    headlines = tuple(_without(own, float(chances[own["masked"]]), len(lists)) for own in best)
+    headlines = tuple(
+        _without(own, chances.loc[own["masked"]].to_dict(), len(lists)) for own in best
+    )
     return Section(
         name="retrieval_kinds",
         title="Retrieval heads by where they look, for whom, and what they bring",
@@ -65,14 +67,13 @@ def retrieval_kinds(subject: Subject) -> Section:
     )
 
 
-def _without(own: Mapping[Any, Any], chance: float, many: int) -> Headline:
+def _without(own: Mapping[Any, Any], chance: Mapping[Any, Any], many: int) -> Headline:
     """Recall without the first heads of a list, beside random others."""
-    return Headline(
+    return beside(
         f"Without the first {own['masked']} retrieval heads ({own['by']}) recall of needles is "
-        f"{with_ends(own, 'recall', '.2f')}, without as many random others {chance:.2f}.",
-        own["recall"],
-        own["recall_low"],
-        own["recall_high"],
+        f"{with_ends(own, 'recall', '.2f')}, without as many random others {with_ends(chance, 'recall', '.2f')}.",
+        "recall",
+        own,
         chance,
         "as many random heads",
         figure="recall",
@@ -230,13 +231,16 @@ def _fragile(table: pd.DataFrame) -> Iterator[Headline]:
     row = rows.sort_values("worst", ascending=False, kind="stable").to_dict("records")[0]
     if row["worst"] <= row["random"]:
         return
-    yield Headline(
+    random = {
+        end: row[f"random{end.removeprefix('worst')}"]
+        for end in ("worst", "worst_low", "worst_high")
+    }
+    yield beside(
         f"The answer hangs on where {row['name']} looks: its logits changed by {row['size']:g} along the gradient cost "
         f"{change(row, 'worst')} nats, in random directions {change(row, 'random')}.",
-        row["worst"],
-        row["worst_low"],
-        row["worst_high"],
-        row["random"],
+        "worst",
+        row,
+        random,
         "random directions",
         unit="nats",
         figure="logits",

@@ -110,22 +110,6 @@ def _of_ablation(chief: HeadScores, mine: list[HeadScores]) -> tuple[str, dict[s
     return text, fields
 
 
-def of_heads_together(table: pd.DataFrame, metric: str) -> Iterator[Headline]:
-    """Heads of one role that stand in for each other, beside the sum of what they are worth alone."""
-    for row in table.to_dict("records"):
-        if row["interaction"] > 0:
-            yield Headline(
-                f"The {row['role']} heads {row['heads']} stand in for each other: together they are worth "
-                f"{row['value']:.3g}{ends(row['low'], row['high'])}, alone {row['alone']:.3g} in sum.",
-                row["value"],
-                row["low"],
-                row["high"],
-                row["alone"],
-                "the sum of each alone",
-                unit=metric,
-            )
-
-
 def of_pruning(
     curve: pd.DataFrame, order: str, bearable: int, heads: int, metric: str, sign: int
 ) -> Iterator[Headline]:
@@ -361,8 +345,12 @@ def beside(
     *,
     unit: str = "",
     figure: str = "",
+    many: int = 1,
 ) -> Headline:
-    """A column of a row with its interval, beside that of another row, which scatters by half of its own interval."""
+    """A column of a row with its interval, beside that of another row, which scatters by half of its own interval.
+
+    `many`: of how many the row was chosen.
+    """
     low, high = _names_of_ends(one, column)
     return Headline(
         text,
@@ -372,6 +360,7 @@ def beside(
         spread=(other[high] - other[low]) / 2,
         unit=unit,
         figure=figure,
+        many=many,
     )
 
 

@@ -1,5 +1,6 @@
 """Which heads matter: several measures on one task and on text, where they disagree, what may go."""
 
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -8,14 +9,17 @@ import torch
 
 from lens import heads, tasks
 from lens.common.errors import LensError
+from lens.common.results import ends
 from lens.figures import agreement_map
 from lens.heads.measures.methods import Baseline, Method
 from lens.heads.measures.scores import HeadScores
+from lens.runs.headlines import Headline
 from lens.runs.sections import Section
+from lens.stats.verdicts import verdict
 from lens.tasks import Task
 from lens_analyses.config.sizes import pruning_size
 from lens_analyses.steps import tried
-from lens_analyses.steps.headlines import of_heads_together, of_importance, of_pruning
+from lens_analyses.steps.headlines import change, of_importance, of_pruning
 from lens_analyses.steps.subject import Subject
 
 _UNITS = "Positive: the task goes worse without the head, in units of the metric."
@@ -216,7 +220,8 @@ def _of_targets(subject: Subject, method: str) -> Any:
 
 def _joint(subject: Subject, scores: list[HeadScores]) -> tuple[pd.DataFrame | None, list[str]]:
     """Heads of one role taken away together: those that stand in for each other look small alone."""
-    single = next((score for score in scores if score.method == "ablation"), None)
+    on_task = (one for one in scores if one.method == "ablation" and one.task == subject.task.name)
+    single = next(on_task, None)
     if single is None:
         return None, []
     rows, said = [], []
@@ -229,20 +234,34 @@ def _joint(subject: Subject, scores: list[HeadScores]) -> tuple[pd.DataFrame | N
             seed=subject.seed,
             progress=False,
         )
-        low, high = found.interval(seed=subject.seed)
-        alone, extra = (
-            float(sum(single.values[head] for head in found.heads)),
-            found.interaction(single),
-        )
-        names = " ".join(map(str, found.heads))
-        rows.append((role, names, found.value, low, high, alone, extra, found.n))
-        if extra > 0 and low > alone:
-            said.append(
-                f"The {role} heads {names} stand in for each other: together they are worth "
-                f"{found.value:.3g} [{low:.3g}, {high:.3g}], alone only {alone:.3g} in sum, so the "
-                "importance of single heads understates them."
-            )
+        names, extra = " ".join(map(str, found.heads)), found.interaction(single)
+        apart = found.interaction_interval(single, seed=subject.seed)
+        own = (found.value, *found.interval(seed=subject.seed))
+        rows.append((role, names, *own, found.value - extra, extra, *apart, found.n))
+        said += [
+            f"{role.replace('_', ' ').capitalize()} heads: {one}"
+            for one in found.findings(single, seed=subject.seed)
+        ]
     return pd.DataFrame(rows, columns=list(_TOGETHER)) if rows else None, said
+
+
+def of_heads_together(table: pd.DataFrame, metric: str) -> Iterator[Headline]:
+    """Heads of one role that stand in for each other: what they are worth together beyond the sum of each alone."""
+    for row in table.to_dict("records"):
+        low, high = row["interaction_low"], row["interaction_high"]
+        if verdict(low, high) == "above":
+            yield Headline(
+                f"The {row['role']} heads {row['heads']} stand in for each other: together they are worth "
+                f"{row['value']:.3g}{ends(row['low'], row['high'])}, alone {row['alone']:.3g} in sum: "
+                f"{change(row, 'interaction')} more.",
+                row["interaction"],
+                low,
+                high,
+                0.0,
+                "the sum of each alone",
+                spread=(high - low) / 2,
+                unit=metric,
+            )
 
 
 def _groups(subject: Subject) -> dict[str, list[str]]:
@@ -291,7 +310,9 @@ _TOGETHER = {
     "low": "Low end of the 95 % interval.",
     "high": "High end of the 95 % interval.",
     "alone": "Sum of what they are worth one by one.",
-    "interaction": "value - alone: positive where heads stand in for each other.",
+    "interaction": "value - alone, paired: positive where heads stand in for each other.",
+    "interaction_low": "Low end of its 95 % interval.",
+    "interaction_high": "High end of it.",
     "n": "Number of prompts.",
 }
 _PRUNING = {

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pandas as pd
 
 import lens
-from lens.common.results import Sentence, ends, few, of_kind
+from lens.common.results import Sentence, ends, few, of_kind, with_ends
 from lens.figures.policies import policy_runs, stability_bars
 from lens.policies import Policy
 from lens.policies.policy_search import PolicySearch
@@ -199,14 +199,15 @@ def _of_reuse(table: pd.DataFrame) -> Iterator[Headline]:
     """What the pattern of another prompt or layer keeps, beside random blocks."""
     words = {"prompt": "another prompt", "layer": "the layer before"}
     for row in table[table["condition"].isin(list(words))].to_dict("records"):
-        chance = row["random_recall"] / row["own_recall"]
-        yield Headline(
-            f"The blocks of {words[row['condition']]} keep {row['efficiency']:.2f}"
-            f"{ends(row['efficiency_low'], row['efficiency_high'], '.2f')} of what a prompt's own best blocks keep, "
-            f"as many at random {chance:.2f}.",
-            row["efficiency"],
-            row["efficiency_low"],
-            row["efficiency_high"],
+        chance = {
+            f"efficiency{end}": row[f"random_recall{end}"] / row["own_recall"]
+            for end in ("", "_low", "_high")
+        }
+        yield beside(
+            f"The blocks of {words[row['condition']]} keep {with_ends(row, 'efficiency', '.2f')} of what a prompt's own "
+            f"best blocks keep, as many at random {with_ends(chance, 'efficiency', '.2f')}.",
+            "efficiency",
+            row,
             chance,
             "as many blocks at random",
             figure="conditions",

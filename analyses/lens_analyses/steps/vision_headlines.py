@@ -4,14 +4,17 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from lens.common.results import with_ends
 from lens.runs.headlines import Headline
 from lens.stats.intervals import known_mean, over_rows
+from lens.stats.verdicts import APART, verdict
 from lens.traces.overlays import heads_of
 from lens.traces.tiles import sees
 from lens.traces.trace import AttentionTrace
 from lens.vision._patches import SMALLEST, grid_of, maps, of_uniform, offsets
 from lens.vision.knocking import KnockOut
 from lens.vision.routes import TextFlow
+from lens_analyses.steps.headlines import NATS, beside, change
 
 
 def strongest(
@@ -110,14 +113,15 @@ def of_flow(found: TextFlow | None) -> Iterator[Headline]:
         return
     at = int(found.kl[0].mean(-1).argmax())
     rows = found.table().set_index("route")
-    part, others = rows.loc["image_part"].iloc[at], rows.loc["other_part"].iloc[at]
-    if np.isfinite([part["kl"], others["kl"]]).all():
-        yield Headline(
-            f"In layer {found.layers[at]} the text's predictions move by {part['kl']:.3g} nats (KL) without "
-            f"{part['keys']:.3g} random tokens of the image, without as many others by {others['kl']:.3g}.",
-            *(float(part[f"kl{end}"]) for end in ("", "_low", "_high")),
-            baseline=float(others["kl"]),
-            against="as many other tokens",
+    part, others = (rows.loc[[route]].iloc[at].to_dict() for route in ("image_part", "other_part"))
+    if verdict(part["excess_low"], part["excess_high"]) in APART:
+        yield beside(
+            f"In layer {found.layers[at]} the text's predictions move by {with_ends(part, 'kl')} nats (KL) without "
+            f"{part['keys']:.3g} random tokens of the image, without as many others by {with_ends(others, 'kl')}.",
+            "kl",
+            part,
+            others,
+            "as many other tokens",
             figure="flow",
             many=len(found.layers),
         )
@@ -128,12 +132,16 @@ def of_sinks(found: KnockOut | None) -> Iterator[Headline]:
     if found is None:
         return
     rows = {str(row["condition"]): row for row in found.table().to_dict("records")}
-    own, other = rows["edit"], float(rows["size"]["delta_loss"])
-    yield Headline(
-        f"Without its visual sinks ({own['mass']:.0%} of its attention) the text's loss changes by {own['delta_loss']:+z.3g} "
-        f"nats a token, without as many random tokens of the image by {other:+z.3g}.",
-        *(float(own[f"delta_loss{end}"]) for end in ("", "_low", "_high")),
-        baseline=other,
-        against="as many random image tokens",
-        figure="knock_out",
-    )
+    own, other = rows["edit"], rows["size"]
+    if verdict(other["excess_low"], other["excess_high"]) in APART:
+        yield beside(
+            f"Without its visual sinks ({own['mass']:.0%} of its attention) the text's loss changes by "
+            f"{change(own, 'delta_loss')} nats a token, without as many random tokens of the image by "
+            f"{change(other, 'delta_loss')}.",
+            "delta_loss",
+            own,
+            other,
+            "as many random image tokens",
+            unit=NATS,
+            figure="knock_out",
+        )

@@ -9,6 +9,23 @@ from lens.common.head_ids import HeadId
 from lens.common.results import Sentence, ends, few
 from lens.heads.measures.scores import HeadScores, Intervention
 from lens.stats import over_units
+from lens.stats.verdicts import Verdict, verdict
+
+_TOLD: dict[Verdict, tuple[str, str]] = {
+    "above": (
+        "understated",
+        "single-head importance understates them: they stand in for each other",
+    ),
+    "below": (
+        "overstated",
+        "single-head importance counts them more than once: each needs the others",
+    ),
+    "not told apart": (
+        "same",
+        "single heads tell no more and no less than the group, as far as can be seen",
+    ),
+}
+"""Where the interaction lies beside 0 -> kind and words."""
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -79,34 +96,28 @@ class GroupAblation:
                 )
         return self.value - float(sum(single.values[head] for head in self.heads))
 
-    def finding(self, single: HeadScores, *, seed: int = 0) -> Sentence:
-        """One sentence: whether single heads understate or overstate what the group is worth.
-
-        By the 95 % bootstrap interval of `interaction` over prompts: kind "understated", "overstated" or
-        "same". Errors as in `interaction`.
-        """
+    def interaction_interval(self, single: HeadScores, *, seed: int = 0) -> tuple[float, float]:
+        """95 % bootstrap interval of `interaction` over prompts, paired; NaN for a single prompt. Errors as there."""
         self.interaction(single)
         alone = np.sum([single.per_prompt[head] for head in self.heads], axis=0)
-        low, high = (float(x) for x in over_units(self.per_prompt - alone, np.ones(self.n), seed))
-        if low > 0:
-            kind, verdict = (
-                "understated",
-                "single-head importance understates them: they stand in for each other",
-            )
-        elif high < 0:
-            kind, verdict = (
-                "overstated",
-                "single-head importance counts them more than once: each needs the others",
-            )
-        else:
-            kind, verdict = (
-                "same",
-                "single heads tell no more and no less than the group, as far as can be seen",
-            )
-        return Sentence(
-            f"Together {', '.join(map(str, self.heads))} are worth {self.value:.3g} ({self.metric}), "
-            f"alone {alone.mean():.3g} in sum (difference {low:.3g} to {high:.3g}); {verdict}.",
-            kind=kind,
+        low, high = over_units(self.per_prompt - alone, np.ones(self.n), seed)
+        return float(low), float(high)
+
+    def findings(self, single: HeadScores, *, seed: int = 0) -> tuple[Sentence, ...]:
+        """Whether single heads understate or overstate what the group is worth.
+
+        By the interval of `interaction`: kind "understated", "overstated" or "same". Errors as in `interaction`.
+        """
+        extra = self.interaction(single)
+        low, high = self.interaction_interval(single, seed=seed)
+        kind, told = _TOLD[verdict(low, high)]
+        return (
+            Sentence(
+                f"Together {', '.join(map(str, self.heads))} are worth {self.value:.3g}"
+                f"{ends(*self.interval(seed=seed))} ({self.metric}), alone {self.value - extra:.3g} in sum (difference "
+                f"{extra:+.3g}{ends(low, high, '+.3g')}, n = {self.n}); {told}.",
+                kind=kind,
+            ),
         )
 
     def __repr__(self) -> str:
