@@ -12,7 +12,7 @@ import torch
 
 from lens.common.errors import LensError
 from lens.common.head_ids import AnyHead, HeadId, head_columns, head_id
-from lens.common.results import Result
+from lens.common.results import Result, Sentence
 from lens.models.loaded import LoadedModel
 from lens.passes.blocks import BlockView, check_block_size
 from lens.passes.calls import LayerCall
@@ -76,6 +76,18 @@ class PolicyMaps(Result):
         seen = self.visible[place, number]
         masses = np.where(seen, self.masses[place, number], np.nan)
         return masses, self.kept[self.policies.index(policy), place, number]
+
+    def findings(self) -> tuple[Sentence, ...]:
+        """Of each policy the share of the visible blocks and of their mass ("policy"); one prompt has no interval."""
+        visible, mass = self.visible.sum(), self.masses[self.visible].sum()
+        return tuple(
+            Sentence(
+                f"{policy} keeps {kept.sum() / visible:.1%} of the visible blocks, with {self.masses[kept].sum() / mass:.1%} of "
+                f"their mass in one prompt of {self.tokens} tokens.",
+                kind="policy",
+            )
+            for policy, kept in zip(self.policies, self.kept, strict=True)
+        )
 
     def __repr__(self) -> str:
         return f"PolicyMaps({self.model}: {len(self.policies)} policies, {self.tokens} tokens)"

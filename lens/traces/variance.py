@@ -16,7 +16,7 @@ from lens import stats
 from lens.common.choices import Count, Seed, check_mapping
 from lens.common.errors import LensError
 from lens.common.head_ids import HeadId
-from lens.common.results import Result
+from lens.common.results import Result, Sentence, with_ends
 from lens.traces.profiles import prompt_table
 from lens.traces.trace import AttentionTrace
 
@@ -65,6 +65,22 @@ class VarianceShares(Result):
                 "high": high,
                 "n": self.values.shape[1],
             }
+        )
+
+    def findings(self) -> tuple[Sentence, ...]:
+        """The three sources that most of the variance belongs to ("shares")."""
+        rows = self.table().sort_values("share", ascending=False, kind="stable").head(3)
+        shown = ", ".join(
+            f"{row['source']} {with_ends(row, 'share', '.0%', plain=True)}"
+            for row in rows.to_dict("records")
+        )
+        _, prompts, heads = self.values.shape
+        return (
+            Sentence(
+                f"Of the variance of {self.metric} over the conditions {', '.join(self.conditions)}, {prompts} prompts and "
+                f"{heads} heads most belongs to: {shown}.",
+                kind="shares",
+            ),
         )
 
     def __repr__(self) -> str:

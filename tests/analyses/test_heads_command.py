@@ -7,6 +7,7 @@ import pytest
 
 import lens
 from lens import heads, tasks
+from lens.common.results import with_ends
 from lens.passes.loading import load
 from lens.runs import open_run
 from lens.runs.validation import validate
@@ -58,7 +59,7 @@ def test_the_summary_says_that_redundant_heads_are_understated(folder):
     said = [
         text for text in folder.section("importance").summary if "stand in for each other" in text
     ]
-    assert "L1H0 L1H2 L1H3" in said[0]
+    assert said[0].startswith("Induction heads: Together L1H0, L1H2, L1H3 are worth ")
     together = folder.section("importance").tables["together"].set_index("role")
     assert together.loc["induction", "value"] > 2 * together.loc["induction", "alone"]
 
@@ -78,6 +79,40 @@ def test_one_table_joins_all_measures_with_every_column_defined(folder):
     streaming = table["full_attention_gate"] < 0.5
     assert table.loc[streaming, "layer"].tolist() == [0, 0, 0, 0]
     assert table.loc[table["previous_token"].idxmax(), "name"] == "L0H1"
+    like = (
+        folder.section("similarity").tables["cka_redundancy"].set_index("name").loc[table["name"]]
+    )
+    for name, column in (("redundancy_low", "low"), ("redundancy_floor", "floor")):
+        np.testing.assert_array_equal(table[name], like[column])
+    said = " ".join(section.summary)
+    best = table.loc[table["ablation (mean)"].idxmax()]
+    assert (
+        f"(CKA {with_ends(best, 'redundancy', '.2f')}, across different prompts {best['redundancy_floor']:.2f})"
+        in said
+    )
+    known = table.loc[table["induction"].idxmax()]
+    assert f"has the highest induction score, {with_ends(known, 'induction', '.2f')};" in said
+
+
+def test_sections_say_what_the_results_say(folder):
+    fetching = folder.section("retrieval").summary
+    assert any(one.startswith("With the first 1 and the last ") and " [" in one for one in fetching)
+    assert any(
+        one.startswith("The outputs of ") and "those of the median head" in one for one in fetching
+    )
+    assert any(one.startswith("The trained gate keeps ") and "above 0.5" in one for one in fetching)
+    keeping = folder.section("stability").summary
+    assert keeping[0].startswith("Between some and others, ")
+    assert sum(one.startswith("The LSE of ") and "on one pair of prompts" in one for one in keeping) == 2
+    assert any("over the conditions half, whole" in one and "%]" in one for one in keeping)
+    roles = folder.section("roles").summary
+    assert roles[0].startswith("Most induction: L1H0 ")
+    assert "(above uniform " in roles[0]
+    layers = folder.section("layers")
+    assert list(layers.tables) == ["sweep", "influence", "removal"]
+    assert (
+        sum(one.startswith("Layer ") and "the median layer" in one for one in layers.summary) == 1
+    )
 
 
 def test_heads_that_look_at_places_keep_their_pattern_on_other_prompts(folder):

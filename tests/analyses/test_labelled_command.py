@@ -7,12 +7,12 @@ import torch
 import transformers
 from lens_analyses.config import make_config
 from lens_analyses.inputs import plan, read_sources
-from lens_analyses.steps.classes import _agreeing
 from lens_analyses.steps.subject import analysed, labelled_task
 from PIL import Image
 
 import lens
 from lens.common.errors import LensError
+from lens.common.results import of_kind
 from lens.runs import open_run
 from lens.runs.validation import validate
 from tests.lens.test_tasks_classification import bert, texts_of, tokenizer
@@ -68,20 +68,16 @@ def test_classes_stand_beside_chance(run, folder):
         found = rows[rows["class"] == label]["value"].to_numpy()
         assert found == pytest.approx(values.ravel(), abs=1e-6)
     assert section.configuration["chance"] == pytest.approx(3 / 8)
-    assert "always naming the most frequent of 3 classes would 37.5%" in section.summary[0]
+    said = own.findings()
+    assert {one.text for one in said} <= set(section.summary)
+    (accuracy,) = of_kind(said, "accuracy")
+    assert accuracy.endswith(
+        "of 8 examples rightly; always naming the most frequent of 3 classes would 37.5%."
+    )
     assert {"classes", "probability", "js"} <= set(section.figures)
     names = section.tables["classes"][["class", "label"]].drop_duplicates()
     known = model.model.config.id2label
     assert names["label"].tolist() == [known[number] for number in names["class"]]
-
-
-def test_metrics_that_no_head_changes_order_none():
-    """Of one that orders none (NaN) nothing is said, and of none that orders any that it is so."""
-    pairs = [("accuracy", "loss", np.nan), ("probability", "loss", 0.5), ("js", "loss", 0.25)]
-    table = pd.DataFrame(pairs, columns=["first", "second", "tau"])
-    assert "Kendall tau of 0.38 (median of 2 pairs" in _agreeing(table)
-    assert _agreeing(table).endswith("least js and loss: 0.25.")
-    assert "order none alike" in _agreeing(table[:1])
 
 
 def test_another_picture_is_noticed(lens_command, run, folder, tmp_path):

@@ -52,6 +52,10 @@ def test_the_section_is_whole_and_in_the_report(run):
     assert "gated_delta: 8 heads in 2 layers; beside 8 softmax heads" in report
     said = " ".join(run.section("mixers").summary)
     assert "uniform attention 7.8" in said, "tokens back: 31 / 4"
+    means = run.section("mixers").tables["heads"].groupby("mixer")["distance"].mean()
+    for kind, own in means.items():
+        name = "softmax heads" if kind == "softmax" else f"{kind} looks"
+        assert re.search(rf"{name} {own:.1f} \[[\d.]+, [\d.]+\]", said), (kind, own)
     assert float(re.search(r"output to (\S+) of", said)[1]) < 1e-5  # pyright: ignore[reportOptionalSubscript]
 
 

@@ -63,10 +63,13 @@ def test_the_maps_are_those_of_the_library(run, model, task):
 def test_what_was_found_is_said_with_interval_and_baseline(run):
     found = run.section("patching")
     most = found.tables["effects"].query("stream == 'residual'")["effect"].max()
-    assert found.summary[0] == (
-        f"No single token of the residual stream brings back more than {most:.2f} of the answer: it hangs on several "
-        "tokens at once."
+    assert found.summary[0].startswith(
+        f"No single token of the residual stream brings back 0.1 of the answer or more (at most {most:.2f} ["
     )
+    for name in ("Residual stream", "Attention"):
+        assert any(
+            one.startswith(f"{name}: Of ") and "the median place" in one for one in found.summary
+        )
     assert {one.figure for one in found.headlines} == {
         "attention"
     }  # of many single heads none stands out
@@ -156,16 +159,22 @@ def test_what_single_precision_makes_of_nothing_is_no_headline():
 
 @pytest.mark.parametrize(
     ("high", "said"),
-    [(True, "0 'a' from r0 on (0.90), then at 2 'c' from r2 on (0.70)"), (False, None)],
+    [
+        (True, "0 'a' from r0 on (0.90 [0.90, 0.90]), then 2 'c' from r2 on (0.70 [0.70, 0.70])"),
+        (False, None),
+    ],
 )
 def test_where_the_stream_carries_the_answer(high, said):
     effects = np.array([[0.9, 0.0, 0.1], [0.6, 0.2, 0.5], [0.1, 0.0, 0.7]]) * (1 if high else 0.04)
     sentence = patching._carried(_effects("r", effects))
     if said is None:
         assert "No single token" in sentence
-        assert "brings back more than 0.04 of the answer" in sentence
+        assert "brings back 0.1 of the answer or more (at most 0.04 [0.04, 0.04])" in sentence
     else:
-        assert f"at token {said}; 1 brings back all of it." in sentence
+        assert (
+            f"most brings back {said}; 1 is all of the answer, less than 0.1 is not named."
+            in sentence
+        )
 
 
 def test_runs_of_one_metric_have_nothing_to_move():
@@ -174,6 +183,7 @@ def test_runs_of_one_metric_have_nothing_to_move():
     assert np.isnan(found.effects).all()
     assert "largest none, both runs have the same metric" in repr(found)
     assert patching._strongest("mlp", found) is None
-    told = patching._carried(found)
+    assert patching._carried(found) == ""
+    (told,) = found.findings()
     assert told.startswith("Both runs have the same logit difference (1, mean of 2 prompts)")
     assert len(found.plot().data) == 1

@@ -85,7 +85,7 @@ def test_text_and_needles_are_run_in_both_ways(run):
             assert row[column] == pytest.approx(found[column][0], rel=1e-4, abs=1e-6)
     needles = table[table["task"] == "needles"]
     assert needles["dense"].between(0, 1).all()
-    assert section.summary[0].startswith("Text, all rows sparse: the loss is ")
+    assert section.summary[0].startswith("Text, all rows sparse, the best of 6: Under ")
 
 
 def test_claims_are_those_of_the_library(run):

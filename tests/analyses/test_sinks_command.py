@@ -8,8 +8,10 @@ import pytest
 from lens_analyses.config import make_config
 from lens_analyses.config.analyses import NOT_FROM_A_COMMAND, Rule
 from lens_analyses.steps import redistribute
+from lens_analyses.steps.sink_effects import in_short
 
 import lens
+from lens.common.results import Sentence
 from lens.passes.loading import load
 from lens.runs import open_run
 from lens.runs.validation import validate
@@ -97,6 +99,32 @@ def test_redistribution_reports_the_task_the_side_effects_and_the_held_out_choic
     assert search.tables["judged"]["prompts"].tolist() == ["validation", "test", "test"]
 
 
+def test_the_largest_amount_stands_beside_as_much_attention_elsewhere(moved_run):
+    dose = moved_run.section("dose")
+    for name in ("control", "side_control"):
+        assert dose.tables[name]["condition"].tolist() == ["edit", "mass"], name
+        assert dose.tables[name]["amount"].tolist() == [1.0, 1.0]
+    assert sum(one.startswith("At amount 1: ") for one in dose.summary) == 2
+    assert not any("no control" in one for one in dose.limits)
+
+
+def test_the_control_that_is_told_is_chosen_by_its_kind():
+    words = [
+        ("mass", "beside mass"),
+        ("size", "beside size"),
+        ("effect", "does it"),
+        ("norm", "beside norm"),
+    ]
+    said = tuple(Sentence(text, kind=kind) for kind, text in words)
+
+    def effect(*missing):
+        return SimpleNamespace(findings=lambda: said, missing=dict.fromkeys(missing, "why"))
+
+    assert in_short(effect()) == "does it beside mass"
+    assert in_short(effect("mass")) == "does it beside norm"
+    assert in_short(effect("mass", "norm", "size")) == "does it"
+
+
 def test_sinks_need_text(lens_command, tmp_path):
     answer = lens_command(
         *["sinks", "--model", "induction-2l", "--set", "prompts.copied=2", "--out"], tmp_path
@@ -137,3 +165,4 @@ def test_every_other_rule_runs_and_says_what_it_does(rule, amount, words):
     )
     assert section.configuration["sources"] == expected
     assert ("maps" in section.figures) == (rule == "drop")
+    assert any("There is no control" in one for one in section.limits) == (rule != "drop")

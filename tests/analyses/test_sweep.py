@@ -15,7 +15,7 @@ from lens_analyses.config import make_config
 from lens_analyses.console import Output, UsageError
 from lens_analyses.runner import Finished
 from lens_analyses.sweeps import making
-from lens_analyses.sweeps.headlines import summary
+from lens_analyses.sweeps.headlines import headline, summary
 from lens_analyses.sweeps.plan import make_runs, read_plan
 
 from lens.common.errors import LensError
@@ -174,6 +174,12 @@ def test_the_headline_is_counted_from_the_scores(swept):
     assert first["headline"]["loss"] == pytest.approx(text.mean())
     assert (first["headline"]["heads"], first["headline"]["prompts"]) == (18, 3)
     assert answer.json["runs"][2]["headline"]["loss"] is None
+
+
+def test_heads_are_those_of_the_layers_that_attend(run_folder):
+    run = open_run(run_folder)
+    hybrid = replace(run, meta={**run.meta, "model": {**run.meta["model"], "attending": [1]}})
+    assert (headline(run)["heads"], headline(hybrid)["heads"]) == (18, 6)
 
 
 def test_the_same_sweep_again_computes_nothing(swept, lens_command):

@@ -268,8 +268,8 @@ def test_estimates_are_said_to_be_and_sizes_are_not_told_from_0():
 
 def test_of_each_role_the_head_with_most_of_it_is_named_beside_its_baseline(monkeypatch):
     assert list(roles(monkeypatch).findings()) == [
-        "Most previous token: L0H1 0.75 [0.65, 0.85] (random weights 0.04).",
-        "Most induction: L0H0 0.50 [0.40, 0.60] (random weights 0.03).",
+        "Most previous token: L0H1 0.75 [0.65, 0.85] (above random weights 0.04).",
+        "Most induction: L0H0 0.50 [0.40, 0.60] (above random weights 0.03).",
     ]
 
 

@@ -6,12 +6,11 @@ import pandas as pd
 
 from lens import heads
 from lens.common.errors import LensError
-from lens.common.results import with_ends
+from lens.common.results import of_kind, with_ends
 from lens.figures.importance import classes_grid
 from lens.heads.pruning.outputs import METRICS
 from lens.runs.headlines import Headline
 from lens.runs.sections import Section
-from lens.stats.intervals import of_share
 from lens_analyses.steps.columns import defined
 from lens_analyses.steps.headlines import beside
 from lens_analyses.steps.subject import Subject
@@ -35,17 +34,15 @@ def classes(subject: Subject) -> Section:
     tables = {"metrics": table, "classes": by_class, "agreement": found.agreement()}
     own = by_class[(by_class["metric"] == _CHIEF).to_numpy()]
     apart = own[((own["value"] > own["chance_high"]) & (own["low"] > own["all"])).to_numpy()]
-    low, high = of_share(found.accuracy, found.n)
+    said = found.findings(seed=subject.seed)
     return Section(
         name="classes",
         title="What each class loses without a head",
         summary=(
-            f"The whole model names {found.accuracy:.1%} [{low:.1%}, {high:.1%}] of {found.n} examples rightly; always "
-            f"naming the most frequent of {len(counts)} classes would {chance:.1%}.",
-            _largest(table, found.n),
+            *of_kind(said, "accuracy", "most", "none"),
             f"{len(apart)} of {len(own)} pairs of a head and a class lose more {_CHIEF} of the right class than as many "
             "examples of any class do by chance, their intervals above the mean of all classes.",
-            _agreeing(tables["agreement"]),
+            *of_kind(said, "agreement"),
         ),
         limits=(
             "Each head alone, its output set to zero: heads that stand in for each other look small.",
@@ -66,26 +63,6 @@ def classes(subject: Subject) -> Section:
         tables=tables,
         figures=figures,
         headlines=tuple(_headline(apart, len(own))),
-    )
-
-
-def _largest(table: pd.DataFrame, n: int) -> str:
-    rows = table[(table["metric"] == _CHIEF).to_numpy()].sort_values("value", ascending=False)
-    best, middle = rows.iloc[0], rows["value"].median()
-    return (
-        f"The right class loses most {_CHIEF} without {best['name']}: {best['value']:.3g} [{best['low']:.3g}, "
-        f"{best['high']:.3g}], without the median head {middle:.3g} (n = {n})."
-    )
-
-
-def _agreeing(agreement: pd.DataFrame) -> str:
-    known = agreement.dropna(subset="tau")  # a metric that no head changes orders none
-    if known.empty:
-        return "No two of the metrics tell heads apart, so that they order none alike."
-    least = known.iloc[int(known["tau"].to_numpy().argmin())]
-    return (
-        f"The metrics order the heads alike to a Kendall tau of {known['tau'].median():.2f} (median of "
-        f"{len(known)} pairs; 0 is chance), least {least['first']} and {least['second']}: {least['tau']:.2f}."
     )
 
 

@@ -171,7 +171,7 @@ COSTS: dict[str, dict[str, Callable[[Load], Cost]]] = {
         "spectrum": lambda load: Cost(63 * load.length, 63),
     },
     "redistribute": {
-        "dose": lambda load: Cost(_amounts(load) * (load.task + load.windows)),
+        "dose": lambda load: Cost((_amounts(load) + 3) * (load.task + load.windows)),
         "search": lambda load: Cost((load.heads + 5) * load.task / 2),
     },
     "policies": {

@@ -14,7 +14,8 @@ from lens.mixers.capturing import MixerCapture
 from lens.models.loaded import LoadedModel
 from lens.runs.headlines import Headline
 from lens.runs.sections import Section
-from lens.stats.intervals import columns
+from lens.stats.intervals import columns, known_mean
+from lens.stats.verdicts import mean_told
 from lens.traces.trace import AttentionTrace
 from lens_analyses.steps.columns import defined
 from lens_analyses.steps.subject import Subject
@@ -49,7 +50,8 @@ def measured(
             lens.capture(model, ids, block_size=size, progress=False) if attends else None
         )
     pairs = list(zip(found, traces, strict=True))
-    heads = _over_windows([one.table(trace, seed=seed) for one, trace in pairs], seed)
+    each = [one.table(trace, seed=seed) for one, trace in pairs]
+    heads = _over_windows(each, seed)
     tables = {"heads": heads}
     limits = [
         "Phi is over what a scan reads: behind the short convolution and its activation, where there is one, so that "
@@ -67,7 +69,7 @@ def measured(
         name="mixers",
         title="Linear and recurrent mixers"
         + " beside softmax attention" * bool(model.info.attending),
-        summary=_said(heads, found, length),
+        summary=_said(heads, each, length, seed),
         limits=tuple(limits),
         columns=defined(tables.values(), _COLUMNS),
         configuration={
@@ -137,9 +139,22 @@ def _of_heads(layer: int, kind: str, heads: int, times: int) -> pd.DataFrame:
     return named.loc[named.index.repeat(times), _HEAD].reset_index(drop=True)
 
 
-def _said(heads: pd.DataFrame, found: list[MixerCapture], length: int) -> tuple[Sentence, ...]:
-    """Which mixers there are, whether Phi is what they do, and how they differ from softmax heads."""
-    own, soft = heads[heads["mixer"] != "softmax"], heads[heads["mixer"] == "softmax"]
+def _said(
+    heads: pd.DataFrame, each: list[pd.DataFrame], length: int, seed: int
+) -> tuple[Sentence, ...]:
+    """Which mixers there are, whether Phi is what they do, and how they differ from softmax heads.
+
+    Args:
+        heads: over windows; each: of each window, whose means over heads have an interval over windows.
+    """
+
+    def told(column: str, form: str, of: pd.Series) -> str:
+        members = of.to_numpy()
+        means = [known_mean(one[column].to_numpy(float)[members]) for one in each]
+        return mean_told(np.array(means, float), seed, form)
+
+    is_soft = heads["mixer"] == "softmax"
+    own, soft = heads[~is_soft], heads[is_soft]
     kinds = own.groupby("mixer", sort=False).agg(
         layers=("layer", "nunique"), heads=("name", "size")
     )
@@ -155,28 +170,28 @@ def _said(heads: pd.DataFrame, found: list[MixerCapture], length: int) -> tuple[
         )
     ]
     for kind in kinds.index:
-        rows = own[own["mixer"] == kind]
-        half = rows["half_life"].median()
+        of = heads["mixer"] == kind
+        half = heads.loc[of, "half_life"].median()
         decay = "" if np.isnan(half) else f", half-life {_tokens(half)} in the median head"
-        beside = f"softmax heads {soft['distance'].mean():.1f}, " if len(soft) else ""
+        beside = f"softmax heads {told('distance', '.1f', is_soft)}, " if len(soft) else ""
         said.append(
             Sentence(
-                f"{kind} looks {rows['distance'].mean():.1f} tokens back on average, {beside}"
-                f"uniform attention {(length - 1) / 4:.1f}; {rows['negative_share'].mean():.1%} "
+                f"{kind} looks {told('distance', '.1f', of)} tokens back on average, {beside}"
+                f"uniform attention {(length - 1) / 4:.1f}; {told('negative_share', '.1%', of)} "
                 f"of its absolute mass is negative{decay}.",
                 kind="distance",
             )
         )
     uniform = float(np.mean(1 / np.arange(1, length + 1)))
-    beside = f" and {soft['first_share'].mean():.1%} of softmax heads" if len(soft) else ""
+    beside = f" and {told('first_share', '.1%', is_soft)} of softmax heads" if len(soft) else ""
     said.append(
         Sentence(
-            f"The first key holds {own['first_share'].mean():.1%} of the absolute mass of mixer heads"
+            f"The first key holds {told('first_share', '.1%', ~is_soft)} of the absolute mass of mixer heads"
             f"{beside}; uniform attention gives it {uniform:.1%}.",
             kind="sink",
         )
     )
-    if len(found) == 1:
+    if len(each) == 1:
         said.append(Sentence("One window has no interval.", kind="limit"))
     return tuple(said)
 

@@ -43,13 +43,13 @@ def patching(subject: Subject) -> Section:
         for name, one in found.items()
         if name != "residual" and (told := _strongest(name, one)) is not None
     }
-    said = {name: told.text for name, told in strongest.items()}
-    if "residual" in found:
-        said["residual"] = _carried(found["residual"])
+    said = [f"{_STREAMS[name]}: {one}" for name, own in found.items() for one in own.findings()]
+    if "residual" in found and (carried := _carried(found["residual"])):
+        said.insert(0, carried)
     return Section(
         name="patching",
         title="Patching by position: where the answer is carried",
-        summary=tuple(said[name] for name in found if name in said),
+        summary=tuple(said),
         limits=_limits(settings, task, found, lacking),
         columns=defined(tables.values(), _COLUMNS),
         configuration={
@@ -113,25 +113,33 @@ def _of_heads(found: PatchEffects) -> pd.DataFrame:
 
 
 def _carried(found: PatchEffects) -> str:
-    """At which token the residual stream carries most of the answer, layer by layer."""
+    """At which token the residual stream moves most towards the other run, layer by layer; "" where there is nothing to move."""
     if not found.whole:
-        return " ".join(found.findings())
+        return ""
     effects, done = found.effects, _DONE[found.direction]
     best, most = effects.argmax(1), effects.max(1)
-    shown = np.flatnonzero(most >= _WORTH)
-    if not len(shown):
+    rows = found.table().set_index(["node", "position"])
+
+    def told(layer: int) -> str:
+        place = found.positions[best[layer]]
+        row = rows.loc[[(found.nodes[layer], place)]].iloc[0]
+        low, high = sorted(row[end] / found.whole for end in ("low", "high"))
+        return f"{most[layer]:.2f}{ends(low, high, '.2f')}"
+
+    shown = np.flatnonzero(most >= _WORTH).tolist()
+    if not shown:
         return (
-            f"No single token of the residual stream {done} more than {most.max():.2f} of the answer: it hangs on "
-            "several tokens at once."
+            f"No single token of the residual stream {done} {_WORTH} of the answer or more (at most {told(int(most.argmax()))}): "
+            "it hangs on several tokens at once."
         )
     starts = [
         at for number, at in enumerate(shown) if not number or best[at] != best[shown[number - 1]]
     ]
-    parts = [
-        f"{found.positions[best[at]]} from {found.nodes[at]} on ({effects[at, best[at]]:.2f})"
-        for at in starts
-    ]
-    return f"The residual stream carries most of the answer at token {', then at '.join(parts)}; 1 {done} all of it."
+    parts = [f"{found.positions[best[at]]} from {found.nodes[at]} on ({told(at)})" for at in starts]
+    return (
+        f"Of single tokens of the residual stream most {done} {', then '.join(parts)}; 1 is all of the answer, less than "
+        f"{_WORTH} is not named."
+    )
 
 
 def _strongest(name: str, found: PatchEffects) -> Headline | None:
@@ -182,6 +190,12 @@ def _limits(
 
 _WORTH = 0.1  # share of the answer from which on a place of the stream is named
 _DONE = {"denoising": "brings back", "noising": "takes away"}
+_STREAMS = {
+    "residual": "Residual stream",
+    "attention": "Attention",
+    "mlp": "MLPs",
+    "heads": "Heads",
+}
 _WORDS = {"attention": "attention layers", "mlp": "MLPs", "heads": "heads"}
 _COLUMNS = {
     "stream": "residual: what enters a layer; attention: all that its heads write; mlp: what its MLP writes; heads: one head.",

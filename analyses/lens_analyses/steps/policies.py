@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pandas as pd
 
 import lens
-from lens.common.results import Sentence, ends, few, of_kind, with_ends
+from lens.common.results import Sentence, few, of_kind, with_ends
 from lens.figures.policies import policy_runs, stability_bars
 from lens.policies import Policy
 from lens.policies.policy_search import PolicySearch
@@ -159,7 +159,7 @@ def running(subject: Subject) -> Section:
     return Section(
         name="running",
         title="Sparse attention: text and needles, run",
-        summary=tuple(_worst(*one) for one in found),
+        summary=tuple(said for one in found for said in _told(*one)),
         limits=(
             f"A needle is {needle} random tokens that were said before, of which the first is said again; the answer "
             "is generated greedily. A model that brings back little without a policy shows little here.",
@@ -237,22 +237,17 @@ _NEEDLES = 8
 _MOST_BLOCKS = 1_000_000  # of all heads, in the table of maps
 
 
-def _worst(runs: PolicyRuns, rows: pd.DataFrame) -> Sentence:
-    """Under which policy that could be served the change is the best, and under which the worst."""
+def _told(runs: PolicyRuns, rows: pd.DataFrame) -> list[Sentence]:
+    """What the best and the worst policy that could be served change, and as many blocks at random."""
     served = rows[[not name.startswith(("Oracle", "RandomBlocks")) for name in rows["policy"]]]
-    better = served.sort_values("change", ascending=runs.sign < 0)
+    better = served.sort_values("change", ascending=runs.sign < 0)["policy"]
+    said = dict(zip(runs.policies, of_kind(runs.findings(), "change"), strict=True))
     one = {"text": "Text", "needles": "Needles"}[rows["task"].iloc[0]]
     where = "all rows sparse" if rows["rows"].iloc[0] == "all" else "sparse from the question on"
-    said = [
-        f"{row['policy']} {row['change']:+z.4f}{ends(row['change_low'], row['change_high'], '+z.4f')} "
-        f"at {row['density']:.1%}"
-        for row in (better.iloc[0], better.iloc[-1])
-    ]
-    return Sentence(
-        f"{one}, {where}: the {runs.metric} is {rows['dense'].iloc[0]:.4f} dense; its change is the best under "
-        f"{said[0]} and the worst under {said[1]}.",
-        kind="change",
-    )
+    chosen = {"the best": better.iloc[0], "the worst": better.iloc[-1]}
+    named = [(f"{which} of {len(served)}", said[name]) for which, name in chosen.items()]
+    named += [("at random", own) for name, own in said.items() if name.startswith("RandomBlocks")]
+    return [Sentence(f"{one}, {where}, {which}: {own}", kind="change") for which, own in named]
 
 
 def _offered(subject: Subject) -> list[Policy]:

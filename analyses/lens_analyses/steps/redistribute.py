@@ -6,6 +6,7 @@ import lens
 from lens import edits as moving
 from lens.common.errors import LensError
 from lens.common.results import of_kind
+from lens.edits.effect_results import Effect
 from lens.figures.sink_effects import migration_maps
 from lens.runs.sections import Section
 from lens_analyses.steps.columns import defined
@@ -26,30 +27,71 @@ def dose(subject: Subject) -> Section:
         "response": response.table()[["amount", "metric", "gain", "gain_low", "gain_high", "n"]]
     }
     figures = {"response": response.plot("gain")}
+    limits = [
+        f"{_ACTS[subject.settings.rule]} All heads at once; which heads it helps is judged below."
+    ]
+    watched = _beside(subject, subject.task)
+    if watched is None:
+        limits.append(_NO_CONTROL)
+    else:
+        tables["control"] = by_word(watched.table())
+        summary += _at_most(watched)
     try:
         if subject.labelled:
             raise LensError("a classifier has one answer for a whole prompt, and predicts no text")
         side = lens.effect(subject.model, subject.text_windows, edit, **at)
     except LensError as error:
-        text = f"Side effects on text are not measured: {error}."
+        limits.append(f"Side effects on text are not measured: {error}.")
     else:
-        text = "The text is the run's own: it had no part in choosing anything, but it is one text."
+        limits.append(
+            "The text is the run's own: it had no part in choosing anything, but it is one text."
+        )
         summary += of_kind(side.findings(), "effect", "prediction", "dose", "trend")
         tables["side_effects"] = side.table().assign(edit=subject.settings.rule)
         figures["loss"] = side.plot()
+        if (watched := _beside(subject, subject.text_windows)) is not None:
+            tables["side_control"] = by_word(watched.table())
+            summary += _at_most(watched)
     return Section(
         name="dose",
         title="Redistribution: dose, response and side effects",
         summary=tuple(summary),
-        limits=(
-            f"{_ACTS[subject.settings.rule]} All heads at once; which heads it helps is judged below.",
-            text,
-        ),
+        limits=tuple(limits),
         columns=defined(tables.values(), COLUMNS | _COLUMNS),
         configuration=_configuration(subject, amounts),
         tables=tables,
         figures=figures,
+        headlines=tuple(
+            of_edits(tables["side_control"], {subject.settings.rule: "loss"})
+            if "side_control" in tables
+            else ()
+        ),
     )
+
+
+def _beside(subject: Subject, prompts: Any) -> Effect | None:
+    """The largest amount, beside the edit of as much attention to other keys; None where the rule has no such control."""
+    edit = EDITS.get(subject.settings.rule)
+    if edit is None:
+        return None
+    return lens.effect(
+        subject.model,
+        prompts,
+        edit,
+        amounts=[max(_amounts(subject))],
+        controls=("mass",),
+        seed=subject.seed,
+        progress=False,
+    )
+
+
+def _at_most(watched: Effect) -> list[str]:
+    """What the largest amount does beside its control."""
+    told = " ".join(of_kind(watched.findings(), "mass", "moved"))
+    return [f"At amount {watched.amounts[-1]:g}: {told}"]
+
+
+_NO_CONTROL = "There is no control: what this rule does has no counterpart of as much attention to other keys."
 
 
 def redistribution(subject: Subject) -> Section:
@@ -67,20 +109,10 @@ def redistribution_of(subject: Subject, prompts: Any) -> Section:
     tables = {"response": found.table().assign(edit=rule)}
     figures = {"response": found.plot()}
     summary: list[str] = [*of_kind(found.findings(), "effect", "prediction", "dose", "trend")]
-    if rule in EDITS:
-        at = max(amounts)
-        watched = lens.effect(
-            subject.model,
-            prompts,
-            EDITS[rule],
-            amounts=[at],
-            controls=("mass",),
-            **alike,
-        )
+    if (watched := _beside(subject, prompts)) is not None:
         tables |= {"control": by_word(watched.table()), "migration": watched.migration}
         figures["maps"] = migration_maps(watched)
-        told = of_kind(watched.findings(), "mass", "moved")
-        summary.append(f"At amount {at:g}: {' '.join(told)}")
+        summary += _at_most(watched)
     return Section(
         name="redistribution",
         title="Sinks: attention moved to the other keys",
@@ -90,6 +122,7 @@ def redistribution_of(subject: Subject, prompts: Any) -> Section:
             "held-out prompts.",
             "These prompts are held out in so far as no head and no amount was chosen on them; they are those that "
             "the sinks were found on.",
+            *([_NO_CONTROL] if watched is None else []),
         ),
         columns=defined(tables.values(), COLUMNS | _COLUMNS),
         configuration=_configuration(subject, amounts),

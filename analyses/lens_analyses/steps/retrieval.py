@@ -2,6 +2,7 @@
 
 from lens import heads
 from lens.common.errors import LensError
+from lens.common.results import of_kind
 from lens.runs.sections import Section
 from lens.tasks import needles
 from lens_analyses.config.sizes import LARGE
@@ -26,20 +27,12 @@ def retrieval(subject: Subject) -> Section:
         streaming = heads.streaming(subject.model, prompts, loss=False, **options)
         tables["streaming"] = streaming.table(seed=subject.seed)
         figures["streaming"] = streaming.plot()
-        most = tables["streaming"].sort_values("row_error", ascending=False).iloc[:3]
-        named = ", ".join(
-            f"{row['name']} {row['row_error']:.2f}" for row in most.to_dict("records")
-        )
-        said.append(
-            f"With the first key and the {last} last alone, the outputs of {named} change most "
-            "(size of the change over the output's size)."
-        )
+        said += of_kind(streaming.findings(seed=subject.seed), "kept", "error")
         if subject.model.info.parameters <= LARGE:
             gate = heads.pruning.gate(subject.model, prompts, seed=subject.seed, **options)
             tables["gate"] = gate.table()
             figures["gate"] = gate.plot()
-            need = " ".join(map(str, gate.retrieval_heads())) or "no head"
-            said.append(f"The trained gate keeps {need} in full and lets the others stream.")
+            said += gate.findings()
         else:
             limits.append(
                 "The gate was not trained: the model is large for that here; use lens.heads.pruning.gate."

@@ -6,7 +6,7 @@ import pandas as pd
 
 from lens import heads
 from lens.common.errors import LensError
-from lens.common.results import ends
+from lens.common.results import Sentence
 from lens.heads.behaviour.roles import HeadRoles
 from lens.runs.headlines import Headline
 from lens.runs.sections import Section
@@ -87,31 +87,9 @@ def _random(heads: pd.DataFrame, kind: str, column: str) -> float:
     return rows.loc[rows["variant"] == "raw", "random_weights"].max()
 
 
-def _sentences(found: dict[str, HeadRoles], heads: pd.DataFrame) -> list[str]:
-    said = []
+def _sentences(found: dict[str, HeadRoles], heads: pd.DataFrame) -> Iterator[Sentence]:
     for column in _NAMED:
         kind, one = _seen(found, column)
-        if column not in one.columns:
-            continue
-        top = one.top(column, 3)
-        top = top[top["value"].notna()]
-        if len(top):
-            random = _random(heads, kind, column)
-            shown = ", ".join(_with_interval(row, random) for row in top.to_dict("records"))
-            said.append(f"{column.replace('_', ' ').capitalize()} is highest in {shown}.")
-    return said
-
-
-def _with_interval(row: dict, random: float) -> str:
-    """A head with what uniform attention and the highest head with random weights would have."""
-    low, high, known = (
-        row["low"],
-        row["high"],
-        {"uniform": row["baseline"], "random weights": random},
-    )
-    known = {name: value for name, value in known.items() if not pd.isna(value)}
-    chance = ", ".join(f"{name} {value:.2f}" for name, value in known.items())
-    above = "" if not known or low > max(known.values()) else "not above "
-    return f"{row['name']} {row['value']:.2f}{ends(low, high, '.2f')}" + (
-        f" ({above}{chance})" if known else ""
-    )
+        if column in one.columns:
+            random = {column: _random(heads, kind, column)}
+            yield from one.findings(columns=[column], most=3, random_weights=random)

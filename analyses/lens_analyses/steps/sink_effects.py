@@ -313,5 +313,6 @@ def effect_figures(found: list[Effect]) -> dict[str, str]:
 def in_short(effect: Effect) -> str:
     """What the edit does, and whether that is more than editing as much attention elsewhere does."""
     said = effect.findings()
-    controls = of_kind(said, "mass", "size", "norm")
-    return " ".join((*of_kind(said, "effect"), *controls[-1:], *of_kind(said, "moved")))
+    there = (kind for kind in ("mass", "norm", "size") if kind not in effect.missing)
+    control = next((found for kind in there if (found := of_kind(said, kind))), ())
+    return " ".join((*of_kind(said, "effect"), *control, *of_kind(said, "moved")))

@@ -6,19 +6,17 @@ import lens
 from lens import heads
 from lens.common.errors import LensError
 from lens.common.head_ids import HeadId
-from lens.common.results import ends
 from lens.heads.likeness.stability import HeadStability
 from lens.runs.schema import PROMPT_KINDS
 from lens.runs.sections import Section
 from lens.traces.trace import AttentionTrace
-from lens.traces.variance import VarianceShares, variance
+from lens.traces.variance import variance
 from lens_analyses.steps.columns import defined
 from lens_analyses.steps.headlines import of_highest
 from lens_analyses.steps.subject import Subject
 
 _MOST_PROMPTS, _MOST_TOKENS = 8, 512
 _BLOCKS = 12  # along each side of the maps that are compared
-_STABLE = 0.5  # Jaccard index above chance from which a pattern is said to be kept
 _SHOWN = ("jaccard", "recall", "efficiency", "js", "correlation", "drift", "mass_error_p99")
 _COMPARED = "sink_excluded"
 
@@ -32,15 +30,14 @@ def stability(subject: Subject) -> Section:
     halves = _capture(subject, [ids[: length // 2] for ids in prompts], block)
     found = heads.stability({"some": traces[::2], "others": traces[1::2]})
     shares = variance({"half": halves, "whole": traces}, metric="entropy", seed=subject.seed)
-    by_head = _by_head(found, subject.seed)
+    by_head, said = _by_head(found, subject.seed), found.findings(seed=subject.seed)
     tables = {"heads": by_head, "variance": shares.table()}
     return Section(
         name="stability",
         title="Which heads keep their pattern",
         summary=(
-            _patterns(by_head, len(prompts) // 2, kind),
-            _reuse(found),
-            _variance(shares, length),
+            *(said or (_TOO_SHORT,)),
+            *shares.findings(),
         ),
         limits=(
             f"Compared are {len(prompts)} {kind} prompts of {length} tokens, in pairs, by blocks of "
@@ -118,48 +115,7 @@ def _by_head(found: HeadStability, seed: int) -> pd.DataFrame:
     return wide
 
 
-def _patterns(table: pd.DataFrame, pairs: int, kind: str) -> str:
-    scored = table.dropna(subset="jaccard").sort_values("jaccard", ascending=False)
-    if scored.empty:
-        return (
-            "No head could be scored: the prompts are too short for blocks away from the diagonal."
-        )
-    kept = int((scored["jaccard"] >= _STABLE).sum())
-    best, worst = scored.iloc[0], scored.iloc[-1]
-    return (
-        f"Between {kind} prompts ({pairs} pairs) {kept} of {len(scored)} heads keep their strongest blocks "
-        f"(Jaccard index above chance at least {_STABLE}): most {best['name']} with {_interval(best)}, "
-        f"least {worst['name']} with {_interval(worst)}; 0 is chance, 1 the same blocks."
-    )
-
-
-def _interval(row: pd.Series) -> str:
-    return f"{row['jaccard']:.2f}{ends(row['low'], row['high'], '.2f')}"
-
-
-def _reuse(found: HeadStability) -> str:
-    reusable = found.reusable("some", "others")
-    return (
-        f"The LSE of one prompt serves for another in {int(reusable.sum())} of {reusable.size} heads "
-        "(99 % of rows within 5 %)."
-    )
-
-
-def _variance(shares: VarianceShares, length: int) -> str:
-    largest = sorted(shares.shares.items(), key=lambda one: -one[1])[:3]
-    words = ", ".join(f"{_SOURCES.get(name, name)} {share:.0%}" for name, share in largest)
-    return (
-        f"Of the variance of entropy over heads, prompts and two lengths ({length // 2} and {length} "
-        f"tokens) most belongs to: {words}."
-    )
-
-
-_SOURCES = {
-    "condition": "length",
-    "condition × prompt": "length × prompt",
-    "condition × head": "length × head",
-}
-
+_TOO_SHORT = "No head could be scored: the prompts are too short for blocks away from the diagonal."
 COLUMNS = {
     "name": "The head.",
     "layer": "Layer, from 0.",

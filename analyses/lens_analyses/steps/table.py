@@ -4,6 +4,7 @@ import pandas as pd
 
 from lens.common.errors import LensError
 from lens.common.head_ids import HeadId
+from lens.common.results import with_ends
 from lens.heads.weights import copying
 from lens.runs.sections import Section
 from lens_analyses.steps.subject import Subject
@@ -45,7 +46,16 @@ _JOINED = (
         "redundancy",
         "CKA of its output with the head most like it, 1 = the same up to a rotation.",
     ),
+    ("similarity", "cka_redundancy", "low", "redundancy_low", "Low end of its 95 % interval."),
+    ("similarity", "cka_redundancy", "high", "redundancy_high", "High end of it."),
     ("similarity", "cka_redundancy", "nearest", "nearest", "That head."),
+    (
+        "similarity",
+        "cka_redundancy",
+        "floor",
+        "redundancy_floor",
+        "CKA of the two across different prompts: what position and mask alone make alike.",
+    ),
     ("retrieval", "retrieval", "retrieval", "retrieval", ""),
     ("retrieval", "streaming", "row_error", "streaming_error", ""),
     ("retrieval", "gate", "alpha", "full_attention_gate", ""),
@@ -127,13 +137,15 @@ def _sentences(table: pd.DataFrame, measures: list[dict]) -> list[str]:
     if "induction" in table and table["induction"].notna().any():
         known = table.sort_values("induction", ascending=False, kind="stable").iloc[0]
         said.append(
-            f"{known['name']} has the highest induction score, {known['induction']:.2f}; by {name} it is "
+            f"{known['name']} has the highest induction score, {with_ends(known, 'induction', '.2f')}; by {name} it is "
             f"number {int((table[name] > known[name]).sum()) + 1} of {len(table)} heads."
         )
     if "nearest" not in table:
         return said
+    floor = best["redundancy_floor"]
+    across = "" if pd.isna(floor) else f", across different prompts {floor:.2f}"
     said.append(
         f"{best['name']} matters most by {name}; the head that writes most like it is {best['nearest']} "
-        f"(CKA {best['redundancy']:.2f})."
+        f"(CKA {with_ends(best, 'redundancy', '.2f')}{across})."
     )
     return said

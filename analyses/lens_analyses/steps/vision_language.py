@@ -14,6 +14,7 @@ import torch
 
 import lens
 from lens.common.errors import LensError
+from lens.common.results import of_kind
 from lens.edits.clean_runs import CleanRuns
 from lens.edits.language import Edit
 from lens.models.loaded import LoadedModel
@@ -291,7 +292,8 @@ def _centric(
             model.model(**prompt.inputs)
         found = done.selection()
         parts.append(found.table().assign(prompt=number))
-        said += list(map(str, found.findings()))[: 1 - len(said)]
+        which = f"prompt {number}: " if len(prompts) > 1 else ""
+        said += [f"{which}{one}" for one in of_kind(found.findings(), "selected")]
     return pd.concat(parts, ignore_index=True), said
 
 

@@ -26,7 +26,7 @@ def headline(run: Run) -> dict[str, Any]:
         for name, kind in _LOSSES.items()
     }
     return {
-        "heads": model["layers"] * model["heads"],
+        "heads": len(model.get("attending", range(model["layers"]))) * model["heads"],
         "prompts": len(run.prompts),
         "tokens": int(run.prompts["tokens"].sum()),
         **{name: found.get(name) for name in LABELS if name not in losses},

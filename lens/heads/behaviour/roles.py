@@ -6,6 +6,7 @@ same-sentence share too, and so has a model before training. Both are there to c
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -23,6 +24,7 @@ from lens.heads.behaviour.role_scores import STATISTICS, RoleRecorder, role_scor
 from lens.models.loaded import LoadedModel
 from lens.models.random_weights import random_weights
 from lens.passes.inputs import Prompt, read_prompts
+from lens.stats.verdicts import APART, verdict
 from lens.traces.captures import capture
 from lens.traces.profiles import pooled_table, prompt_table, scores_table, wide
 from lens.traces.trace import AttentionTrace, TraceWriter
@@ -126,17 +128,48 @@ class HeadRoles(Result):
         pooled = tables[0] if len(tables) == 1 else pooled_table(tables, "all", seed=self.seed)
         return wide(pooled, prompts=self.prompts)
 
-    def findings(self) -> tuple[Sentence, ...]:
-        """The head with the largest score of three roles, beside its baseline; the kind is the column."""
+    def findings(
+        self,
+        *,
+        columns: Sequence[str] = _SHOWN,
+        most: int = 1,
+        random_weights: Mapping[str, float] | None = None,
+    ) -> tuple[Sentence, ...]:
+        """The heads with the largest score of each role, and where they lie beside the baseline; the kind is the column.
+
+        Args:
+            columns: that are told.
+            most: heads of each.
+            random_weights: column -> score of the highest head of the model with random weights, which stands beside the
+                baseline where it is known.
+
+        Raises:
+            LensError: no such column.
+        """
         said = []
-        for column in _SHOWN:
-            for row in self.top(column, 1).dropna(subset="value").to_dict("records"):
-                text = (
-                    f"Most {COLUMNS[column].label.lower()}: {row['name']} {row['value']:.2f}"
-                    f"{ends(row['low'], row['high'], '.2f')} ({self.baseline.replace('_', ' ')} {row['baseline']:.2f})."
-                )
+        for column in columns:
+            rows = self.top(column, most).dropna(subset="value").to_dict("records")
+            highest = (random_weights or {}).get(column, np.nan)
+            if rows:
+                shown = ", ".join(self._beside(row, highest) for row in rows)
+                text = f"Most {COLUMNS[column].label.lower()}: {shown}."
                 said.append(Sentence(text, kind=column))
         return tuple(said)
+
+    def _beside(self, row: Mapping[Any, Any], highest: float) -> str:
+        """A head with its interval, and where this lies beside the higher of what is known by chance."""
+        low, high = row["low"], row["high"]
+        named = {
+            self.baseline.replace("_", " "): row["baseline"],
+            "the highest of random weights": highest,
+        }
+        known = {name: value for name, value in named.items() if not np.isnan(value)}
+        told = f"{row['name']} {row['value']:.2f}{ends(low, high, '.2f')}"
+        if not known:
+            return told
+        side = verdict(low, high, max(known.values()))
+        chance = " and ".join(f"{name} {value:.2f}" for name, value in known.items())
+        return f"{told} ({side}{' from' * (side not in APART)} {chance})"
 
     def __repr__(self) -> str:
         table, shown = self._wide, []

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from lens.common.head_ids import HeadId, all_heads, head_columns
 from lens.common.progress import advancing
-from lens.common.results import Result, Sentence, ends
+from lens.common.results import Result, Sentence, ends, with_ends
 from lens.edits.losses import bos_policy, changes, log_probabilities, two_tokens
 from lens.heads.behaviour.near_keys import Streamer, read_long_prompts
 from lens.models.loaded import LoadedModel
@@ -33,6 +33,7 @@ from lens.passes.calls import LayerCall
 from lens.passes.logits import check_predicts_tokens
 from lens.passes.sessions import base, listening
 from lens.stats.intervals import columns
+from lens.stats.verdicts import mean_told
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -90,18 +91,25 @@ class StreamingScores(Result):
         }
         return pd.DataFrame([found | dict(self._loss(seed)) | {"bos": self.bos, "n": self.n}])
 
-    def findings(self) -> tuple[Sentence, ...]:
-        """What is kept ("kept"), what the loss says ("loss"), and what that rests on ("limit")."""
-        row = self.summary().iloc[0]
-        kept = self.kept.mean(-1)
-        poorest = HeadId(*(int(at) for at in np.unravel_index(kept.argmin(), kept.shape)))
+    def findings(self, *, seed: int = 0) -> tuple[Sentence, ...]:
+        """What is kept ("kept"), whose outputs change most ("error"), what the loss says ("loss"), and what that rests on
+        ("limit")."""
+        row, table = self.summary(seed=seed).iloc[0], self.table(seed=seed)
+        poorest = table.iloc[int(table["kept"].to_numpy().argmin())]
+        furthest = table.iloc[int(table["row_error"].to_numpy().argmax())]
         said = [
             Sentence(
-                f"With the first {self.first} and the last {self.last} keys rows keep {row['kept']:.1%} of "
-                f"their attention (the poorest head, {poorest}, {kept.min():.1%}), and head outputs are off "
-                f"by {row['rms_error']:.1%}.",
+                f"With the first {self.first} and the last {self.last} keys rows keep "
+                f"{mean_told(self.kept.mean((0, 1)), seed, '.1%')} of their attention (the poorest head, {poorest['name']}, "
+                f"{with_ends(poorest, 'kept', '.1%')}), and head outputs are off by "
+                f"{mean_told(self.rms_error.mean((0, 1)), seed, '.1%')}.",
                 kind="kept",
-            )
+            ),
+            Sentence(
+                f"The outputs of {furthest['name']} change most: by {with_ends(furthest, 'row_error', '.2f')} of their size, "
+                f"mean over rows, those of the median head by {table['row_error'].median():.2f}.",
+                kind="error",
+            ),
         ]
         if not np.isnan(self.delta_loss).any():
             interval = ends(row["delta_loss_low"], row["delta_loss_high"], ".4f")

@@ -12,7 +12,7 @@ import pandas as pd
 from lens import stats
 from lens.common.errors import LensError
 from lens.common.head_ids import AnyHead, HeadId, head_id
-from lens.common.results import Result
+from lens.common.results import Result, Sentence, with_ends
 from lens.heads.likeness.redundancy import HeadClusters, clusters, redundancy
 
 Likeness = Literal["js", "log_odds", "cka"]
@@ -200,6 +200,21 @@ class HeadSimilarity(Result):
             LensError: no resamples.
         """
         return redundancy(self, resamples=resamples, seed=seed)
+
+    def findings(self, *, seed: int = 0) -> tuple[Sentence, ...]:
+        """The two heads that are most alike, beside the same two across prompts and the median pair ("closest")."""
+        table = self.table(seed=seed).dropna(subset="value")
+        if table.empty:
+            return ()
+        row = table.iloc[0]
+        across = "" if np.isnan(row["floor"]) else f", across different prompts {row['floor']:.3g}"
+        return (
+            Sentence(
+                f"Of {len(table)} pairs {row['first']} is closest to {row['second']}: {SIMILARITIES[self.method]} "
+                f"{with_ends(row, 'value', plain=True)}{across}, the median pair {table['value'].median():.3g} (n = {self.n}).",
+                kind="closest",
+            ),
+        )
 
     def __repr__(self) -> str:
         nearest = self.table().iloc[0]

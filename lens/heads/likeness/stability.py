@@ -22,10 +22,11 @@ from lens import stats
 from lens.common.choices import check_mapping, is_number
 from lens.common.errors import LensError
 from lens.common.head_ids import HeadId, head_columns
-from lens.common.results import Result
+from lens.common.results import Result, Sentence, with_ends
 from lens.stats import over_units
 from lens.stats.controls import jaccard_by_chance
 from lens.stats.intervals import known_mean
+from lens.stats.verdicts import by_chance
 from lens.traces.trace import AttentionTrace
 
 USABLE = 0.05
@@ -83,6 +84,54 @@ class HeadStability(Result):
             )
         return np.all(self.values[key] < USABLE, axis=1)
 
+    def findings(self, *, seed: int = 0) -> tuple[Sentence, ...]:
+        """How many heads share more of their strongest blocks than by chance, and which most ("pattern"), once for both
+        orders of two conditions; and in how many the LSE of one serves for the other ("lse")."""
+        said: list[Sentence] = []
+        seen: list[set[str]] = []
+        table = self.table(seed=seed)
+        for first, second in dict.fromkeys(key[:2] for key in self.values):
+            between = (table["first"] == first) & (table["second"] == second)
+            if {first, second} not in seen:
+                seen.append({first, second})
+                said += self._shared(table[between.to_numpy()], first, second)
+            key = (first, second, "mass_error_p99", "raw")
+            if key in self.values:
+                usable, n = self.reusable(first, second), self.values[key].shape[1]
+                said.append(
+                    Sentence(
+                        f"The LSE of {first} serves for {second} on {_pairs(n)} in {int(usable.sum())} of {usable.size} heads "
+                        f"(99 % of rows within {USABLE:.0%}).",
+                        kind="lse",
+                    )
+                )
+        return tuple(said)
+
+    def _shared(self, table: pd.DataFrame, first: str, second: str) -> list[Sentence]:
+        """Jaccard indices of two conditions, of maps without the sink and the diagonal where they are."""
+        rows = table[(table["metric"] == "jaccard").to_numpy()].dropna(subset="value")
+        without = rows[(rows["variant"] == "sink_excluded").to_numpy()]
+        rows = without if len(without) else rows
+        if rows.empty:
+            return []
+        best, n = rows.iloc[int(rows["value"].to_numpy().argmax())], int(rows["n"].max())
+        above = int((rows["low"] > 0).sum())
+        how_many = (
+            f"{above} of {len(rows)} heads share more of their strongest {self.density:.0%} of blocks than random ones do "
+            f"({by_chance(len(rows), sides=1):.1f} by chance)"
+            if n > 1
+            else f"one pair has no interval for {len(rows)} heads"
+        )
+        left = ", the first key block and the diagonal left out" if len(without) else ""
+        return [
+            Sentence(
+                f"Between {first} and {second}, {_pairs(n)}{left}: {how_many}; most {best['name']}, Jaccard index above chance "
+                f"{with_ends(best, 'value', '.2f', plain=True)}, the median head {rows['value'].median():.2f} (0 is chance, 1 "
+                "the same blocks).",
+                kind="pattern",
+            )
+        ]
+
     def __repr__(self) -> str:
         shown = [
             f"{first} to {second} {np.nanmean(values):.2f}"
@@ -93,6 +142,10 @@ class HeadStability(Result):
             f"HeadStability({len(self.heads)} heads, top {self.density:.0%} of blocks; Jaccard above "
             f"chance, mean over heads: {', '.join(shown[:6])})"
         )
+
+
+def _pairs(count: int) -> str:
+    return "one pair of prompts" if count == 1 else f"all {count} pairs of prompts"
 
 
 def stability(

@@ -16,7 +16,7 @@ import pandas as pd
 from lens.common.choices import Seed, check_counts
 from lens.common.errors import LensError
 from lens.common.head_ids import AnyHead, HeadId
-from lens.common.results import Result, with_ends
+from lens.common.results import Result, Sentence, with_ends
 from lens.heads.measures.scores import HeadScores, Intervention
 from lens.heads.pruning.groups import ablate_each
 from lens.stats.intervals import columns
@@ -102,6 +102,20 @@ class PruningCurve(Result):
                 "random_high": random.max(0) if has else nothing,
                 "n": self.n,
             }
+        )
+
+    def findings(self, *, seed: int = 0) -> tuple[Sentence, ...]:
+        """What the first half of the order costs, beside as many heads in random orders ("cost")."""
+        table = self.table(seed=seed)
+        half = table.iloc[len(table) // 2]
+        draws = len(self.random)
+        random = f"; as many in {draws} random orders {half['random_cost']:.3g} on the mean ({half['random_low']:.3g} to {half['random_high']:.3g})"
+        return (
+            Sentence(
+                f"The first {half['removed']} of {len(self.order)} heads by {self.ranking} cost "
+                f"{with_ends(half, 'cost', plain=True)} of {self.metric} on {self.task} (n = {self.n}){random * bool(draws)}.",
+                kind="cost",
+            ),
         )
 
     def __repr__(self) -> str:

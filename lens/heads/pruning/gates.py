@@ -18,12 +18,15 @@ from torch import Tensor
 from lens.common.choices import Count, Seed, check_between
 from lens.common.head_ids import HeadId, all_heads, head_columns
 from lens.common.progress import advancing
-from lens.common.results import Result
+from lens.common.results import Result, Sentence, few
 from lens.heads.behaviour.near_keys import Streamer, read_long_prompts
 from lens.models.loaded import LoadedModel
 from lens.passes.calls import LayerCall
 from lens.passes.inputs import Prompt
 from lens.passes.sessions import base, listening
+
+OPEN = 0.5
+"""Gate from which on a head is said to need all keys."""
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -56,7 +59,7 @@ class StreamingGate(Result):
         """[layer, head]: the gate of the key-value head that each head reads."""
         return self.alpha.repeat(self.heads // self.alpha.shape[1], 1)
 
-    def retrieval_heads(self, threshold: float = 0.5) -> list[HeadId]:
+    def retrieval_heads(self, threshold: float = OPEN) -> list[HeadId]:
         """Heads whose gate lies above the threshold, in order of layer and head."""
         return [HeadId(*at) for at in np.argwhere(self.values > threshold).tolist()]
 
@@ -64,6 +67,19 @@ class StreamingGate(Result):
         """One row per head: `name`, `layer`, `head`, `alpha`, `n`."""
         found = head_columns(all_heads(range(len(self.values)), self.values.shape[1]))
         return pd.DataFrame(found | {"alpha": self.values.ravel(), "n": self.n})
+
+    def findings(self) -> tuple[Sentence, ...]:
+        """Which heads the gate keeps in full, and from which value on ("gate"); of one training, which has no interval."""
+        kept = self.retrieval_heads()
+        named = f": {few(kept)}" if kept else ""
+        return (
+            Sentence(
+                f"The trained gate keeps {len(kept)} of {self.values.size} heads in full, with a gate above {OPEN:g}"
+                f"{named}; the others see the first {self.first} and the last {self.last} keys. Gates lie from "
+                f"{self.alpha.min():.2f} to {self.alpha.max():.2f}, of one training (seed {self.seed}, n = {self.n}).",
+                kind="gate",
+            ),
+        )
 
     def __repr__(self) -> str:
         return (

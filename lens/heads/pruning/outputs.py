@@ -31,12 +31,13 @@ from lens.common.choices import check_choice, check_counts, words
 from lens.common.errors import LensError
 from lens.common.head_ids import HeadId, head_columns
 from lens.common.progress import advancing
-from lens.common.results import Result
+from lens.common.results import Result, Sentence, ends, with_ends
 from lens.heads.pruning.distances import jensen_shannon
 from lens.models.loaded import LoadedModel
 from lens.passes.head_outputs import Source, edited_outputs
 from lens.passes.sessions import transformer
-from lens.stats.intervals import columns
+from lens.stats.intervals import columns, of_share
+from lens.stats.verdicts import of_many
 from lens.tasks.task import Task
 
 Metric = Literal["accuracy", "probability", "loss", "js", "cosine", "distance"]
@@ -140,6 +141,47 @@ class PruningMetrics(Result):
 
     def _of(self, metric: str) -> np.ndarray:
         return self.per_example[check_choice("metric", metric, METRICS)]
+
+    def findings(self, *, seed: int = 0) -> tuple[Sentence, ...]:
+        """How often the whole model is right ("accuracy"), without which head the right answer loses most ("most", "none"),
+        and whether the metrics order heads alike ("agreement")."""
+        said = []
+        if self.labels is not None:
+            counts = np.unique(self.labels, return_counts=True)[1]
+            said.append(
+                Sentence(
+                    f"The whole model names {self.accuracy:.1%}{ends(*of_share(self.accuracy, self.n), '.1%')} of {self.n} "
+                    f"examples rightly; always naming the most frequent of {len(counts)} classes would "
+                    f"{counts.max() / self.n:.1%}.",
+                    kind="accuracy",
+                )
+            )
+        table = self.table(seed=seed)
+        rows = table[(table["metric"] == "probability").to_numpy()]
+        best, many = rows.iloc[int(rows["value"].to_numpy().argmax())], len(rows)
+        apart = of_many(best["value"], best["low"], best["high"], many)[0] > 0
+        none = "" if apart else f"No head is told apart from none as the worst of {many}. "
+        said.append(
+            Sentence(
+                f"{none}The right answer loses most probability without {best['name']}: "
+                f"{with_ends(best, 'value', plain=True)}, without the median head {rows['value'].median():.3g} (n = {self.n}).",
+                kind="most" if apart else "none",
+            )
+        )
+        return (*said, self._alike())
+
+    def _alike(self) -> Sentence:
+        """Whether the metrics order heads alike."""
+        known = self.agreement().dropna(subset="tau")  # a metric that no head changes orders none
+        if known.empty:
+            text = "No two of the metrics tell heads apart, so that they order none alike."
+            return Sentence(text, kind="agreement")
+        least = known.iloc[int(known["tau"].to_numpy().argmin())]
+        return Sentence(
+            f"The metrics order the heads alike to a Kendall tau of {known['tau'].median():.2f} (median of {len(known)} pairs; "
+            f"0 is chance), least {least['first']} and {least['second']}: {least['tau']:.2f}.",
+            kind="agreement",
+        )
 
     def __repr__(self) -> str:
         drop = self.values("probability")

@@ -7,8 +7,11 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from lens.common.results import Result
+from lens.common.results import Result, Sentence, few, with_ends
 from lens.stats.intervals import columns
+from lens.stats.verdicts import by_chance, mean_told, of_many, rivals
+
+_ROUNDING = 1e-5  # of the metric: what single precision makes of nothing
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -37,6 +40,32 @@ class SkipSweep(Result):
         `distance_low`, `distance_high` (95 % bootstrap intervals over prompts) and `n`."""
         ends = columns("drop", self.drops, seed) | columns("distance", self.distances, seed)
         return pd.DataFrame({"name": list(self.names), **ends, "n": len(self.clean)})
+
+    def findings(self, *, seed: int = 0) -> tuple[Sentence, ...]:
+        """The sub-layer that is missed most, beside the median one ("most", or "none" where its interval, of the highest of
+        many, holds 0), and how many are told apart from nothing ("chance")."""
+        table, worst = self.table(seed=seed), int(self.drops.mean(1).argmax())
+        row, many = table.iloc[worst], len(table)
+        told = (
+            f"{self.names[worst]} {self.metric} is worse by {with_ends(row, 'drop')} (on {self.task}, n = "
+            f"{len(self.clean)}), without the median sub-layer by {table['drop'].median():.3g}"
+        )
+        rounding = _ROUNDING * np.abs(self.clean).max()
+        low, _ = of_many(row["drop"], row["drop_low"], row["drop_high"], many)
+        if not (low > 0 and row["drop"] > rounding):
+            text = f"No sub-layer is told apart from none as the most missed of {many}: without {told}."
+            return (Sentence(text, kind="none"),)
+        alike = [self.names[at] for at in rivals(self.drops, worst, seed)]
+        beside = f"; not told apart from {few(alike)}" if alike else ""
+        clear = (table["drop_low"] > 0) | (table["drop_high"] < 0)
+        apart = int((clear & (table["drop"].abs() > rounding)).sum())
+        return (
+            Sentence(f"Without {told}{beside}.", kind="most"),
+            Sentence(
+                f"{apart} of {many} sub-layers have a 95 % interval that leaves out 0 ({by_chance(many):.1f} by chance).",
+                kind="chance",
+            ),
+        )
 
     def __repr__(self) -> str:
         drops = self.drops.mean(1)
@@ -82,6 +111,18 @@ class GreedyRemoval(Result):
             }
         )
 
+    def findings(self, *, seed: int = 0) -> tuple[Sentence, ...]:
+        """What the metric changes by without all that were taken out ("removal")."""
+        change = mean_told(self.losses[-1] - self.losses[0], seed, "+z.3g")
+        return (
+            Sentence(
+                f"Without {few(self.order)}, {len(self.order)} of {self.sublayers} sub-layers, taken out in this order by "
+                f"{self.distance} of the outputs, the {self.metric} changes by {change} from {self.losses[0].mean():.3g} "
+                f"(paired, n = {self.losses.shape[1]}); the order was chosen on these prompts.",
+                kind="removal",
+            ),
+        )
+
     def __repr__(self) -> str:
         shown = ", ".join(self.order[:4]) + (", ..." if len(self.order) > 4 else "")
         return (
@@ -109,6 +150,20 @@ class BlockInfluence(Result):
         layers, n = self.per_prompt.shape
         ends = columns("influence", self.per_prompt, seed, plain=True)
         return pd.DataFrame({"layer": np.arange(layers), **ends, "n": n})
+
+    def findings(self, *, seed: int = 0) -> tuple[Sentence, ...]:
+        """The layer that turns the stream least, beside the median one ("least")."""
+        table, least = self.table(seed=seed), int(self.per_prompt.mean(1).argmin())
+        alike = [f"L{at}" for at in rivals(-self.per_prompt, least, seed)]
+        beside = f"; not told apart from {few(alike)}" if alike else ""
+        return (
+            Sentence(
+                f"Layer {least} turns the residual stream least: 1 - cosine "
+                f"{with_ends(table.iloc[least], 'influence', plain=True)} (n = {self.per_prompt.shape[1]}), the median layer "
+                f"{table['influence'].median():.3g}{beside}.",
+                kind="least",
+            ),
+        )
 
     def __repr__(self) -> str:
         shown = ", ".join(f"L{at} {value:.3g}" for at, value in enumerate(self.per_prompt.mean(1)))
