@@ -1,7 +1,10 @@
 """The examples of the documentation and of the README run, and its links lead somewhere."""
 
+import ast
+import importlib
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -66,6 +69,54 @@ PATH = re.compile(r"`((?:lens|kernels|analyses|dashboards|tests|docs)/[\w/.-]+)`
 def test_files_that_a_page_names_are_there(page):
     gone = [path for path in PATH.findall(page.read_text()) if not (ROOT / path).exists()]
     assert gone == []
+
+
+NAME = re.compile(r"`((?:lens|lens_kernels|lens_analyses|lens_dashboards)(?:\.[A-Za-z_]\w*)+)")
+SOURCES = [
+    path
+    for room in ("lens", "kernels", "analyses", "dashboards")
+    for path in (ROOT / room).rglob("*.py")
+]
+
+
+def docstrings(source: str) -> Iterator[str]:
+    """Of a file, its classes and its functions."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            yield ast.get_docstring(node) or ""
+
+
+def is_there(name: str) -> bool:
+    """Whether it is a module, or what one has: a function, a class, an attribute or a field of one."""
+    parts = name.split(".")
+    for length in range(len(parts), 0, -1):
+        try:
+            found = importlib.import_module(".".join(parts[:length]))
+        except ModuleNotFoundError:
+            continue
+        for part in parts[length:]:
+            if part in getattr(found, "__dataclass_fields__", ()):
+                return True
+            if not hasattr(found, part):
+                return False
+            found = getattr(found, part)
+        return True
+    return False
+
+
+def test_names_in_docstrings_are_there():
+    names = {
+        name: path.relative_to(ROOT)
+        for path in SOURCES
+        for text in docstrings(path.read_text())
+        for name in NAME.findall(text)
+    }
+    assert len(names) > 100
+    gone = [f"{path}: {name}" for name, path in names.items() if not is_there(name)]
+    assert gone == []
+    assert not any(
+        map(is_there, ("lens.circuits.nodes", "lens.circuits.score_edges.what", "lens_none.a"))
+    )
 
 
 @pytest.fixture(scope="module")

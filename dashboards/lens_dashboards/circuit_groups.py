@@ -78,7 +78,7 @@ def drawn_groups(run: Run, edges: CircuitEdges, by: str, own: Groups) -> Groups:
     """What is drawn as one: the named groups, and the other heads by `layer` or by `role` if asked for.
 
     A head's role is the first of induction, previous token, duplicate token and sink whose threshold
-    (see `lens.findings`) it passes; heads without one, MLPs and both ends stay single.
+    (see `lens.traces.findings`) it passes; heads without one, MLPs and both ends stay single.
     """
     taken = {node for nodes in own.values() for node in nodes}
     heads = list(

@@ -2,6 +2,7 @@
 
 import gc
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -105,6 +106,17 @@ def test_clean_corrupted_is_the_mean_of_both_gradients(model):
     back = score_edges(model, turned, method="eap").values
     found = score_edges(model, task, method="clean-corrupted").values
     assert error(found, (there - back) / 2) < 1e-10
+
+
+def test_clean_corrupted_needs_what_its_baseline_needs():
+    """It asked for corrupt prompts with any baseline, and took none of them."""
+    model, task = small_model("gpt2"), small_task()
+    for baseline in ("zero", "mean"):
+        asked: Any = {"method": "clean-corrupted", "baseline": baseline, "progress": False}
+        alone = score_edges(model, replace(task, corrupt=None), **asked).values
+        assert error(alone, score_edges(model, task, **asked).values) < 1e-12
+    with pytest.raises(LensError, match="has no corrupt prompts"):
+        score_edges(model, replace(task, corrupt=None), method="clean-corrupted")
 
 
 def test_group_scores_are_sums_over_the_heads_of_the_group():

@@ -407,3 +407,14 @@ def test_a_window_patches_layers_together(gpt2, task):
 def test_what_does_not_go_together_is_refused(gpt2, task, options, said):
     with pytest.raises(LensError, match=said):
         patch(gpt2, task, **options, progress=False)
+
+
+def test_a_seed_is_kept_with_every_kind_of_node(gpt2, task):
+    """Nodes that were named one by one forgot it."""
+    for asked in (
+        {"nodes": ["a0.h1"]},
+        {"nodes": "mlp"},
+        {"nodes": ["a0.h1"], "receivers": ["logits"]},
+    ):
+        asked: Any = {**asked, "seed": 3, "progress": False}
+        assert patch(gpt2, task, **asked).seed == 3

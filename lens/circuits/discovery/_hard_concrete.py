@@ -30,13 +30,12 @@ from lens.circuits.graph.graph import Graph, Kv
 from lens.circuits.graph.masked_forward import masked_logits
 from lens.circuits.graph.nodes import find_nodes
 from lens.circuits.graph.references import References
-from lens.circuits.graph.selection import pruned
+from lens.circuits.graph.selection import pruned, top
 from lens.common.choices import Count, Seed, check_choice, is_number
 from lens.common.errors import LensError
 from lens.common.progress import advancing
 from lens.common.results import Result, Sentence
 from lens.models.loaded import LoadedModel
-from lens.stats.orders import top
 from lens.tasks.task import Task
 
 Over = Literal["edges", "nodes"]
@@ -99,7 +98,7 @@ class LearnedMasks(Result):
             goal = f"penalty {self.penalty:g}"
         else:
             kept = round((1 - self.sparsity) * len(self.log_alpha))
-            gates = np.isin(np.arange(len(self.log_alpha)), top(self.log_alpha, kept))
+            gates = top(self.log_alpha, kept)
             goal = f"{self.sparsity:.1%} of the {self.over} removed"
         if self.over == "nodes":
             gates = np.array([True, *gates])[self.graph.ends[1]]

@@ -26,7 +26,7 @@ class Ablation:
             corrupt prompt; "mean", the mean over the clean prompts at each position; "zero".
         kv: of the graph: whether query heads of a group have keys and values of their own.
         granularity: always "edge".
-        positions: always "all".
+        positions: "all", or the names of the places of edges at places (`lens.circuits.scores.positions`).
         direction: always "noising": clean prompts, references put in.
         aggregation: always "mean over prompts".
     """

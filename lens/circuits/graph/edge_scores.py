@@ -43,8 +43,8 @@ class EdgeScores(Result):
         metric, task, model: names.
         steps, rule: of the integrated gradients, else None.
         residual: of integrated gradients over inputs: mean over prompts of (sum over the edges from
-            `input`) - (metric clean - metric corrupt), signed as the scores; 0 for exact integration.
-            None for other methods, whose edges sum to nothing.
+            `input`) - (metric clean - metric with the reference as input), signed as the scores; 0 for exact integration.
+            None for other methods, whose edges sum to nothing, of models with mixers, and of scores from a file.
         total: mean over prompts of that difference of metrics; None beside `residual` None.
     """
 
@@ -110,9 +110,11 @@ class EdgeScores(Result):
         values = np.abs(values) if absolute else values
         if method == "bootstrap":
             sure = consistent(self.per_prompt)
-            kept = top(self.graph, np.where(sure, values, -np.inf), count) & sure
+            kept = top(np.where(sure, values, -np.inf), count) & sure
+        elif method == "greedy":
+            kept = greedy(self.graph, values, count)
         else:
-            kept = (greedy if method == "greedy" else top)(self.graph, values, count)
+            kept = top(values, count)
         made = f"{self.method}, {method} {count}{'' if absolute else ' signed'}{', pruned' * prune}"
         kept = pruned(self.graph, kept) if prune else kept
         return Circuit(self.graph, kept, self.ablation, self.task, self.model, made)

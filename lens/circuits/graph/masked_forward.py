@@ -4,7 +4,7 @@
 
 `out` is what the writer gives in this very run, `ref` a stored output. alpha 0 on all edges is the clean
 run, 1 on all edges the reference run; the gradient by alpha at 0 is edge attribution patching. Where norms
-come between writers and readers, "sum" is the way through them (`lens.circuits.nodes`). With places, alpha is of an edge at a place,
+come between writers and readers, "sum" is the way through them (`lens.circuits.graph.nodes`). With places, alpha is of an edge at a place,
 and heads can be cut off from keys at a place (`lens.circuits.graph.ways`).
 """
 

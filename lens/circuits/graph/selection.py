@@ -16,11 +16,20 @@ SAME = 0.95
 _DRAWS, _AT_ONCE = 200, 2**16
 
 
-def top(graph: Graph, values: np.ndarray, count: int) -> np.ndarray:
-    """[edges] whether kept: the `count` largest values, the first of equal ones."""
-    kept = np.zeros(graph.n, bool)
-    kept[np.argsort(-values, kind="stable")[:count]] = True
+def top(values: np.ndarray, count: int) -> np.ndarray:
+    """[...] whether kept: the `count` largest of values [...], the first of equal ones."""
+    kept = np.zeros(values.shape, bool)
+    kept.flat[np.argsort(-values, axis=None, kind="stable")[:count]] = True
     return kept
+
+
+def _fed(graph: Graph) -> list[list[int]]:
+    """Of each writer the readers that it is made from: `feeds` the other way round."""
+    inputs: list[list[int]] = [[] for _ in graph.writers]
+    for number, feeds in enumerate(graph.feeds):
+        for fed in feeds:
+            inputs[fed].append(number)
+    return inputs
 
 
 def greedy(graph: Graph, values: np.ndarray, count: int) -> np.ndarray:
@@ -31,10 +40,7 @@ def greedy(graph: Graph, values: np.ndarray, count: int) -> np.ndarray:
     """
     reader, writer = graph.ends
     into = [np.flatnonzero(reader == number) for number in range(len(graph.readers))]
-    inputs: list[list[int]] = [[] for _ in graph.writers]
-    for number, feeds in enumerate(graph.feeds):
-        for fed in feeds:
-            inputs[fed].append(number)
+    inputs = _fed(graph)
     kept = np.zeros(graph.n, bool)
     reached = {len(graph.readers) - 1}
     heap = [(-values[edge], int(edge)) for edge in into[-1]]
@@ -136,10 +142,7 @@ def same_degrees(graph: Graph, kept: np.ndarray, draw: np.random.Generator) -> n
 def random_path(graph: Graph, draw: np.random.Generator) -> np.ndarray:
     """Numbers of the edges of a path from `input` to `logits`, drawn from the logits downwards."""
     reader, writer = graph.ends
-    inputs: list[list[int]] = [[] for _ in graph.writers]
-    for number, feeds in enumerate(graph.feeds):
-        for fed in feeds:
-            inputs[fed].append(number)
+    inputs = _fed(graph)
     found, at = [], len(graph.readers) - 1
     while True:
         edge = int(draw.choice(np.flatnonzero(reader == at)))

@@ -10,6 +10,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from lens.circuits.graph.spans import EACH
 from lens.common.errors import LensError
 from lens.common.results import Result, Sentence, ends
 from lens.stats.intervals import columns
@@ -17,8 +18,6 @@ from lens.stats.verdicts import by_chance, of_many
 from lens.tasks.task import Task
 
 Direction = Literal["noising", "denoising"]
-EACH = "each"
-
 
 ROUNDING = 1e-5  # of the metric: what single precision makes of nothing
 

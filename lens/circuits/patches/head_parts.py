@@ -35,7 +35,7 @@ class JoinedHeads(Result):
 
     Attributes:
         heads: those that were asked for, in the order of the model.
-        effects: [head, part, prompt] of `PARTS` (`lens.circuits.head_patching`), in units of the
+        effects: [head, part, prompt] of `PARTS` (`lens.circuits.patches.head_patching`), in units of the
             metric, positive = the corrupt run's part makes the task worse; float64.
         roles: one row per head, by `name`: mean over the clean prompts of `ROLES`, defined in
             `lens.heads.roles`; NaN = not scored.

@@ -8,6 +8,7 @@ are both needed, noising either breaks the task and denoising either repairs not
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import cast
 
 import numpy as np
@@ -18,7 +19,8 @@ from lens.circuits.graph.activations import Activations, PlainVisitor, read_acti
 from lens.circuits.graph.graph import Graph
 from lens.circuits.graph.masked_forward import masked_logits
 from lens.circuits.graph.nodes import Nodes, find_nodes, visit
-from lens.circuits.patches.effects import EACH, Direction, PatchEffects, measured, places_of
+from lens.circuits.graph.spans import EACH
+from lens.circuits.patches.effects import Direction, PatchEffects, measured, places_of
 from lens.circuits.patches.streams import Run, Sublayers, check_noise, pairs, patch_streams
 from lens.common.choices import Seed, check_choice, check_lists
 from lens.common.errors import LensError
@@ -69,7 +71,7 @@ def patch(
             embeddings of all prompts of the task on its own, instead of the corrupt prompt (causal tracing, 3 there).
         noise_at: mark of the task where the noise is, such as the subject; None: on every token.
         window: with "attention" or "mlp": so many layers together, the named one in their middle.
-        seed: of the noise.
+        seed: of the noise, and of the bootstrap.
         progress: show a bar with the time left, on stderr, if that is a terminal.
 
     Raises:
@@ -109,9 +111,10 @@ def patch(
     found, graph, names = _begin(model, task, nodes, direction, noise)
     runs = _runs(found, task, direction, (noise, noise_at, seed))
     if receivers is not None:
-        return _patch_paths(
+        paths = _patch_paths(
             found, task, receivers, names, freeze_mlps, direction, positions, runs, progress
         )
+        return replace(paths, seed=seed)
     places = places_of(task, positions)
     masks = torch.zeros(len(names), *graph.allowed.shape)
     for number, name in enumerate(names):
@@ -132,7 +135,8 @@ def patch(
             values.append(torch.stack(read, 1).numpy())
             ends.append(whole)
             advance(len(rows))
-    return _effects(model, task, names, places, values, ends, direction, ())
+    effects = _effects(model, task, names, places, values, ends, direction, ())
+    return replace(effects, seed=seed)
 
 
 def _patch_paths(

@@ -171,7 +171,7 @@ def _of_edges(given: EdgeScores | Circuit, count: int | None) -> Side:
     def side(weights: np.ndarray, again: Callable | None = None) -> EdgeSide:
         values = np.abs(weights @ given.per_prompt)
         _no_nan(values)
-        kept = pruned(graph, top(graph, values, count))
+        kept = pruned(graph, top(values, count))
         found = _heads_in(graph, kept)
         return EdgeSide(found, _by_head(graph, leaving), _ranks(values), again, graph, kept)
 

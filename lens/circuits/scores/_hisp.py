@@ -20,7 +20,7 @@ from lens.circuits.graph.activations import Ablation, PlainVisitor
 from lens.circuits.graph.circuit import Circuit
 from lens.circuits.graph.graph import Graph, Kv
 from lens.circuits.graph.nodes import Nodes, find_nodes, visit
-from lens.circuits.graph.selection import pruned
+from lens.circuits.graph.selection import pruned, top
 from lens.common.choices import Count, is_whole, shown
 from lens.common.errors import LensError
 from lens.common.progress import advancing
@@ -98,9 +98,7 @@ class GateScores(Result):
             raise LensError(
                 f"{int(np.isnan(values).sum())} nodes have no score (NaN), so they cannot be ranked"
             )
-        chosen = np.zeros(len(graph.readers), bool)
-        chosen[np.argsort(-values, kind="stable")[:count]] = True
-        chosen[-1] = True
+        chosen = np.append(top(values, count), True)  # and the logits
         writes = np.zeros(len(graph.writers), bool)
         writes[0] = True
         for reader in np.flatnonzero(chosen):

@@ -35,7 +35,7 @@ class CodeSettings:
     Attributes:
         examples: prompts that the autoencoder was trained on, half clean, half corrupt; they are not
             scored.
-        features, penalty, epochs: of the autoencoder (`lens.circuits.sae`).
+        features, penalty, epochs: of the autoencoder (`lens.circuits.scores._sae`).
         positions: "last", head outputs where the last answer is read; "mean" over all positions.
         seeds: each draws its own training prompts and starting weights.
     """
@@ -197,7 +197,7 @@ def codes(
             f"held out), got {examples}"
         )
     task.check(model)
-    task.refuse_lengths("sae_codes")
+    task.refuse_lengths("codes")
     settings = CodeSettings(
         examples, features, penalty, epochs, positions, tuple(range(seed, seed + seeds))
     )

@@ -10,6 +10,7 @@ import pandas as pd
 from lens.circuits.graph.activations import Ablation
 from lens.circuits.graph.edge_scores import EdgeScores
 from lens.circuits.graph.graph import Graph
+from lens.circuits.graph.selection import top
 from lens.circuits.graph.ways import PARTS
 from lens.common.choices import check_counts, is_whole
 from lens.common.errors import LensError
@@ -75,9 +76,7 @@ class PositionScores(Result):
         values = np.abs(self.within.mean(0))
         if not (is_whole(count) and 0 <= count <= values.size):
             raise LensError(f"top takes 0 to {values.size:,} edges at spans, got {count}")
-        kept = np.zeros(values.size, bool)
-        kept[np.argsort(-values, axis=None, kind="stable")[:count]] = True
-        return kept.reshape(values.shape)
+        return top(values, count)
 
     def table(self, count: int | None = None, *, seed: int = 0) -> pd.DataFrame:
         """One row per edge and span, and per head, part and pair of spans; largest by size first.

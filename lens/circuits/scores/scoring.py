@@ -53,7 +53,7 @@ def score_edges(
 
         exact               metric clean - metric with the edge ablated (one forward pass per edge)
         eap                 (out - ref) · gradient at the reader, at the clean prompts
-        clean-corrupted     the same with the mean of the gradients at both prompts
+        clean-corrupted     the same with the mean of the gradients at the clean prompts and with the reference as input
         eap-ig              the same with the mean gradient over inputs between them
         eap-ig-activations  the same with each stage's outputs in turn (input, heads of a layer, its MLP)
                             between theirs, summed and divided by the number of stages and steps;
@@ -61,11 +61,11 @@ def score_edges(
                             alone get no share of its stage where no positions are added to it
         eap-ig-stages       our own form of it: of a stage only the gradients of readers that come after
         atp*                eap with the softmax recomputed for edges into queries and keys, each key
-                            position alone (`lens.circuits.atp`)
+                            position alone (`lens.circuits.scores.atp`)
         atp*-together       the same, all key positions patched at once, as "exact" does
         atp*-grad-drop      mean size of atp* over gradients blocked in one layer after another
         relp                eap with the backward rules of relevance for norms, activations and gates
-                            (`lens.circuits.relp`)
+                            (`lens.circuits.scores.relp`)
         relp-values         the same with constant attention patterns
         hybrid              mean of eap-ig, eap and eap-ig-activations at equal scale (`lens.circuits.scores.Hybrid`)
 
@@ -74,8 +74,8 @@ def score_edges(
 
     Args:
         model: as `lens.load` returns it.
-        task: its metric is differentiated ("exact" needs no gradient); all but "exact" and "eap" need
-            corrupt prompts.
+        task: its metric is differentiated ("exact" needs no gradient); with corrupt prompts for the baseline
+            "counterfactual".
         method: one of the above; `lens.circuits.EapIg` is "eap-ig" and its kin with steps of your own.
         baseline: what replaces a writer: "counterfactual" (the corrupt prompt), "mean" or "zero".
         kv: "head" gives query heads of a group keys and values of their own, "group" does not.
@@ -104,8 +104,6 @@ def score_edges(
     word, integrated = named(method)
     steps: int | Literal["auto"] = 1 if integrated is None else integrated.steps
     rule = "midpoint" if integrated is None else integrated.rule
-    if word == "clean-corrupted":
-        task.corrupt_or_refuse()
     at_clean = word in _AT_CLEAN or (
         word == "eap-ig-activations" and fractions_of(int(steps), rule, 1.0) == [1.0]
     )

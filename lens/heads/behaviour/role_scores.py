@@ -1,4 +1,4 @@
-"""The scores of `lens.heads.role_metrics` on one prompt, layer by layer while the model runs.
+"""The scores of `lens.heads.behaviour.role_metrics` on one prompt, layer by layer while the model runs.
 
 Beside the pass that the model needs, each layer's attention runs once more with the sizes of the
 values in place of the values: it gives what each key contributes, the mass on the query's own

@@ -63,7 +63,7 @@ def importance(
         gradient      sum of dm/dz * z, the estimate for zero: `dO . O` of the attention kernel's
                       backward pass, so it runs at the length that the model runs at
         atp           the query, key and value of the head patched, each position alone, the softmax
-                      recomputed (`lens.heads.atp`); not the sum of dm/dz over z: where a softmax is
+                      recomputed (`lens.heads.measures.atp`); not the sum of dm/dz over z: where a softmax is
                       saturated the slope by a query or key is 0 and this is not
         gate          the gradient minus its mean over the heads of the layer: dm/dr of a
                       mixture-of-head router with the gates `heads * softmax(r)` at r = 0, which is
@@ -80,7 +80,7 @@ def importance(
         method: "ablation", "attribution", "atp", "gradient", "gate" or "direct"; `lens.heads.AtP` and
             `lens.heads.Gradient` are "atp" and "gradient" with arguments of their own.
         baseline: "zero", "mean", "pooled_mean", "resample", "counterfactual" or, for ablation alone,
-            "optimal" (`Intervention`, `lens.heads.optimal`); None: "mean" for ablation,
+            "optimal" (`Intervention`, `lens.heads.measures.optimal`); None: "mean" for ablation,
             "counterfactual" for attribution, "zero" for the others, which know no other.
         steps: of the fit of "optimal"; None: 25.
         seed: of the draw of "resample", and of the halves and batches of "optimal".
