@@ -15,8 +15,8 @@ By: TypeAlias = Literal["offset", "class"]
 """Query less key, or the classes that `token_classes` tells apart."""
 
 
-def check_by(by: Any) -> None:
-    """Raises: LensError: another word, or no lists of classes."""
+def check_by(by: Any, prompts: int) -> None:
+    """Raises: LensError: another word, no lists of classes, or those of another number of prompts."""
     if by is None or (isinstance(by, str) and by in words(By)):
         return
     if isinstance(by, str):
@@ -25,6 +25,10 @@ def check_by(by: Any) -> None:
         )
     check_lists(by=by)
     check_lists(**{f"by[{number}]": own for number, own in enumerate(by)})
+    if len(by) != prompts:
+        raise LensError(
+            f"by must hold the classes of each of {prompts} prompts, got {len(by)} lists"
+        )
 
 
 def groups_of(by: Any, pairs: Tensor, number: int, tokens: Sequence[str]) -> list[str]:
@@ -40,7 +44,7 @@ def groups_of(by: Any, pairs: Tensor, number: int, tokens: Sequence[str]) -> lis
     if isinstance(by, str):
         classes: Sequence[str] = token_classes(tokens)
     else:
-        classes = by[number] if number < len(by) else ()
+        classes = by[number]
     if len(classes) != len(tokens):
         raise LensError(
             f"by has {len(classes) or 'no'} classes for prompt {number}, which has {len(tokens)} tokens"

@@ -158,7 +158,7 @@ def explain_pairs(
     read, _ = read_prompts(model, prompts, whole=True)
     check_pairs(pairs, len(read))
     check_choice("against", against, _MEANS)
-    check_by(by)
+    check_by(by, len(read))
     layout, place = proved(model), model.info.head(head)
     gathered = _Gathered()
     with advancing(f"{model.name}: {place}", len(read), progress) as advance:

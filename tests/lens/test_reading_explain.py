@@ -413,6 +413,8 @@ def test_kinds_of_pairs_and_groups():
     assert sorted(("10", "-2", "9", "0"), key=_groups.rank) == ["-2", "0", "9", "10"]
     with pytest.raises(LensError, match="by has no classes for prompt 0, which has 7 tokens"):
         lens.reading.explain_pairs(model, prompt, "L1H0", by=[[]], progress=False)
+    with pytest.raises(LensError, match="by must hold the classes of each of 1 prompts, got 2"):
+        lens.reading.explain_pairs(model, prompt, "L1H0", by=[*classes, []], progress=False)
 
 
 def test_what_leads_in_each_group_is_said_with_the_groups_where_it_does_not():

@@ -468,6 +468,15 @@ def test_a_change_of_0_on_average_keeps_an_interval_that_is_wide():
     assert "the answer's loss by +0.0000 [-0.1000, +0.1000]; even" in found.findings()[0]
 
 
+def test_the_part_that_costs_most_has_the_interval_of_the_lowest_of_all():
+    measured = removals().measured.copy()
+    measured[0] = [0.05, 0.15]
+    assert (
+        "key side 10.0% [3.9%, 16.1%] (predicted"
+        in replace(removals(), measured=measured).findings()[0]
+    )
+
+
 def test_orders_at_random_stand_beside_many_parts():
     names = tuple(f"L0H{head}" for head in range(6))
     parts = twice(np.arange(6) / 10)

@@ -69,10 +69,19 @@ def test_rate():
 def test_curve():
     found = said(lens.sinks.rate(traces(0.4, 0.1), key=13).curve((0.05, 0.2, 0.5)))
     model = lens.sinks.rate(traces(0.4, 0.1), key=13).samples.model
+    even = "with uniform attention"
     assert found == [
-        ("rate", "The share of heads with a sink on key 13 is 100.0% at ε = 0.05, 50.0% at ε = 0.2, 0.0% at "
-                 f"ε = 0.5 (mean over the queries that see it; {model}, {SETTINGS}, float32)."),
+        ("rate", f"The share of heads with a sink on key 13 is 100.0% [100.0%, 100.0%] at ε = 0.05 ({even} 0.0%), 50.0% [0.0%, "
+                 f"100.0%] at ε = 0.2 ({even} 0.0%), 0.0% [0.0%, 0.0%] at ε = 0.5 ({even} 0.0%) (mean over the queries that see "
+                 f"it; {model}, {SETTINGS}, float32)."),
     ]  # fmt: skip
+    once = said(lens.sinks.rate(traces(0.4, 0.1), key=13).curve((0.2,)))[0][1]
+    assert once.count("ε = 0.2") == 1
+    first = lens.sinks.rate(traces(0.4, 0.1, key=0)).curve((0.05, 0.3))
+    assert first.table()["uniform"].tolist() == [
+        1.0,
+        0.0,
+    ]  # the first key gets (1 + 1/2 + ...) / 67 = 0.07
 
 
 def test_keys_and_profile():

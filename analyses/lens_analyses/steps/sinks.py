@@ -299,7 +299,7 @@ COLUMNS = {
     "position": "Of the token.",
     "token": "What it says.",
     "emergence": "Layer whose output has it first.",
-    "vanishing": "First later layer whose output has it no more; missing: it stays.",
+    "vanishing": "Layer behind the last whose output has it; missing: it stays.",
     "value": "Of the activation at its emergence, mean over prompts.",
     "ratio": "Largest size over the layer's median size.",
     "prompt": "Which prompt, from 0.",

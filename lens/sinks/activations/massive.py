@@ -30,7 +30,7 @@ class MassiveActivations(Result):
     Attributes:
         rows: one per (dimension, position) that is massive somewhere: `emergence`, the first layer
             whose output has it in most of the prompts where it ever is (-1: the embedding),
-            `vanishing`, the first layer after that whose output has it no longer (NaN: it stays to
+            `vanishing`, the layer behind the last whose output has it in most of them (NaN: it stays to
             the end), `value`, its mean at emergence (signed), `ratio`, the largest `|h| / median`,
             `prompts`, the share of prompts with it, `token`, its most frequent token.
         top: [prompts, layers + 1, 3], the largest |h| of each layer; median: [prompts, layers + 1].

@@ -44,6 +44,7 @@ class SinkRate(Result):
         low, high: 95 % bootstrap interval over samples; NaN for one sample or "alpha_first".
         uniform: the same share with uniform attention in every layer; NaN where a mask is neither
             causal nor two-way nor a window.
+        even: [layers], alpha with uniform attention, NaN likewise.
         by_head: [layers, heads], share of the samples in which the head has the sink.
         alphas: [samples, layers, heads].
         layers: numbers of the layers.
@@ -60,6 +61,7 @@ class SinkRate(Result):
     low: float
     high: float
     uniform: float
+    even: np.ndarray = field(repr=False)
     by_head: np.ndarray = field(repr=False)
     alphas: np.ndarray = field(repr=False)
     layers: tuple[int, ...] = field(repr=False)
@@ -98,7 +100,8 @@ class SinkRate(Result):
             )
         points = [_rate(self.alphas, epsilon, self.reduce, self.seed)[:3] for epsilon in kept]
         values, low, high = np.array(points).T
-        return SinkCurve(np.array(kept), values, low, high, self)
+        uniform = np.array([_uniform(self.even, epsilon) for epsilon in kept])
+        return SinkCurve(np.array(kept), values, low, high, uniform, self)
 
     def settings(self) -> dict[str, Any]:
         """What the number depends on, as columns of a table."""
@@ -131,7 +134,7 @@ class SinkRate(Result):
             else ""
         )
         interval = ends(self.low, self.high, ".1%")
-        even = "not known" if np.isnan(self.uniform) else f"{self.uniform:.1%}"
+        even = _percent(self.uniform)
         place = "The first token" if self.key == 0 else f"Key {self.key}"
         return (
             Sentence(
@@ -153,7 +156,7 @@ class SinkCurve(Result):
     """The sink rate of one key as a curve over epsilon.
 
     Attributes:
-        epsilons, values, low, high: [points]; intervals as in `SinkRate`.
+        epsilons, values, low, high, uniform: [points]; intervals and uniform attention as in `SinkRate`.
         of: the rate that it belongs to.
     """
 
@@ -161,19 +164,22 @@ class SinkCurve(Result):
     values: np.ndarray
     low: np.ndarray
     high: np.ndarray
+    uniform: np.ndarray
     of: SinkRate = field(repr=False)
 
     def table(self) -> pd.DataFrame:
         """One row per epsilon."""
         columns = {"epsilon": self.epsilons, "rate": self.values}
-        columns |= {"low": self.low, "high": self.high}
+        columns |= {"low": self.low, "high": self.high, "uniform": self.uniform}
         return pd.DataFrame(columns).assign(**self.of.settings())
 
     def findings(self) -> tuple[Sentence, ...]:
-        """How the rate falls from the smallest to the largest epsilon."""
+        """How the rate falls from the smallest to the largest epsilon, beside uniform attention."""
+        count = len(self.epsilons)
         points = [
-            f"{self.values[place]:.1%} at ε = {self.epsilons[place]:g}"
-            for place in (0, len(self.epsilons) // 2, -1)
+            f"{self.values[place]:.1%}{ends(self.low[place], self.high[place], '.1%')} at ε = {self.epsilons[place]:g} "
+            f"(with uniform attention {_percent(self.uniform[place])})"
+            for place in dict.fromkeys((0, count // 2, count - 1))
         ]
         text = (
             f"The share of heads with a sink on key {self.of.key} is {', '.join(points)} "
@@ -222,7 +228,8 @@ def rate(
         value=value,
         low=low,
         high=high,
-        uniform=np.nan if np.isnan(even).any() else float((even > epsilon).mean()),
+        uniform=_uniform(even, epsilon),
+        even=even,
         by_head=by_head,
         alphas=alpha,
         layers=several[0].layers,
@@ -234,6 +241,15 @@ def rate(
         seed=seed,
         least=least,
     )
+
+
+def _uniform(even: np.ndarray, epsilon: float) -> float:
+    """Share of the layers [layers] whose alpha passes epsilon with uniform attention; NaN where one is not known."""
+    return np.nan if np.isnan(even).any() else float((even > epsilon).mean())
+
+
+def _percent(uniform: float) -> str:
+    return "not known" if np.isnan(uniform) else f"{uniform:.1%}"
 
 
 def _rate(
