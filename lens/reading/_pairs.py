@@ -69,6 +69,11 @@ def check_pairs(pairs: Pairs, prompts: int) -> None:
         _places(own)
 
 
+def told(pairs: Pairs) -> str:
+    """In words."""
+    return f"{pairs!r} pairs" if isinstance(pairs, str) else "the given pairs"
+
+
 def _places(pairs: Any) -> Tensor:
     """[pairs, 2], whole numbers.
 

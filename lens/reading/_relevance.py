@@ -13,7 +13,8 @@ logit with all attention, gates and sizes held and every other token at 0. What 
 no part in it: of an induction head the copied token gets all, and the tokens that are matched get nothing.
 
 With held attention and without biases relevance sums to the logit. The softmax of AttnLRP passes
-`sum s A (g - mean g)` on of `sum A g`: what it keeps is reported, and so is the rest, which biases take.
+`sum s A (g - mean g)` on of `sum A g`: what it keeps is counted here. `lens.reading.faithfulness` tells what sums lack with
+what biases take.
 
 Reference: Achtibat et al., AttnLRP, 2024, arXiv 2402.05602.
 """

@@ -249,6 +249,17 @@ class Taking(Plain):
             self.give(f"L{layer} MLP", start, lambda some: output[0, some].double())
         return output
 
+    def finish(self) -> None:
+        """What norms on the way add."""
+        for number, (norm, _) in enumerate(self.stops):
+            if norm.shift is not None:
+                shift = norm.shift.double()
+                self.give(
+                    NORM_BIAS,
+                    number + 1,
+                    lambda some, shift=shift: shift.expand(some.stop - some.start, -1),
+                )
+
     def give(self, name: str, start: int, make: Make) -> None:
         """What a writer added before stop number `start` of the way to the head."""
         raise NotImplementedError
@@ -262,15 +273,8 @@ class _Apart(Taking):
         self._sides = sides
 
     def finish(self) -> None:
-        """What norms on the way, and the head itself, add."""
-        for number, (norm, _) in enumerate(self.stops):
-            if norm.shift is not None:
-                shift = norm.shift.double()
-                self.give(
-                    NORM_BIAS,
-                    number + 1,
-                    lambda some, shift=shift: shift.expand(some.stop - some.start, -1),
-                )
+        """And what the head itself adds."""
+        super().finish()
         self._sides.finish()
 
     def give(self, name: str, start: int, make: Make) -> None:

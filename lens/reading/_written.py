@@ -9,7 +9,7 @@ from lens.common.errors import LensError
 from lens.passes.sessions import run
 from lens.passes.visit import visiting
 from lens.reading._head import Head
-from lens.reading._writers import NORM_BIAS, Make, Taking
+from lens.reading._writers import Make, Taking
 
 VALUE_BIAS = "value bias"
 
@@ -60,11 +60,8 @@ class _Values(Taking):
         self._put(name, self._rows @ part @ self._weight)
 
     def finish(self) -> None:
-        """What norms on the way, and the values' own projection, add."""
-        for number, (norm, _) in enumerate(self.stops):
-            if norm.shift is not None:
-                shift = norm.shift.double().expand(self.head.tokens, -1)
-                self.give(NORM_BIAS, number + 1, lambda some, shift=shift: shift[some])
+        """And what the values' own projection adds."""
+        super().finish()
         if self._bias is not None:
             self._put(VALUE_BIAS, self._rows.sum(-1, keepdim=True) * self._bias)
 

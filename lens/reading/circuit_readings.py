@@ -31,7 +31,8 @@ class CircuitReading(Result):
 
     Attributes:
         rows: one per edge and head that it feeds (several, where a group of heads has one `<k>` and `<v>`): `writer`, `reader`, `side` ("q", "k", "v", or "" into MLPs and logits); `share` of the reader's
-            logit that the writer carries on that side, or of what the reader writes that comes from it; `drop` of the
+            logit that the writer carries on that side, or of what the reader writes that comes from it (NaN where that
+            logit is not above its row's mean); `drop` of the
             metric when the edge alone is cut, `of_effect`, its share in what cutting all edges does; each with `_low`,
             `_high` where it is over prompts; `holds`: whether the drop's interval is above 0; of one prompt none does.
         heads: one per head: `looks_at`, most often from the `rows` that it works in (their share), the `mass` that it
@@ -65,7 +66,7 @@ class CircuitReading(Result):
             why = [
                 _because(row, looks)
                 for side in ("k", "q", "v")
-                for row in own[own["side"] == side]
+                for row in own[(own["side"] == side) & own["share"].notna()]
                 .sort_values("share", ascending=False)
                 .to_dict("records")[:1]
             ]

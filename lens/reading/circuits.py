@@ -101,7 +101,9 @@ def circuit(
     with torch.no_grad():
         calls = [read_calls(model, ids[None]) for ids in task.clean]
     pairs = _pairs(circuit, edges, task, calls)
-    shares: dict[_Edge, np.ndarray] = {}
+    shares: dict[
+        _Edge, tuple[np.ndarray, np.ndarray]
+    ] = {}  # [prompts], what is carried, and of what
     heads: list[dict[str, Any]] = []
     with advancing(f"{model.name}: circuit", len(pairs), progress) as advance:
         for node, own in pairs.items():
@@ -114,10 +116,10 @@ def circuit(
                 found = explain_pairs(model, prompts, head, own, seed=seed, progress=False)
                 for side, axis in (("q", 2), ("k", 1)):
                     names = found.parts[0 if side == "q" else 1]
-                    carried = found.contrast[0].sum(axis) / found.above[0][:, None]
+                    carried = found.contrast[0].sum(axis)
                     for edge in incoming:
                         if edge.side == side:
-                            shares[edge] = _of(edge.writer, names, carried)
+                            shares[edge] = _of(edge.writer, names, carried), found.above[0]
             if "v" in asked:
                 written = [
                     written_shares(
@@ -130,15 +132,14 @@ def circuit(
                 carried = np.array([[one[name] for name in names] for one in written])
                 for edge in incoming:
                     if edge.side == "v":
-                        shares[edge] = _of(edge.writer, names, carried)
+                        shares[edge] = _of(edge.writer, names, carried), np.ones(task.n)
             advance(1)
-    none = np.full(task.n, np.nan)
     table = {
         "edge": [edge.name for edge in edges],
         "writer": [_said(edge.writer) for edge in edges],
         "reader": [_said(edge.reader) for edge in edges],
         "side": [edge.side for edge in edges],
-        **columns("share", np.stack([shares.get(edge, none) for edge in edges]), seed),
+        **_shares([shares.get(edge) for edge in edges], seed),
         **columns("drop", drops, seed),
     }
     rows = pd.DataFrame(table)
@@ -241,6 +242,19 @@ def _looks(
     cells = columns("mass", np.array([mass]), seed)
     found |= {name: float(cell[0]) for name, cell in cells.items()}
     return found | {"rows": float(np.mean(hits)), "uniform": float(np.mean(chance))}
+
+
+def _shares(
+    parts: Sequence[tuple[np.ndarray, np.ndarray] | None], seed: int
+) -> dict[str, np.ndarray]:
+    """Columns: of all prompts together, NaN where there is no logit above the row's mean; the ends where each has one."""
+    found = np.full((3, len(parts)), np.nan)
+    for place, part in enumerate(parts):
+        if part is not None and part[1].sum() > 0:
+            found[0, place] = part[0].sum() / part[1].sum()
+            if (part[1] > 0).all():
+                found[1:, place] = over_units(*part, seed)
+    return dict(zip(("share", "share_low", "share_high"), found, strict=True))
 
 
 def _of(node: str, names: Sequence[str], carried: np.ndarray) -> np.ndarray:

@@ -25,7 +25,7 @@ from lens.models.parts import Block, Norm
 from lens.passes.inputs import read_prompts
 from lens.passes.replay import proved
 from lens.reading._head import Head, read_head
-from lens.reading._pairs import Pairs, check_pairs, pairs_of
+from lens.reading._pairs import Pairs, check_pairs, pairs_of, told
 from lens.reading._writers import of_head
 from lens.reading.shares import ComponentShares
 
@@ -96,7 +96,7 @@ def components(
     return ComponentShares(
         head=place,
         distance=at,
-        pairs=f"{pairs!r} pairs" if isinstance(pairs, str) else "the given pairs",
+        pairs=told(pairs),
         values=(singular[0].cpu().numpy(), singular[1].cpu().numpy()),
         logits=np.stack(logits, 1),
         energy=np.stack(outputs, 1),

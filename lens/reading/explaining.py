@@ -29,7 +29,7 @@ from lens.passes.inputs import Prompt, read_prompts
 from lens.passes.replay import proved
 from lens.reading._groups import By, check_by, groups_of, rank
 from lens.reading._head import Head, read_head
-from lens.reading._pairs import Pairs, check_pairs, pairs_of
+from lens.reading._pairs import Pairs, check_pairs, pairs_of, told
 from lens.reading._writers import Parts, take_apart
 from lens.reading.explanations import Explanation, PairExplanation
 
@@ -177,7 +177,7 @@ def explain_pairs(
     return gathered.result(
         head=place,
         against=against,
-        pairs=f"{pairs!r} pairs" if isinstance(pairs, str) else "the given pairs",
+        pairs=told(pairs),
         prompts=len(read),
         seed=seed,
         model=model.name,

@@ -25,7 +25,7 @@ from lens.passes.replay import proved
 from lens.passes.sessions import run
 from lens.passes.visit import visiting
 from lens.reading._head import Head, read_head
-from lens.reading._pairs import Pairs, check_pairs, pairs_of
+from lens.reading._pairs import Pairs, check_pairs, pairs_of, told
 from lens.reading._rows import row_at
 from lens.reading._writers import KEY_BIAS, NORM_BIAS, QUERY_BIAS, Make, Taking, take_apart
 from lens.reading.explanations import Side
@@ -96,7 +96,7 @@ def removal(
         head=place,
         side=side,
         parts=names,
-        pairs=f"{pairs!r} pairs" if isinstance(pairs, str) else "the given pairs",
+        pairs=told(pairs),
         clean=np.array(clean),
         predicted=np.array(predicted).T,
         measured=np.array(measured).T,

@@ -12,6 +12,7 @@ from lens.circuits.known import induction_transformer
 from lens.common.errors import LensError
 from lens.common.head_ids import HeadId
 from lens.passes.replay import proved
+from lens.reading import circuits
 from lens.reading._head import read_head
 from lens.reading._written import written_shares
 from tests.lens.layouts import layout_model
@@ -165,6 +166,21 @@ def _values_of_first_mlp(head, ids):
         head.layout.model.model(ids)
     norm = head.layout.blocks[head.id.layer].norm
     return norm.frozen(keeping.found, head.sizes[head.id.layer, "read"])
+
+
+def test_shares_are_of_all_prompts_and_of_no_logit_below_the_mean(known):
+    """A prompt with a logit of almost nothing does not outweigh the others; of one below the mean there is no interval."""
+    carried, above = np.array([0.5, 0.5, 0.01]), np.array([1.0, 1.0, 1e-6])
+    found = circuits._shares(
+        [(carried, above), (carried, above * [1, 1, -1]), (carried, -above), None], 0
+    )
+    assert found["share"][:2] == pytest.approx([0.505, 0.505], abs=1e-3)
+    assert found["share_low"][0] < 0.505 < found["share_high"][0]
+    assert np.isnan(found["share"]).tolist() == [False, False, True, True]
+    assert np.isnan(found["share_low"]).tolist() == [False, True, True, True]
+    reading = read(known, "first token")
+    unknown = replace(reading, rows=reading.rows.assign(share=np.nan))
+    assert "nan" not in " ".join(unknown.findings())
 
 
 def test_refusals(known):
