@@ -66,7 +66,7 @@ def test_the_induction_circuit_is_faithful_and_needs_the_previous_token_head(run
     words = " ".join(run.section("circuit").summary)
     assert "On held-out prompts: The circuit of" in words
     assert "random ones with the same degrees" in words
-    assert "sets, looked for on these " in words
+    assert "sets, looked for on the prompts it is of (" in words
     assert np.isfinite(tables["completeness"]["gap"]).all()
 
 

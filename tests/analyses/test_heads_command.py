@@ -103,7 +103,10 @@ def test_sections_say_what_the_results_say(folder):
     assert any(one.startswith("The trained gate keeps ") and "above 0.5" in one for one in fetching)
     keeping = folder.section("stability").summary
     assert keeping[0].startswith("Between some and others, ")
-    assert sum(one.startswith("The LSE of ") and "on one pair of prompts" in one for one in keeping) == 2
+    assert (
+        sum(one.startswith("The LSE of ") and "on one pair of prompts" in one for one in keeping)
+        == 2
+    )
     assert any("over the conditions half, whole" in one and "%]" in one for one in keeping)
     roles = folder.section("roles").summary
     assert roles[0].startswith("Most induction: L1H0 ")

@@ -86,11 +86,11 @@ def test_the_largest_gap_on_the_way_is_kept_and_random_sets_are_others():
     (said,) = found.findings()
     assert said == (
         "Without a0.h0 model and circuit differ by +1 logit_difference, 100% of what ablating everything changes: the "
-        "largest gap of 5 sets, looked for on these 1 prompts; 1 random sets of 1 heads by 0 on average."
+        "largest gap of 5 sets, looked for on the prompts it is of (1); 1 random one of that size by 0 on average."
     )
     alone = search(known, gate_circuit(known, HALF))
     assert alone.kind == ("none", "greedy")
-    assert alone.findings()[0].endswith("there is no random set of 1 heads beside it.")
+    assert alone.findings()[0].endswith("there is no random one of that size beside it.")
 
 
 def test_a_task_that_ablation_leaves_as_it_is_has_no_completeness():

@@ -92,14 +92,14 @@ class Completeness(Result):
         interval = ends(*of_many(row["gap"], row["low"], row["high"], many), "+z.3g")
         alike = table[(table["kind"] == "random") & (table["size"] == row["size"])]["gap"].abs()
         beside = (
-            f"{len(alike)} random sets of {row['size']} heads by {alike.mean():.3g} on average"
+            f"{len(alike)} random one{'s' * (len(alike) > 1)} of that size by {alike.mean():.3g} on average"
             if len(alike)
-            else f"there is no random set of {row['size']} heads beside it"
+            else "there is no random one of that size beside it"
         )
         text = (
             f"Without {few(self.sets[self.worst]) or 'nothing'} model and circuit differ by {row['gap']:+z.3g}{interval} "
             f"{self.metric}, {self.incompleteness:.0%} of what ablating everything changes: the largest gap of {many} sets, "
-            f"looked for on these {len(self.full)} prompts; {beside}."
+            f"looked for on the prompts it is of ({len(self.full)}); {beside}."
         )
         return (Sentence(text, kind="complete"),)
 

@@ -69,7 +69,7 @@ class FoundCircuit(Result):
             f"The circuit has {chosen.n:,} of {graph.n:,} edges ({chosen.n / graph.n:.2%}) between "
             f"{len(chosen.nodes)} of {len(graph.writers)} parts ({_RANKINGS[self.ranking]}); on the {self.prompts} of "
             f"{self.scores.n} prompts that it was chosen on its faithfulness is {interval}, that of as many edges drawn once "
-            f"at random {self.random:.2f}, its KL divergence from the model {row['kl']:.2g} nats."
+            f"at random {self.random:z.2f}, its KL divergence from the model {row['kl']:.2g} nats."
         )
         sure = (
             "; one prompt has no interval."
