@@ -200,7 +200,7 @@ def test_gates():
         for name, even in (("keys", 0.9), ("learned", 0.8), ("off_by_one", 0.7), ("output", np.nan))
     ]
     means = {rows["mechanism"][0]: np.array([0.4, 0.6]) for rows in rows}
-    limit = "2 prompts, BOS added; rows that see only sinks excepted."
+    limit = "2 prompts, BOS added; what lies on the sources is that of the rows behind them."
     mean, start = "50% [40%, 60%]", "on average (effective gate"
     least = "L1H1 least, 10.0% [4.3%, 21.4%]."  # the lowest of two
     assert said(EffectiveGates(pd.concat(rows), means, (9, 9), "added", "found", 0)) == [

@@ -87,7 +87,7 @@ class EffectiveGates(Result):
             )
             found.append(Sentence(text, kind=str(mechanism)))
         hidden = "" if self.projections == "found" else f" {self.projections}"
-        limit = f"{len(self.tokens)} prompts, BOS {self.bos}; rows that see only sinks excepted.{hidden}"
+        limit = f"{len(self.tokens)} prompts, BOS {self.bos}; what lies on the sources is that of the rows behind them.{hidden}"
         return (*found, Sentence(limit, kind="limit"))
 
 
@@ -103,7 +103,7 @@ def gates(
 
     With b the logit of a learned sink and L the log-sum-exp of the real keys, `g = sigmoid(L - b)`,
     and the head's output is g times the one without it. Rows that see no key
-    but sources are left out of "keys". With o a head's output and o' what enters its projection, an
+    but sources, and those before the last source, are left out of "keys". With o a head's output and o' what enters its projection, an
     output gate is `sum(o' . o) / sum(o . o)`: the gate itself where there is one a head, for gates by
     element (Qwen's gated attention, AFMoE: `o' = sigmoid(x W_g) * o`) their mean weighted by o². Such
     gates do a sink's work without a sink: with them the first token keeps 4.8 % of the attention
@@ -193,10 +193,11 @@ def _gates(call: LayerCall, source: torch.Tensor) -> tuple[torch.Tensor, dict[st
         raise LensError(f"none of the sources is in a prompt of {source.shape[1]} tokens")
     rest, sinks = result.groups.lse[0][0], result.groups.lse[1][0]
     real = torch.logaddexp(rest, sinks)
-    has_rest = rest > -torch.inf
-    if not bool(has_rest.any()):
-        raise LensError("no row sees a key that is no source; give fewer sources")
-    keys = _mean(-torch.expm1(sinks - whole), has_rest)
+    behind = torch.arange(rest.shape[-1], device=rest.device) > int(source[0].nonzero()[-1])
+    counted = (rest > -torch.inf) & behind
+    if not bool(counted.any()):
+        raise LensError("no row behind the sources sees another key; give fewer sources")
+    keys = _mean(-torch.expm1(sinks - whole), counted)
     nothing = torch.full_like(keys, torch.nan)
     learned, off_by_one = nothing, nothing
     if call.sink_logits is None:
