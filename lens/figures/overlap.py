@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 @draws("Overlap")
 def overlap_plot(overlap: Overlap, **look: Unpack[Look]) -> go.Figure:
-    """Each measure with its interval over prompts, on the band of the middle 95 % of the null."""
+    """Each measure beside the middle 95 % of circuits of redrawn prompts (a line, which may lie beside it) and of the null (a
+    band)."""
     table = overlap.table().iloc[::-1]
     figure = go.Figure()
     figure.add_bar(
@@ -34,13 +35,21 @@ def overlap_plot(overlap: Overlap, **look: Unpack[Look]) -> go.Figure:
         hovertemplate="%{y}: by chance %{customdata[0]:.2f} "
         "[%{customdata[1]:.2f}, %{customdata[2]:.2f}]<extra></extra>",
     )
+    if len(drawn := table.dropna(subset=["low", "high"])):
+        figure.add_scatter(
+            x=[at for row in drawn.itertuples() for at in (row.low, row.high, None)],
+            y=[at for row in drawn.itertuples() for at in (row.measure, row.measure, None)],
+            mode="lines",
+            name="of redrawn prompts (95 %)",
+            line={"color": LINE, "width": 2},
+            hovertemplate="%{y}: of redrawn prompts %{x:.2f}<extra></extra>",
+        )
     figure.add_scatter(
         x=table["value"],
         y=table["measure"],
         mode="markers",
         name="found",
         marker={"size": 9, "color": LINE},
-        error_x=bars(table, "value", plain=True),
         customdata=table[["p"]],
         hovertemplate="%{y}: %{x:.2f}, p %{customdata[0]:.2g}<extra></extra>",
     )

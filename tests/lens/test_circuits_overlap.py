@@ -191,12 +191,21 @@ def test_two_draws_of_one_task_share_their_heads_and_two_noises_do_not():
 def test_plot_shows_values_on_the_band_of_chance():
     found = overlap(head_scores(1), head_scores(2), count=6, draws=40, resamples=9)
     drawn: Any = found.plot().data
-    band, points = drawn
+    band, points = drawn[0], drawn[-1]
     table = found.table().iloc[::-1]
     assert list(points.x) == table["value"].tolist()
     ends = np.array(band.base, float) + np.array(band.x, float)
     np.testing.assert_allclose(ends, table["chance_high"].to_numpy(float))
     assert "Overlap('task 1' and 'task 2': heads" in repr(found)
+    beside = replace(found, resampled={"heads": np.array([0.01, 0.02])})  # the value lies outside
+    assert beside.values["heads"] > 0.02
+    anew: Any = beside.plot().data
+    _, line, points = anew
+    assert line.x[0] < line.x[1] < 0.02
+    assert line.y[:2] == ("heads", "heads")
+    assert (
+        anew[-1].error_x.array is None
+    )  # they were bars of the value, with an arm of a negative length
 
 
 def test_refusals():

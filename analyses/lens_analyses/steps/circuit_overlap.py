@@ -11,7 +11,7 @@ COLUMNS = {
     "measure": "What is compared: "
     + "; ".join(f"{name}, {text}" for name, text in MEASURES.items()),
     "value": "Of the two circuits.",
-    "low": "Low end of the 95 % interval over prompts; missing, as the runs keep the mean scores alone.",
+    "low": "Low end of the middle 95 % of circuits of redrawn prompts; missing, as the runs keep the mean scores alone.",
     "high": "High end of it.",
     "chance": "Mean when the other circuit's heads are renamed at random within their layers.",
     "p": "(1 + draws with as much or more) / (1 + draws).",
