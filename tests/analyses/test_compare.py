@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from lens_analyses.comparison.page import largest
 
 from lens.runs import compare_runs, compare_series, open_run
 from lens.runs.comparison.headlines import of_comparison
@@ -157,3 +158,20 @@ def test_a_sink_emerges_over_the_checkpoints_of_a_training(lens_command, tmp_pat
     said = " ".join(answer.json["summary"])
     assert ", for the first time at step-50" in said
     assert 'id="first-token"' in (tmp_path / "series.html").read_text(encoding="utf-8")
+
+
+def test_what_differs_most_is_told_first_and_what_has_no_interval_last():
+    """The same of a pair and of a series, which calls its columns otherwise."""
+    rows = [
+        {"metric": metric, "d": value, "d_low": low, "d_high": high}
+        for metric, value, low, high in (
+            ("sink_mass", 0.9, None, None),
+            ("sink_mass", -0.2, -0.3, -0.1),
+            ("sink_mass", 0.3, 0.2, 0.4),
+            ("sink_mass", 0.4, -0.1, 0.9),
+            ("sink_mass", None, None, None),
+            ("entropy", 0.8, 0.7, 0.9),
+        )
+    ]
+    assert [row["d"] for row in largest(rows, "d", "d_low", "d_high", 9)] == [0.3, -0.2, 0.9]
+    assert len(largest(rows, "d", "d_low", "d_high", 2)) == 2

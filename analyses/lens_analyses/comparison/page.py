@@ -52,7 +52,7 @@ def page(data: dict[str, Any], drawn: dict[str, dict[str, Any]]) -> str:
         data,
         drawn,
         choices=choices(name for name in drawn if name.startswith("grid/")),
-        largest=_largest(data["heads"]),
+        largest=largest(data["heads"], "difference", "low", "high", MOST_ROWS),
         labels=_labels(data["metrics"]),
     )
 
@@ -99,14 +99,16 @@ def _labels(rows: list[dict[str, Any]]) -> dict[str, str]:
     return {row["metric"]: METRICS[row["metric"]].label for row in rows}
 
 
-def _largest(heads: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Shares of attention that differ most, beyond their interval where there is one."""
+def largest(
+    heads: Iterable[dict[str, Any]], value: str, low: str, high: str, most: int
+) -> list[dict[str, Any]]:
+    """Shares of attention that differ most, beyond their interval where there is one; those without it last."""
     rows = [
         row
         for row in heads
-        if row["difference"] is not None
+        if row[value] is not None
         and row["metric"] in SHARES
-        and (row["low"] is None or row["low"] > 0 or row["high"] < 0)
+        and (row[low] is None or row[low] > 0 or row[high] < 0)
     ]
-    rows.sort(key=lambda row: (row["low"] is None, -abs(row["difference"])))
-    return rows[:MOST_ROWS]
+    rows.sort(key=lambda row: (row[low] is None, -abs(row[value])))
+    return rows[:most]

@@ -4,21 +4,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
 import lens
 from lens.common.files import write_text
 from lens.common.results import of_kind
 from lens.figures.style import untemplated
 from lens.runs import Run
 from lens.runs.comparison.headlines import of_series
-from lens.runs.comparison.pairing import SHARES
 from lens.runs.comparison.pictures import first_token_curves, series_lines
 from lens.runs.comparison.series import RunSeries, compare_series
 from lens.runs.comparison.words import MATCHED
 from lens.runs.first_screen import Shown
 from lens.traces.metrics import METRICS
-from lens_analyses.comparison.page import choices, rendered
+from lens_analyses.comparison.page import choices, largest, rendered
 from lens_analyses.comparison.written import Written, check_done
 from lens_analyses.console import finite, to_json
 from lens_analyses.report.charts import pictures, slim
@@ -79,7 +76,11 @@ def _page(series: RunSeries, data: dict[str, Any], small: dict[str, Any]) -> str
         drawn | small,
         choices=choices(name for name in drawn if name.startswith("scatter/")),
         first_token="first_token" in drawn,
-        largest=_largest(series.heads),
+        largest=largest(
+            (row for row in data["heads"] if row["variant"] == "raw"),
+            *("since_last", "since_last_low", "since_last_high"),
+            MOST_ROWS,
+        ),
         labels={name: one.label for name, one in METRICS.items()},
     )
 
@@ -100,13 +101,3 @@ def _figures(series: RunSeries) -> dict[str, Any]:
     if len(series.sinks):
         figures["first_token"] = slim(first_token_curves(series, height=380).to_plotly_json())
     return figures
-
-
-def _largest(heads: pd.DataFrame) -> list[dict[Any, Any]]:
-    """Shares of attention that change most from one run to the next, beyond their interval where there is one."""
-    rows = heads[heads["metric"].isin(SHARES) & (heads["variant"] == "raw")]
-    rows = rows.dropna(subset=["since_last"])
-    known = rows["since_last_low"].notna()
-    rows = rows[~known | (rows["since_last_low"] > 0) | (rows["since_last_high"] < 0)]
-    order = rows["since_last"].abs().sort_values(ascending=False, kind="stable").index
-    return finite(plain(rows.loc[order].head(MOST_ROWS).to_dict("records")))

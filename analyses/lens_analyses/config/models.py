@@ -152,6 +152,11 @@ class RunConfig(Section):
             raise ValueError("analysis.length is of texts, and pictures have none; leave it out")
         return self
 
+    @classmethod
+    def has_tasks(cls) -> bool:
+        """Whether the command names a task; `lens sinks` looks at its prompts alone, and a profile has none."""
+        return "task" in getattr(type(cls.model_fields["analysis"].default), "model_fields", {})
+
     @property
     def has_text(self) -> bool:
         """Whether a text is named, rather than copied prompts alone."""
@@ -200,21 +205,16 @@ class _Labelled(RunConfig):
     def _takes_the_task(cls, given: Any) -> Any:
         prompts, analysis = (given.get(name) or {} for name in ("prompts", "analysis"))
         is_mapping = isinstance(prompts, dict) and isinstance(analysis, dict)
-        if cls._has_tasks() and is_mapping and any(prompts.get(name) for name in OF_LABELS):
+        if cls.has_tasks() and is_mapping and any(prompts.get(name) for name in OF_LABELS):
             return {**given, "analysis": {"task": LABELS, **analysis}}
         return given
 
     @model_validator(mode="after")
     def _takes_no_other_task(self) -> Self:
         task = getattr(self.analysis, "task", None)
-        if self._has_tasks() and labelled_by(self.prompts) is not None and task != LABELS:
+        if self.has_tasks() and labelled_by(self.prompts) is not None and task != LABELS:
             raise ValueError(f"labelled prompts are a task of their own, {LABELS!r}; got {task!r}")
         return self
-
-    @classmethod
-    def _has_tasks(cls) -> bool:
-        """Whether the command names a task; `lens sinks` looks at its prompts alone."""
-        return "task" in type(cls.model_fields["analysis"].default).model_fields
 
 
 class HeadsConfig(_Labelled):

@@ -15,7 +15,7 @@ from lens.runs import Run
 from lens.runs.first_screen import Shown
 from lens.runs.schema import PROMPT_KINDS
 from lens.runs.sections import Section
-from lens.stats import over_units
+from lens.stats.intervals import columns
 from lens.traces.findings import Finding, findings
 from lens.traces.metrics import METRICS
 from lens.traces.profiles import SINK_EPSILON
@@ -163,18 +163,8 @@ def _losses(run: Run) -> list[dict[str, Any]]:
     for kind, column in (("text", "loss"), ("copied", "loss"), ("copied", "loss_repeat")):
         values = run.prompts.loc[run.prompts["kind"] == kind, column].dropna().to_numpy()
         if len(values):
-            low, high = _interval(values)
-            rows.append(
-                {
-                    "prompts": kind,
-                    "what": column,
-                    "value": float(values.mean()),
-                    "low": low,
-                    "high": high,
-                    "n": len(values),
-                    "chance": chance,
-                }
-            )
+            row = {"prompts": kind, "what": column, **_mean(values), "n": len(values)}
+            rows.append(row | {"chance": chance})
     return rows
 
 
@@ -194,25 +184,17 @@ def _sinks(run: Run) -> dict[str, Any]:
             continue
         for epsilon in EPSILONS:
             share = (alpha > epsilon).mean(axis=1)
-            low, high = _interval(share)
-            row = {
-                "prompts": kind,
-                "epsilon": epsilon,
-                "value": float(share.mean()),
-                "low": low,
-                "high": high,
-                "n": len(share),
-            }
+            row = {"prompts": kind, "epsilon": epsilon, **_mean(share), "n": len(share)}
             curve.append(row)
             if epsilon == SINK_EPSILON:
                 rates.append(row)
     return {"epsilon": SINK_EPSILON, "rate": rates, "sensitivity": curve}
 
 
-def _interval(values: np.ndarray) -> tuple[float, float]:
-    """95 % interval of the mean over prompts; NaN for fewer than two."""
-    low, high = over_units(values[:, None], np.ones((len(values), 1)), seed=0)
-    return float(low[0]), float(high[0])
+def _mean(values: np.ndarray) -> dict[str, float]:
+    """`value`, the mean over prompts, with `low` and `high`; NaN for fewer than two."""
+    found = columns("value", values[None], 0, plain=True)
+    return {name: float(column[0]) for name, column in found.items()}
 
 
 def plain(data: Any) -> Any:

@@ -18,7 +18,7 @@ from lens.stats.intervals import columns, known_mean
 from lens.stats.verdicts import mean_told
 from lens.traces.trace import AttentionTrace
 from lens_analyses.steps.columns import defined
-from lens_analyses.steps.subject import Subject
+from lens_analyses.steps.subject import Subject, block_of
 
 _MOST_CELLS = 1_000_000  # in the tables of maps and of profiles
 _MEANS = ("mass", "negative_share", "entropy", "distance", "first_share")
@@ -40,7 +40,7 @@ def measured(
     Raises:
         LensError: as `lens.mixers.capture`.
     """
-    size = block or max(8, min(64, 2 ** ((length // 16).bit_length() - 1)))
+    size = block_of(length, block)
     found: list[MixerCapture] = []
     traces: list[AttentionTrace | None] = []
     for ids in windows:

@@ -16,12 +16,12 @@ from lens.runs.headlines import Headline
 from lens.runs.sections import Section
 from lens_analyses.steps.columns import defined
 from lens_analyses.steps.headlines import NATS, beside, change
-from lens_analyses.steps.subject import Subject, published_heads
+from lens_analyses.steps.subject import Subject, block_of, published_heads
 
 
 def policies(subject: Subject) -> Section:
     """What every policy keeps in every head, and the loss when all heads follow it."""
-    length, size = subject.length, _block(subject)
+    length, size = subject.length, block_of(subject.length, subject.settings.block)
     found = lens.policies.evaluate(
         subject.model,
         subject.text_windows,
@@ -59,7 +59,7 @@ def policies(subject: Subject) -> Section:
 
 def stability(subject: Subject) -> Section:
     """Whether a pattern of one prompt, layer or decoding step serves another, and what published claims come to."""
-    size, length = _block(subject), subject.length
+    size, length = block_of(subject.length, subject.settings.block), subject.length
     found = lens.policies.stability(
         subject.model,
         subject.text_windows[:_PAIRED],
@@ -91,7 +91,7 @@ _PAIRED = 6  # windows that are compared pair by pair
 
 def search(subject: Subject) -> Section:
     """The cheapest policy of each head within the loss that is allowed, and what that promises."""
-    size, allowed = _block(subject), float(subject.settings.loss)
+    size, allowed = block_of(subject.length, subject.settings.block), float(subject.settings.loss)
     found = lens.policies.search(
         subject.model,
         subject.text_windows,
@@ -132,7 +132,11 @@ def search(subject: Subject) -> Section:
 
 def running(subject: Subject) -> Section:
     """The text, and needles, under every policy and dense: all rows sparse, and from the question on."""
-    length, size, model = subject.length, _block(subject), subject.model
+    length, size, model = (
+        subject.length,
+        block_of(subject.length, subject.settings.block),
+        subject.model,
+    )
     tail = max(1, length // 4)
     needle = max(1, min(8, length // 8))
     trials = lens.tasks.needles.copied(
@@ -260,7 +264,7 @@ def _offered(subject: Subject) -> list[Policy]:
         kinds.VerticalSlash(few, near, first=few, last=few),
         kinds.BlockSparse(share=0.25),
         kinds.FlexPrefill(least=near),
-        kinds.XAttention(stride=math.gcd(8, _block(subject))),
+        kinds.XAttention(stride=math.gcd(8, block_of(subject.length, subject.settings.block))),
         kinds.Sparge(),
         kinds.Oracle(share=0.25),
         kinds.RandomBlocks(share=0.25, ends=True, seed=subject.seed),
@@ -279,11 +283,6 @@ def _disagreement(table: pd.DataFrame) -> Sentence:
             f"its attention and is off by {first['layer_error']:.2%} of what its layer writes"
         )
     return Sentence(f"{said}.", kind="published")
-
-
-def _block(subject: Subject) -> int:
-    """The block size that is asked for, or one of which a window has sixteen."""
-    return subject.settings.block or max(8, min(64, 2 ** ((subject.length // 16).bit_length() - 1)))
 
 
 _COLUMNS = {name: f"{text[0].upper()}{text[1:]}." for name, text in COLUMNS.items()} | {

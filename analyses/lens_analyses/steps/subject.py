@@ -332,6 +332,16 @@ def window_length(texts: list[list[int]], pair: Around, settings: AnalysisSettin
     return min(WINDOW, max(map(len, texts)))
 
 
+def block_of(length: int, asked: int = 0) -> int:
+    """Tokens of a block: so many as are asked for, or a power of two of which a window has about sixteen, 8 to 64.
+
+    Example:
+        >>> [block_of(length) for length in (32, 512, 9000)], block_of(512, 16)
+        ([8, 32, 64], 16)
+    """
+    return asked or max(8, min(64, 2 ** ((length // 16).bit_length() - 1)))
+
+
 def _cut(texts: list[list[int]], pair: Around, length: int) -> list[list[int]]:
     """Consecutive windows of each text, each between the text's own special tokens."""
     return [window for ids in texts for window in windows(ids, length, pair)]

@@ -6,7 +6,7 @@ import pandas as pd
 from lens.common.errors import LensError
 from lens.figures.generation import written_targets
 from lens.runs.sections import Section
-from lens.stats.intervals import over_units
+from lens.stats.verdicts import mean_told
 from lens.traces.trace import AttentionTrace
 from lens_analyses.steps.columns import defined
 from lens_analyses.steps.subject import Subject
@@ -53,10 +53,7 @@ def generation(subject: Subject) -> Section:
         for name, trace in traces.items()
     )
     means = steps.groupby("prompt_id")[[column, f"{column}_uniform"]].mean().to_numpy()
-    said = f"{means[:, 0].mean():.2f}"
-    if len(means) > 1:
-        low, high = over_units(means[:, :1], np.ones((len(means), 1)), seed=subject.seed)
-        said += f" [{low[0]:.2f}, {high[0]:.2f}]"
+    said = mean_told(means[:, 0], subject.seed, ".2f")
     asked = subject.settings
     return Section(
         name="generation",

@@ -20,7 +20,7 @@ from lens_analyses.config.reading import read_toml
 from lens_analyses.console import UsageError
 
 _KEYS = ("title", "models", "analyses", "settings")
-_WITH_TASK = ("heads", "redistribute", "explain", "patch", "circuit")
+_WITH_TASK = [what for what, config in CONFIGS.items() if config.has_tasks()]
 _EXAMPLE = 'e.g. models = ["text-lm-3l"] and analyses = ["profile", "heads"]'
 
 
