@@ -10,6 +10,7 @@ from lens.common.colors import BASELINE, DIVERGING, LINE, scale
 from lens.common.plots import draws
 from lens.figures.rows import bars
 from lens.figures.style import Look, escaped, style
+from lens.stats.intervals import known_mean
 
 if TYPE_CHECKING:
     from lens.circuits.reuse._overlap import Overlap
@@ -107,9 +108,12 @@ def redirection_plot(found: Redirection, **look: Unpack[Look]) -> go.Figure:
 @draws("Transfer")
 def transfer_map(found: Transfer, **look: Unpack[Look]) -> go.Figure:
     """Faithfulness of each circuit (down) on each task (across), and with its heads renamed."""
-    drawn = found.renamed.mean(-1)
+    drawn = known_mean(found.renamed)
     text = [
-        [f"{value:.2f}<br>renamed {other:.2f}" for value, other in zip(*both, strict=True)]
+        [
+            f"{value:.2f}" + f"<br>renamed {other:.2f}" * bool(other == other)
+            for value, other in zip(*both, strict=True)
+        ]
         for both in zip(found.faithfulness, drawn, strict=True)
     ]
     numbers = range(len(found.tasks)), range(len(found.circuits))

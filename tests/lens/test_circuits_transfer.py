@@ -96,6 +96,11 @@ def test_findings_are_of_each_circuit_on_every_task():
         "The circuit of a has a faithfulness on a -0.10 [-0.20, 1.00] (no heads that could be renamed within their layers); "
         "on b 1.00 (no heads that could be renamed within their layers).",
     )
+    shown: Any = replace(
+        found, renamed=np.array([[[0.1, np.nan], [0.4, 0.2]], [[np.nan] * 2] * 2])
+    ).plot()
+    assert shown.data[0].text[0] == ["0.90<br>renamed 0.10", "0.20<br>renamed 0.30"]
+    assert shown.data[0].text[1] == ["-0.10", "1.00"]
 
 
 def test_a_circuit_is_not_compared_with_itself():
