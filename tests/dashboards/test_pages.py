@@ -13,6 +13,7 @@ import pytest
 from lens_dashboards.circuit_edges import circuit_edges
 from lens_dashboards.head_columns import head_columns
 from lens_dashboards.library import Library
+from lens_dashboards.pages.circuits import _worth
 from lens_dashboards.pages.compare import _heads
 from lens_dashboards.selection import Selection
 from lens_dashboards.server import create_app
@@ -116,12 +117,22 @@ def test_the_page_of_circuits_quotes_the_circuit_and_no_neighbour_of_its_size(
     assert f"faithfulness of {own['faithfulness']:.2f} " in usual
 
 
+def test_a_circuit_without_others_of_its_size_is_quoted_alone():
+    """All edges, or a single prompt: no interval, and no random circuit that would be another."""
+    own = pd.DataFrame(
+        {"faithfulness": [1.0, np.nan], "low": np.nan, "high": np.nan}, index=["circuit", "uniform"]
+    )
+    said = _worth(pd.DataFrame(), own, "signed", 81)
+    assert said == "81 edges, the circuit of this run: faithfulness 1.00 on held-out prompts."
+
+
 @pytest.mark.browser
 def test_the_number_of_edges_moves_graph_and_curve_together(page, site, circuit_run):
     page.goto(f"{site}/run/{circuit_run.id}/circuits")
     page.wait_for_selector(f"{CIRCUIT} .point")
     curve = circuit_run.section("circuit").tables["faithfulness"]
-    row = curve[(curve["ranking"] == "absolute") & (curve["share"] == 0.2)].iloc[0]
+    absolute = curve[curve["ranking"] == "absolute"]
+    row = absolute.loc[(absolute["share"] - 0.2).abs().idxmin()]
     page.goto(f"{site}/run/{circuit_run.id}/circuits?ranking=absolute&edges={row['edges']:.0f}")
     page.wait_for_selector(f"{CIRCUIT} .point")
     count, value = WORTH.search(page.locator("#worth").inner_text()).groups()

@@ -9,6 +9,7 @@ import pandas as pd
 from dash import dcc, html
 
 from lens.common.errors import LensError
+from lens.common.results import with_ends
 from lens.figures.circuits import edge_graph
 from lens.runs import Run
 from lens.runs.folders import CIRCUITS, IMPORTANCES
@@ -304,18 +305,18 @@ def _worth(curve: pd.DataFrame | None, own: pd.DataFrame | None, ranking: str, c
     if curve is None:
         return "How faithful circuits are was not measured in this run."
     if own is not None:
-        row, drawn = own.loc["circuit"], own.loc["uniform"]
-        return (
-            f"{count:,} edges, the circuit of this run: faithfulness {row['faithfulness']:.2f} "
-            f"[{row['low']:.2f}, {row['high']:.2f}] on held-out prompts; random circuits of that size "
-            f"{drawn['faithfulness']:.2f} [{drawn['low']:.2f}, {drawn['high']:.2f}]."
+        row, drawn = (
+            with_ends(own.loc[name], "faithfulness", ".2f", plain=True)
+            for name in ("circuit", "uniform")
         )
+        others = "" if drawn == "nan" else f"; random circuits of that size {drawn}"
+        return f"{count:,} edges, the circuit of this run: faithfulness {row} on held-out prompts{others}."
     rows = curve[(curve["ranking"] == ranking).to_numpy()]
     row = rows.loc[(rows["edges"] - count).abs().idxmin()]
     exact = "" if int(row["edges"]) == count else f", the nearest size that was run to {count:,}"
     return (
-        f"{int(row['edges']):,} edges{exact}: faithfulness {row['faithfulness']:.2f} "
-        f"[{row['low']:.2f}, {row['high']:.2f}] on held-out prompts; random circuits of that size "
+        f"{int(row['edges']):,} edges{exact}: faithfulness {with_ends(row, 'faithfulness', '.2f', plain=True)} "
+        "on held-out prompts; random circuits of that size "
         f"{row['random']:.2f} [{row['random_low']:.2f}, {row['random_high']:.2f}]; KL divergence from "
         f"the model {row['kl']:.2g} nats."
     )
