@@ -92,8 +92,13 @@ def test_findings_have_kinds():
     assert [(one.kind, one.text) for one in found.findings()] == [
         (
             "kept",
-            "With the first 1 and the last 11 keys rows keep 42.5% of their attention (the poorest head, "
-            "L0H1, 25.0%), and head outputs are off by 10.6%.",
+            "With the first 1 and the last 11 keys rows keep 42.5% [37.5%, 47.5%] of their attention (the poorest head, "
+            "L0H1, 25.0% [25.0%, 25.0%]), and head outputs are off by 10.6% [9.4%, 11.9%].",
+        ),
+        (
+            "error",
+            "The outputs of L0H0 change most: by 0.30 [0.25, 0.35] of their size, mean over rows, those of the median head by "
+            "0.21.",
         ),
         (
             "loss",
@@ -107,7 +112,7 @@ def test_findings_have_kinds():
         ),
     ]
     silent = replace(found, delta_loss=np.array([np.nan, np.nan]))
-    assert [one.kind for one in silent.findings()] == ["kept", "limit"]
+    assert [one.kind for one in silent.findings()] == ["kept", "error", "limit"]
 
 
 def test_the_loss_is_not_measured_unless_asked(network):
