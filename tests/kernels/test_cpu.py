@@ -176,6 +176,23 @@ CASES: dict[str, Callable[[], Problem]] = {
         dtype=torch.bfloat16,
         groups=(torch.arange(134) % 7 % 4).view(2, 67),
     ),
+    "bfloat16, whole tiles and more": lambda: make(  # of 16 keys and 32 dimensions (AMX)
+        AttentionMask(causal=True), sizes=(1, 4, 2, 203, 331, 64, 96), dtype=torch.bfloat16
+    ),
+    "bfloat16, whole tiles, groups and slopes": lambda: make(
+        AttentionMask(alibi_slopes=torch.tensor([0.1, 0.2, 0.3, 0.4])),
+        sizes=(2, 4, 1, 70, 131, 96, 40),
+        dtype=torch.bfloat16,
+        groups=(torch.arange(262) % 7 % 4).view(2, 131),
+        softcap=5.0,
+        scale=-0.3,
+    ),
+    "bfloat16, wide whole tiles": lambda: make(
+        AttentionMask(causal=True, window=100),
+        sizes=(1, 2, 2, 300, 300, 256, 256),
+        dtype=torch.bfloat16,
+        scale=0.1,
+    ),
     "scale": lambda: make(scale=-0.3),
 }
 for _size in (16, 48, 64, 128, 256, (96, 16), (16, 160), (160, 32), (176, 144)):
@@ -236,6 +253,7 @@ for _name, _options in {
 FEW = (
     "few on many, ragged",
     "few on many, bfloat16",
+    "bfloat16, whole tiles and more",
     "few on many, blocks of 7",
     "causal window",
     "one query",
@@ -266,7 +284,7 @@ def _value_limit(problem: Problem) -> float:
 def _instruction_sets() -> list[str]:
     if platform.machine() not in ("x86_64", "AMD64"):
         return [""]
-    return ["-march=x86-64", "-march=x86-64-v3"]
+    return ["-march=x86-64", "-march=x86-64-v3", "-march=cooperlake"]
 
 
 @needs_library
@@ -283,6 +301,10 @@ def test_every_instruction_set_gives_the_same(
     flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     if "v3" in target and not re.search(r"\bavx2\b.*\bfma\b|\bfma\b.*\bavx2\b", flags):
         pytest.skip("this processor has no AVX2")
+    if "cooperlake" in target and "avx512_bf16" not in flags:
+        pytest.skip(
+            "this processor has no AVX512_BF16"
+        )  # and where it has AMX too, that is left out
     monkeypatch.setenv("LENS_KERNELS_CACHE", str(tmp_path))
     made = library.open_library(str(build.library_path(target)))
     monkeypatch.setattr(calls, "load", lambda: made)

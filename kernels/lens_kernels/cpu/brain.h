@@ -61,22 +61,31 @@ static inline void product_brain(const int fresh, int64_t columns, int64_t rows,
 }
 
 /* Two rows of floats as pairs, rounded to the nearest. */
-INLINE void pair_floats(uint32_t *to, const float *even, const float *odd) {
-  __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)load(even)));
-  __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)load(odd)));
-  _mm512_storeu_si512(to, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+INLINE __m512i pair_floats(const float *even, const float *odd) {
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4,
+                                         19, 3, 18, 2, 17, 1, 16, 0);
+  return _mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh((__m512)load(odd), (__m512)load(even)));
 }
 
 /* Rows of bfloat16 as pairs of rows [(rows + 1) / 2][width], zero beyond dim and beyond the last row. */
 static inline void pair_rows(uint32_t *to, const uint16_t *from, int64_t stride, int64_t rows, int64_t dim, int64_t width) {
-  for (int64_t k = 0; k < rows; k += 2)
-    for (int64_t d = 0; d < width; d += LANES) {
+  const __m512i order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7); /* so that what is interleaved by 128 bits is in order */
+  for (int64_t k = 0; k < rows; k += 2) {
+    int64_t d = 0;
+    for (; k + 1 < rows && d + 2 * LANES <= least(dim, width); d += 2 * LANES) {
+      const __m512i low = _mm512_permutexvar_epi64(order, _mm512_loadu_si512(from + k * stride + d));
+      const __m512i high = _mm512_permutexvar_epi64(order, _mm512_loadu_si512(from + (k + 1) * stride + d));
+      _mm512_storeu_si512(to + k / 2 * width + d, _mm512_unpacklo_epi16(low, high));
+      _mm512_storeu_si512(to + k / 2 * width + d + LANES, _mm512_unpackhi_epi16(low, high));
+    }
+    for (; d < width; d += LANES) {
       __mmask16 inside = d + LANES <= dim ? 0xffff : (__mmask16)((1u << most(0, dim - d)) - 1);
       __mmask16 second = k + 1 < rows ? inside : 0;
       __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(inside, from + k * stride + d));
       __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(second, from + (k + 1) * stride + d));
       _mm512_storeu_si512(to + k / 2 * width + d, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
     }
+  }
 }
 
 #endif

@@ -22,7 +22,7 @@ static void query_tile(const Plan *plan, Scratch *w, int64_t head, int64_t tile,
   const Forward *a = plan->args;
   const Inputs *in = &a->in;
   State t = {.plan = plan, .a = a, .w = w};
-  t.q = (Rows){.in = in, .query = w->query, .query_rows = w->query_rows, .key = w->key, .brain = plan->brain};
+  t.q = (Rows){.in = in, .query = w->query, .query_rows = w->query_rows, .key = w->key, .brain = plan->brain, .amx = plan->amx};
   load_rows(&t.q, head, plan->cut.tiles[tile]);
   for (int64_t g = 0; g < plan->groups; g++) {
     Sums *sums = w->sums + g;
@@ -63,8 +63,8 @@ static Scratch lay_out(const Plan *plan, Layout *layout) {
   w.p = take(layout, 4 * ROWS * (plan->columns ? in->keys * plan->groups : plan->key_tile));
   w.s = take(layout, a->groups ? 4 * ROWS * plan->key_tile : 0);
   w.key = take(layout, 4 * plan->key_tile * in->head_dim);
-  w.value = take(layout, 4 * (plan->key_tile + 1) * plan->value_width);
-  w.pairs = take(layout, plan->brain ? 2 * ROWS * (plan->key_tile + 1) : 0);
+  w.value = take(layout, 4 * (round_up(plan->key_tile, 2 * SIDE) + 1) * plan->value_width);
+  w.pairs = take(layout, plan->brain ? 2 * ROWS * (round_up(plan->key_tile, 2 * SIDE) + 1) : 0);
   w.marks = take(layout, a->pairs * (int64_t)sizeof(Marks));
   w.part_sum = take(layout, 4 * ROWS * parts);
   w.part_max = take(layout, 4 * ROWS * parts);
@@ -99,10 +99,17 @@ static void run_unit(void *argument, char *scratch, int64_t unit) {
   float *diagonal = plan->diagonal ? plan->diagonal + unit * plan->diagonal_width + SLACK : NULL;
   int64_t seen_rows = 0;
   if (!is_finite_share(plan, head, chunk)) __atomic_store_n(plan->args->infinite, 1, __ATOMIC_RELAXED);
+#if defined(__AMX_BF16__)
+  Tiles before;
+  if (plan->amx) begin_tiles(&before);
+#endif
   for (int64_t tile = plan->cut.chunk_start[chunk]; tile < plan->cut.chunk_start[chunk + 1]; tile++) {
     if (in->poison) memset(w.query, 0xff, (size_t)(scratch + layout.size - (char *)w.query));
     query_tile(plan, &w, head, tile, received, diagonal, &seen_rows);
   }
+#if defined(__AMX_BF16__)
+  if (plan->amx) end_tiles(&before);
+#endif
 }
 
 /* Fills every output that is wanted; OK, or NO_MEMORY. */
@@ -118,6 +125,9 @@ int lens_forward(const Forward *a) {
   plan.columns = a->received || a->diagonal;
   plan.blocks = a->block_mass || a->block_max || a->block_max_logit || a->block_weighted || a->top_k;
   plan.brain = HAS_BRAIN && in->query.type == BF16 && in->head_dim % 2 == 0;
+#if defined(__AMX_BF16__)
+  plan.amx = plan.brain && in->head_dim % (2 * SIDE) == 0 && may_use_amx();
+#endif
   plan.rows = a->entropy || a->concentration || a->distance;
   plan.split = in->blocks.data || (plan.blocks && in->key_block > widest);
   plan.key_tile = widest;

@@ -1,7 +1,7 @@
 /* What both passes share: the caller's inputs, a tile of query rows, and its logits with every mask. */
 #pragma once
 
-#include "brain.h"
+#include "amx.h"
 #if defined(__F16C__)
 #include <immintrin.h>
 #endif
@@ -137,6 +137,8 @@ typedef struct {
   int32_t any_low, any_high, all_low, all_high; /* some row sees from .. to; all rows see from .. to */
   float *query;      /* Q' scaled: panels of [head_dim][width] */
   float *query_rows; /* the first FEW rows of Q scaled */
+  int amx;           /* products by the tiles of AMX */
+  float left;        /* the scale where logits do not have it yet, else 1 */
   int brain;         /* query holds pairs of bfloat16, not scaled: panels of [head_dim / 2][width] */
   float *key;        /* a copy of a key tile, where it cannot be read in place */
 } Rows;
@@ -329,18 +331,30 @@ static inline void multiply_panel(Rows *t, float *p, int64_t lane, int64_t start
   }
 }
 
-/* scale * Q K' of the keys from `start` on; what a row does not reach may be left as it was, if nothing asks for it. */
+/* scale * Q K' of the keys from `start` on, but for t->left; what a row does not reach may be left as it was, if nothing asks for it. */
 static inline void multiply_keys(Rows *t, float *p, int64_t start, int64_t keys) {
   const Inputs *in = t->in;
   int64_t at = t->batch * in->key.batch + t->kv_head * in->key.head + start * in->key.row;
+  t->left = 1.0f;
 #if defined(__AVX512BF16__)
   if (t->brain) {
-    const float scale = (float)in->scale;
+    if (t->amx && in->scale > 0 && in->softcap == 0 && !in->bias.data && !in->slopes) t->left = (float)in->scale;
+    const float scale = (float)in->scale / t->left;
     const int64_t pairs = in->head_dim / 2;
     for (int64_t lane = 0; lane < t->lanes; lane += PANEL) {
-      int64_t width = least(PANEL, t->lanes - lane);
-      product_brain(1, width, keys, pairs, (const char *)((const uint16_t *)in->key.data + at), 2 * in->key.row, 4,
-                    (const uint32_t *)t->query + lane * pairs, width, p + lane * keys, width, &scale);
+      int64_t width = least(PANEL, t->lanes - lane), done = 0;
+      const char *key = (const char *)((const uint16_t *)in->key.data + at);
+      const uint32_t *query = (const uint32_t *)t->query + lane * pairs;
+      float *to = p + lane * keys;
+#if defined(__AMX_BF16__)
+      if (t->amx) {
+        done = keys / SIDE * SIDE; /* a tile of fewer rows would read behind the last key */
+        product_amx(1, width, done, pairs, key, 2 * in->key.row, query, width, to, width);
+        for (int64_t i = 0; scale != 1.0f && i < done * width; i += LANES) store(to + i, load(to + i) * splat(scale));
+      }
+#endif
+      product_brain(1, width, keys - done, pairs, key + done * 2 * in->key.row, 2 * in->key.row, 4, query, width,
+                    to + done * width, width, &scale);
     }
     return;
   }
@@ -355,7 +369,7 @@ static inline void multiply_keys(Rows *t, float *p, int64_t start, int64_t keys)
     }
 }
 
-/* The logits of keys [start, start + keys), -inf where hidden; slope as in `cap`. */
+/* The logits of keys [start, start + keys) but for t->left, -inf where hidden; slope as in `cap`. */
 static inline void logits(Rows *t, float *p, int64_t start, int64_t keys, float *slope) {
   const Inputs *in = t->in;
   multiply_keys(t, p, start, keys);

@@ -53,6 +53,14 @@ INLINE vec greater(vec a, vec b) {
   return choose(a > b, a, b);
 #endif
 }
+/* x, but not below `low`; NaN stays NaN. */
+INLINE vec at_least(vec low, vec x) {
+#if defined(__AVX512F__)
+  return (vec)_mm512_max_ps((__m512)low, (__m512)x);
+#else
+  return choose(x < low, low, x);
+#endif
+}
 INLINE int any_set(ivec mask) {
 #if defined(__AVX512F__)
   return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
@@ -110,11 +118,16 @@ INLINE vec totals(vec *x) {
 }
 
 /* exp(x) for x <= 0 to 1 ulp; 0 below the smallest normal number; NaN stays NaN. The polynomial is the best of its
- * degree in relative error, 3e-9, with both first coefficients 1. */
-INLINE vec exponential(vec x) {
+ * degree in relative error, 3e-9, with both first coefficients 1. x becomes finite: what exp(x) may be multiplied with. */
+INLINE vec exponential_of(vec *given) {
+  vec x = *given;
   const vec low = splat(-87.33f), magic = splat(12582912.0f); /* 1.5 * 2^23: rounds, leaves n in the low bits */
-  ivec vanishes = x < low;
-  x = choose(vanishes, low, x);
+#if defined(__AVX512F__)
+  const __mmask16 stays = _mm512_cmp_ps_mask((__m512)x, (__m512)low, _CMP_NLT_UQ);
+#else
+  const ivec vanishes = x < low;
+#endif
+  *given = x = at_least(low, x);
   vec shifted = x * splat(1.44269504f) + magic;
   vec n = shifted - magic;
   vec r = x - n * splat(0.693359375f);
@@ -126,9 +139,15 @@ INLINE vec exponential(vec x) {
   p = p * r + splat(4.9999993e-1f);
   p = p * r + splat(1.0f);
   p = p * r + splat(1.0f);
+#if defined(__AVX512F__)
+  return (vec)_mm512_maskz_scalef_ps(stays, (__m512)p, (__m512)n);
+#else
   ivec power = ((ivec)shifted << 23) + splat_int(0x3f800000);
   return (vec)(~vanishes & (ivec)(p * (vec)power));
+#endif
 }
+
+INLINE vec exponential(vec x) { return exponential_of(&x); }
 
 /* tanh(y): the odd series near 0, 1 - 2 / (exp(2y) + 1) elsewhere. */
 INLINE vec hyperbolic_tangent(vec y) {

@@ -50,7 +50,7 @@ typedef struct {
   const Forward *args;
   Cut cut;
   int64_t key_tile, value_width, query_blocks, key_blocks, groups;
-  int brain;                    /* bfloat16 by the machine's own instruction */
+  int brain, amx;               /* bfloat16 by the machine's own instruction, and by its tiles */
   int columns, blocks, rows;    /* which kinds of statistics are wanted */
   int split;                    /* a key tile lies in one key block */
   float *received, *diagonal;   /* partial sums [batch * heads, chunks, ...] */
@@ -80,24 +80,23 @@ static void largest(State *t, float *p, int64_t keys, int64_t from, int64_t to, 
     for (; k + 4 <= to; k += 4)
       UNROLL for (int i = 0; i < 4; i++) best[i] = greater(load(c.first + (k + i) * c.step), best[i]);
     for (; k < to; k++) best[0] = greater(load(c.first + k * c.step), best[0]);
-    store(out + r, greater(greater(best[0], best[1]), greater(best[2], best[3])));
+    store(out + r, greater(greater(best[0], best[1]), greater(best[2], best[3])) * splat(t->q.left));
   }
 }
 
 /* p = exp(s - pivot) over keys [from, to), with the row sums of p, p * (s - pivot), p^2 and p * distance. */
 INLINE void exponentials(State *t, Sums *sums, const int rows_wanted, float *p, int64_t start, int64_t keys,
                          int64_t from, int64_t to, const float *pivot, float *part_sum) {
-  const vec low = splat(-87.33f);
   for (int64_t r = 0; r < t->q.lanes; r += LANES) {
     Column c = column(p, keys, r, t->q.lanes);
     vec at = load(pivot + r), sum = splat(0.0f), log_part = sum, squares = sum, moment = sum, place = splat((float)from);
     for (int64_t k = from; k < to; k++) {
-      vec x = load(c.first + k * c.step) - at;
-      vec e = exponential(x);
+      vec x = load(c.first + k * c.step) * splat(t->q.left) - at;
+      vec e = exponential_of(&x);
       store(c.first + k * c.step, e);
       sum += e;
       if (rows_wanted) {
-        log_part += e * choose(x < low, low, x); /* -inf is where e is 0: keep 0 * -inf away */
+        log_part += e * x;
         squares += e * e;
         moment += e * place;
         place += splat(1.0f);
@@ -223,6 +222,12 @@ static void accumulate_matches(State *t, Sums *sums, float *p, int64_t start, in
   }
 }
 
+/* Each row by its factor, where one is not 1: most tiles move no maximum. */
+INLINE void scale_rows(float *rows, int64_t count, int64_t width, const float *factor) {
+  for (int64_t r = 0; r < count; r++)
+    for (int64_t i = 0; factor[r] != 1.0f && i < width; i += LANES) store(rows + r * width + i, load(rows + r * width + i) * splat(factor[r]));
+}
+
 static void accumulate_output(State *t, Sums *sums, float *p, int64_t start, int64_t keys) {
   const Inputs *in = &t->a->in;
   const int64_t width = t->plan->value_width;
@@ -232,12 +237,26 @@ static void accumulate_output(State *t, Sums *sums, float *p, int64_t start, int
     uint32_t *values = (uint32_t *)t->w->value;
     const float zero[LANES] = {0};
     pair_rows(values, (const uint16_t *)in->value.data + at, in->value.row, keys, in->value_dim, width);
+#if defined(__AMX_BF16__)
+    if (t->plan->amx) {
+      const int64_t pairs = round_up((keys + 1) / 2, SIDE), from = (keys + 1) / 2;
+      memset(values + from * width, 0, (size_t)(4 * (pairs - from) * width));
+      scale_rows(sums->output, t->q.lanes, width, t->alpha);
+      for (int64_t lane = 0; lane < t->q.lanes; lane += PANEL) {
+        int64_t panel = least(PANEL, t->q.lanes - lane);
+        pair_keys(t->w->pairs, pairs, p + lane * keys, keys, panel);
+        product_amx(0, width, panel, pairs, (const char *)t->w->pairs, 4 * pairs, values, width, sums->output + lane * width, width);
+      }
+      return;
+    }
+#endif
     for (int64_t lane = 0; lane < t->q.lanes; lane += PANEL) {
       int64_t panel = least(PANEL, t->q.lanes - lane), rows = least(panel, round_up(t->q.rows - lane, 2));
       const float *from = p + lane * keys;
       for (int64_t k = 0; k < keys; k += 2)
         for (int64_t r = 0; r < panel; r += LANES)
-          pair_floats(t->w->pairs + k / 2 * panel + r, from + k * panel + r, k + 1 < keys ? from + (k + 1) * panel + r : zero);
+          _mm512_storeu_si512(t->w->pairs + k / 2 * panel + r,
+                              pair_floats(from + k * panel + r, k + 1 < keys ? from + (k + 1) * panel + r : zero));
       product_brain(0, width, rows, (keys + 1) / 2, (const char *)t->w->pairs, 4, 4 * panel, values, width,
                     sums->output + lane * width, width, t->alpha + lane);
     }

@@ -1,0 +1,142 @@
+/* Matrix products of bfloat16 numbers by the tiles of AMX: 16 rows of 16 pairs at once, summed in float32.
+ *
+ * Where the compiler knows it for this machine, HAS_AMX is 1; whether the kernel of the system lets a process use the
+ * tiles is asked once. Pairs are those of brain.h. A thread sets its tiles up with `begin_tiles` and gives them back as
+ * it found them with `end_tiles`: torch's own products use them too.
+ */
+#pragma once
+
+#include "brain.h"
+#if defined(__AVX512BF16__) && defined(__AMX_BF16__) && defined(__AMX_TILE__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+enum { HAS_AMX = 1 };
+#else
+enum { HAS_AMX = 0 };
+#endif
+
+enum { SIDE = 16 }; /* rows of a tile, and pairs in each */
+
+#if defined(__AVX512BF16__) && defined(__AMX_BF16__) && defined(__AMX_TILE__) && defined(__linux__)
+
+typedef struct {
+  uint8_t palette, start_row, unused[14];
+  uint16_t row_bytes[16];
+  uint8_t rows[16];
+} __attribute__((aligned(64))) Tiles;
+
+static inline int may_use_amx(void) {
+  enum { REQUEST_PERMISSION = 0x1023, TILE_DATA = 18 };
+  static int answer; /* 0: not asked, 1: yes, 2: no */
+  int known = __atomic_load_n(&answer, __ATOMIC_RELAXED);
+  if (!known) {
+    known = syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) ? 2 : 1;
+    __atomic_store_n(&answer, known, __ATOMIC_RELAXED);
+  }
+  return known == 1;
+}
+
+/* Eight whole tiles; what was set up before is kept in `before`. */
+static inline void begin_tiles(Tiles *before) {
+  Tiles whole = {.palette = 1};
+  for (int i = 0; i < 8; i++) whole.rows[i] = SIDE, whole.row_bytes[i] = 4 * SIDE;
+  _tile_storeconfig(before);
+  _tile_loadconfig(&whole);
+}
+
+static inline void end_tiles(const Tiles *before) {
+  if (before->palette) _tile_loadconfig(before);
+  else _tile_release();
+}
+
+/* c[m][n] = (fresh ? 0 : c[m][n]) + sum over pairs of one block of 16 or 32 rows (tall) and columns (wide). */
+INLINE void multiply_tiles(const int tall, const int wide, const int fresh, int64_t pairs, const char *a, int64_t a_row,
+                           const uint32_t *b, int64_t b_row, float *c, int64_t c_row) {
+  float *below = c + SIDE * c_row;
+  if (fresh) {
+    _tile_zero(0);
+    if (wide) _tile_zero(1);
+    if (tall) _tile_zero(2);
+    if (tall && wide) _tile_zero(3);
+  } else {
+    _tile_loadd(0, c, 4 * c_row);
+    if (wide) _tile_loadd(1, c + SIDE, 4 * c_row);
+    if (tall) _tile_loadd(2, below, 4 * c_row);
+    if (tall && wide) _tile_loadd(3, below + SIDE, 4 * c_row);
+  }
+  for (int64_t k = 0; k < pairs; k += SIDE) {
+    _tile_loadd(4, a + 4 * k, a_row);
+    _tile_loadd(6, b + k * b_row, 4 * b_row);
+    _tile_dpbf16ps(0, 4, 6);
+    if (wide) {
+      _tile_loadd(7, b + k * b_row + SIDE, 4 * b_row);
+      _tile_dpbf16ps(1, 4, 7);
+    }
+    if (tall) {
+      _tile_loadd(5, a + SIDE * a_row + 4 * k, a_row);
+      _tile_dpbf16ps(2, 5, 6);
+    }
+    if (tall && wide) _tile_dpbf16ps(3, 5, 7);
+  }
+  _tile_stored(0, c, 4 * c_row);
+  if (wide) _tile_stored(1, c + SIDE, 4 * c_row);
+  if (tall) _tile_stored(2, below, 4 * c_row);
+  if (tall && wide) _tile_stored(3, below + SIDE, 4 * c_row);
+}
+
+/* The same of any rows, columns and pairs that are multiples of SIDE; strides of a in bytes. */
+static inline void product_amx(const int fresh, int64_t columns, int64_t rows, int64_t pairs, const char *a, int64_t a_row,
+                               const uint32_t *b, int64_t b_row, float *c, int64_t c_row) {
+  __asm__ volatile("" ::: "memory"); /* tiles are read behind the compiler's back: what they read is in memory now */
+  for (int64_t n = 0; n < columns; n += 2 * SIDE)
+    for (int64_t m = 0; m < rows; m += 2 * SIDE) {
+      const char *left = a + m * a_row;
+      float *to = c + m * c_row + n;
+      const int tall = m + SIDE < rows, wide = n + SIDE < columns;
+      if (tall && wide) multiply_tiles(1, 1, fresh, pairs, left, a_row, b + n, b_row, to, c_row);
+      else if (tall) multiply_tiles(1, 0, fresh, pairs, left, a_row, b + n, b_row, to, c_row);
+      else if (wide) multiply_tiles(0, 1, fresh, pairs, left, a_row, b + n, b_row, to, c_row);
+      else multiply_tiles(0, 0, fresh, pairs, left, a_row, b + n, b_row, to, c_row);
+    }
+}
+
+/* Lane i of x[k] becomes lane k of x[i]. */
+INLINE void transpose_words(__m512i *x) {
+  __m512i y[SIDE];
+  UNROLL for (int i = 0; i < SIDE; i += 2) {
+    y[i] = _mm512_unpacklo_epi32(x[i], x[i + 1]);
+    y[i + 1] = _mm512_unpackhi_epi32(x[i], x[i + 1]);
+  }
+  UNROLL for (int i = 0; i < SIDE; i += 4)
+    UNROLL for (int j = 0; j < 2; j++) {
+      x[i + 2 * j] = _mm512_unpacklo_epi64(y[i + j], y[i + j + 2]);
+      x[i + 2 * j + 1] = _mm512_unpackhi_epi64(y[i + j], y[i + j + 2]);
+    }
+  UNROLL for (int half = 0; half < SIDE; half += 8)
+    UNROLL for (int j = 0; j < 4; j++) {
+      y[half + j] = _mm512_shuffle_i32x4(x[half + j], x[half + j + 4], 0x88);
+      y[half + j + 4] = _mm512_shuffle_i32x4(x[half + j], x[half + j + 4], 0xdd);
+    }
+  UNROLL for (int j = 0; j < 8; j++) {
+    x[j] = _mm512_shuffle_i32x4(y[j], y[j + 8], 0x88);
+    x[j + 8] = _mm512_shuffle_i32x4(y[j], y[j + 8], 0xdd);
+  }
+}
+
+/* P' [keys][lanes] as pairs [lanes][to_row] of keys, 0 beyond the last one; lanes and to_row are multiples of SIDE. */
+static inline void pair_keys(uint32_t *to, int64_t to_row, const float *p, int64_t keys, int64_t lanes) {
+  const float zero[LANES] = {0};
+  for (int64_t r = 0; r < lanes; r += SIDE)
+    for (int64_t k = 0; k < to_row; k += SIDE) {
+      __m512i x[SIDE];
+      UNROLL for (int i = 0; i < SIDE; i++) {
+        const int64_t key = 2 * (k + i);
+        const float *even = key < keys ? p + key * lanes + r : zero, *odd = key + 1 < keys ? p + (key + 1) * lanes + r : zero;
+        x[i] = pair_floats(even, odd);
+      }
+      transpose_words(x);
+      UNROLL for (int i = 0; i < SIDE; i++) _mm512_storeu_si512(to + (r + i) * to_row + k, x[i]);
+    }
+}
+
+#endif
