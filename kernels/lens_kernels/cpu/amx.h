@@ -8,16 +8,16 @@
 
 #include "brain.h"
 #if defined(__AVX512BF16__) && defined(__AMX_BF16__) && defined(__AMX_TILE__) && defined(__linux__)
+#define HAS_AMX 1
 #include <sys/syscall.h>
 #include <unistd.h>
-enum { HAS_AMX = 1 };
 #else
-enum { HAS_AMX = 0 };
+#define HAS_AMX 0
 #endif
 
 enum { SIDE = 16 }; /* rows of a tile, and pairs in each */
 
-#if defined(__AVX512BF16__) && defined(__AMX_BF16__) && defined(__AMX_TILE__) && defined(__linux__)
+#if HAS_AMX
 
 typedef struct {
   uint8_t palette, start_row, unused[14];
@@ -36,16 +36,22 @@ static inline int may_use_amx(void) {
   return known == 1;
 }
 
+/* gcc takes the instruction to read a pointer: all of the bytes have to be in memory before it. */
+static inline void set_tiles(const Tiles *tiles) {
+  __asm__ volatile("" : : "r"(tiles) : "memory");
+  _tile_loadconfig(tiles);
+}
+
 /* Eight whole tiles; what was set up before is kept in `before`. */
 static inline void begin_tiles(Tiles *before) {
   Tiles whole = {.palette = 1};
   for (int i = 0; i < 8; i++) whole.rows[i] = SIDE, whole.row_bytes[i] = 4 * SIDE;
   _tile_storeconfig(before);
-  _tile_loadconfig(&whole);
+  set_tiles(&whole);
 }
 
 static inline void end_tiles(const Tiles *before) {
-  if (before->palette) _tile_loadconfig(before);
+  if (before->palette) set_tiles(before);
   else _tile_release();
 }
 

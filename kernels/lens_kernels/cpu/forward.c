@@ -99,7 +99,7 @@ static void run_unit(void *argument, char *scratch, int64_t unit) {
   float *diagonal = plan->diagonal ? plan->diagonal + unit * plan->diagonal_width + SLACK : NULL;
   int64_t seen_rows = 0;
   if (!is_finite_share(plan, head, chunk)) __atomic_store_n(plan->args->infinite, 1, __ATOMIC_RELAXED);
-#if defined(__AMX_BF16__)
+#if HAS_AMX
   Tiles before;
   if (plan->amx) begin_tiles(&before);
 #endif
@@ -107,7 +107,7 @@ static void run_unit(void *argument, char *scratch, int64_t unit) {
     if (in->poison) memset(w.query, 0xff, (size_t)(scratch + layout.size - (char *)w.query));
     query_tile(plan, &w, head, tile, received, diagonal, &seen_rows);
   }
-#if defined(__AMX_BF16__)
+#if HAS_AMX
   if (plan->amx) end_tiles(&before);
 #endif
 }
@@ -125,7 +125,7 @@ int lens_forward(const Forward *a) {
   plan.columns = a->received || a->diagonal;
   plan.blocks = a->block_mass || a->block_max || a->block_max_logit || a->block_weighted || a->top_k;
   plan.brain = HAS_BRAIN && in->query.type == BF16 && in->head_dim % 2 == 0;
-#if defined(__AMX_BF16__)
+#if HAS_AMX
   plan.amx = plan.brain && in->head_dim % (2 * SIDE) == 0 && may_use_amx();
 #endif
   plan.rows = a->entropy || a->concentration || a->distance;

@@ -137,9 +137,9 @@ typedef struct {
   int32_t any_low, any_high, all_low, all_high; /* some row sees from .. to; all rows see from .. to */
   float *query;      /* Q' scaled: panels of [head_dim][width] */
   float *query_rows; /* the first FEW rows of Q scaled */
+  int brain;         /* query holds pairs of bfloat16, not scaled: panels of [head_dim / 2][width] */
   int amx;           /* products by the tiles of AMX */
   float left;        /* the scale where logits do not have it yet, else 1 */
-  int brain;         /* query holds pairs of bfloat16, not scaled: panels of [head_dim / 2][width] */
   float *key;        /* a copy of a key tile, where it cannot be read in place */
 } Rows;
 
@@ -338,15 +338,15 @@ static inline void multiply_keys(Rows *t, float *p, int64_t start, int64_t keys)
   t->left = 1.0f;
 #if defined(__AVX512BF16__)
   if (t->brain) {
-    if (t->amx && in->scale > 0 && in->softcap == 0 && !in->bias.data && !in->slopes) t->left = (float)in->scale;
-    const float scale = (float)in->scale / t->left;
+    float scale = (float)in->scale;
+    if (t->amx && scale > 0 && in->softcap == 0 && !in->bias.data && !in->slopes) t->left = scale, scale = 1.0f;
     const int64_t pairs = in->head_dim / 2;
     for (int64_t lane = 0; lane < t->lanes; lane += PANEL) {
       int64_t width = least(PANEL, t->lanes - lane), done = 0;
       const char *key = (const char *)((const uint16_t *)in->key.data + at);
       const uint32_t *query = (const uint32_t *)t->query + lane * pairs;
       float *to = p + lane * keys;
-#if defined(__AMX_BF16__)
+#if HAS_AMX
       if (t->amx) {
         done = keys / SIDE * SIDE; /* a tile of fewer rows would read behind the last key */
         product_amx(1, width, done, pairs, key, 2 * in->key.row, query, width, to, width);

@@ -118,7 +118,7 @@ INLINE vec totals(vec *x) {
 }
 
 /* exp(x) for x <= 0 to 1 ulp; 0 below the smallest normal number; NaN stays NaN. The polynomial is the best of its
- * degree in relative error, 3e-9, with both first coefficients 1. x becomes finite: what exp(x) may be multiplied with. */
+ * degree in relative error, 3e-9, with both first coefficients 1. x comes back not below where exp(x) is 0: 0 times it is 0. */
 INLINE vec exponential_of(vec *given) {
   vec x = *given;
   const vec low = splat(-87.33f), magic = splat(12582912.0f); /* 1.5 * 2^23: rounds, leaves n in the low bits */

@@ -237,7 +237,7 @@ static void accumulate_output(State *t, Sums *sums, float *p, int64_t start, int
     uint32_t *values = (uint32_t *)t->w->value;
     const float zero[LANES] = {0};
     pair_rows(values, (const uint16_t *)in->value.data + at, in->value.row, keys, in->value_dim, width);
-#if defined(__AMX_BF16__)
+#if HAS_AMX
     if (t->plan->amx) {
       const int64_t pairs = round_up((keys + 1) / 2, SIDE), from = (keys + 1) / 2;
       memset(values + from * width, 0, (size_t)(4 * (pairs - from) * width));
