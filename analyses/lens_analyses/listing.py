@@ -123,9 +123,8 @@ def delete_run(run: Run) -> int:
         LensError: it is being computed right now.
     """
     with alone_in(run.path.parent):
-        run = open_run(
-            run.path
-        )  # as it is now: it may have been gone on with since it was looked up
+        # as it is now: it may have been gone on with since it was looked up
+        run = open_run(run.path)
         if run.status == "started":
             raise LensError(f"{run.path} is being computed right now; stop it first")
         remove_own(run.path, run.meta["files"])

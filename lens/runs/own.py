@@ -67,7 +67,7 @@ def add(
         if not isinstance(text, str):
             raise LensError(f"{word} must be a text, got {text!r}")
     run = open_run(run.path)  # what was added since it was opened counts
-    layers = _layers(run)
+    layers = attending(run) or list(range(run.meta["model"]["layers"]))  # mixers have heads too
     if isinstance(values, Mapping):
         values = _by_head(values, layers, run.meta["model"]["heads"])
     numbers = _checked(run, name, values, definition, len(layers))
@@ -97,9 +97,11 @@ def add(
     return section
 
 
-def _layers(run: Run) -> list[int]:
+def attending(run: Run) -> list[int]:
+    """Layers with softmax attention, by the model's own number; of older folders, which do not say so, all."""
     model = run.meta["model"]
-    return list(map(int, model.get("attending") or range(model["layers"])))
+    known = model.get("attending")
+    return list(map(int, range(model["layers"]) if known is None else known))
 
 
 def _by_head(values: Mapping[AnyHead, float], layers: list[int], heads: int) -> np.ndarray:

@@ -80,6 +80,7 @@ def test_circuits_are_copied_whole(lens_command, run_folder, tmp_path):
         ("-f hats", "format must be one of headvis, csv, parquet, graph, figures, got 'hats'"),
         ("-f figures --as svg,gif", "pictures are svg, pdf, png, got gif"),
         ("-f figures --width wide", "width must be single or double, got 'wide'"),
+        ("-f figures --width=", "width must be single or double, got ''"),
         ("-f csv --as gif", "--as and --width are of figures, and csv has none"),
         ("-f headvis --width double", "--as and --width are of figures, and headvis has none"),
         ("-f csv --require-pictures", "--require-pictures goes with -f figures, not with -f csv"),

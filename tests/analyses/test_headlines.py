@@ -264,6 +264,8 @@ def test_groups_caches_and_searches_say_their_other_side():
     assert (one.value, one.low, one.high, one.baseline) == (0.8, 0.6, 1.0, 0.0)
     assert one.text.endswith("worth 2 [1.8, 2.2], alone 1.2 in sum: +0.8 [+0.6, +1] more.")
     assert one.stands
+    assert one.against == "heads that do not stand in for each other"
+    assert np.isnan(one.spread), "no interaction is exactly 0"
     assert not list(of_heads_together(both.assign(interaction_low=-0.1), "loss"))
     cache = pd.DataFrame({"first": [0, 1, 4], "last": 12, "delta_loss": [0.5, 0.3, 0.2]})
     cache = cache.assign(delta_loss_low=[0.4, 0.2, 0.1], delta_loss_high=[0.6, 0.35, 0.3])
@@ -305,14 +307,16 @@ def test_a_baseline_that_was_measured_scatters_as_its_interval_says():
     )
     (one,) = classes_headline(lost.assign(all=0.1, chance_low=0.06, chance_high=0.14), 12)
     assert (one.baseline, one.spread, one.many) == (0.1, pytest.approx(0.04), 12)
-    assert "the class four loses 0.3 [0.25, 0.35] of its probability" in one.text
+    assert "the class four loses 0.3 [0.25, 0.35] of its probability, as many " in one.text
+    assert one.text.endswith("examples of any class 0.1 [0.06, 0.14].")
 
 
 def test_a_part_is_told_where_the_attention_falls_on_the_same_prompts():
-    def without(measured):
+    def without(*measured):
+        parts = tuple(f"L0H{number}" for number in range(len(measured)))
         return Removals(
-            HeadId(0, 1), "key", ("L0H0",), "such keys", np.array([0.5, 0.6, 0.7]), np.array([[0.2, 0.3, 0.4]]),
-            np.array([measured]), 0, "toy",
+            HeadId(0, 1), "key", parts, "such keys", np.array([0.5, 0.6, 0.7]),
+            np.array([[0.2, 0.3, 0.4]] * len(parts)), np.array(measured), 0, "toy",
         )  # fmt: skip
 
     (one,) = parts_headline({HeadId(0, 1): without([0.3, 0.4, 0.5])})
@@ -321,3 +325,11 @@ def test_a_part_is_told_where_the_attention_falls_on_the_same_prompts():
     assert "gives such keys 40.0% [" in one.text
     assert "of its attention instead of 60.0% [" in one.text
     assert not list(parts_headline({HeadId(0, 1): without([0.1, 0.7, 0.8])}))
+    assert not list(parts_headline({HeadId(0, 1): without([0.8, 0.9, 1.0])})), "it rises"
+    assert not list(parts_headline({HeadId(0, 1): without([NAN] * 3)}))
+    (one,) = parts_headline({HeadId(0, 1): without([NAN] * 3, [0.3, 0.4, 0.5])})
+    assert "Without what L0H1 wrote" in one.text
+    barely = [0.48, 0.5, 0.69]
+    assert list(parts_headline({HeadId(0, 1): without(barely)}))
+    others = [[0.5, 0.6, 0.7]] * 23
+    assert not list(parts_headline({HeadId(0, 1): without(barely, *others)})), "lowest of 24"

@@ -187,6 +187,8 @@ def test_what_a_section_measured_is_not_told_as_missing(run_folder):
     heads = limits(run, run.config, ["importance"])[-1]
     assert heads.startswith("Not measured: circuits,")
     assert "changing the prompt's first token" in heads
+    assert "removing heads" not in limits(run, run.config, ["retrieval_kinds"])[-1]
+    assert all("the norm" not in limits(run, run.config, [one])[-1] for one in ("roles", "mixing"))
 
 
 def test_the_page_shows_the_numbers_of_the_json(report, page):

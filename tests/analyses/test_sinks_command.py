@@ -104,7 +104,11 @@ def test_the_largest_amount_stands_beside_as_much_attention_elsewhere(moved_run)
     for name in ("control", "side_control"):
         assert dose.tables[name]["condition"].tolist() == ["edit", "mass"], name
         assert dose.tables[name]["amount"].tolist() == [1.0, 1.0]
-    assert sum(one.startswith("At amount 1: ") for one in dose.summary) == 2
+    done = "Edit Move first (amount 1) of all heads changes the loss by "
+    for where in ("On the task", "On text"):
+        (said,) = [one for one in dose.summary if one.startswith(f"{where}: ")]
+        assert said.startswith(f"{where}: {done}")
+        assert " control of equal mass" in said
     assert not any("no control" in one for one in dose.limits)
 
 

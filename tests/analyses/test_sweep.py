@@ -180,6 +180,21 @@ def test_heads_are_those_of_the_layers_that_attend(run_folder):
     run = open_run(run_folder)
     hybrid = replace(run, meta={**run.meta, "model": {**run.meta["model"], "attending": [1]}})
     assert (headline(run)["heads"], headline(hybrid)["heads"]) == (18, 6)
+    older = replace(run, meta={**run.meta, "model": {**run.meta["model"], "attending": None}})
+    assert headline(older)["heads"] == 18
+
+
+def test_a_number_of_pictures_for_all_analyses_is_of_labelled_ones():
+    plan = """
+        models = ["text-lm-3l"]
+        analyses = ["heads", "vision"]
+        [settings]
+        analysis = { n = 9 }
+        prompts = { images = "pictures" }
+    """
+    assert [run.value("analysis.n") for run in plan_of(plan)] == [9, 9]
+    with pytest.raises(UsageError, match="each one of --image is taken"):
+        plan_of(plan.replace('["heads", "vision"]', '["vision"]').replace("images", "image"))
 
 
 def test_the_same_sweep_again_computes_nothing(swept, lens_command):

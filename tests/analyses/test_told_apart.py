@@ -1,8 +1,16 @@
 """Sentences of sections that name the best of several: with its interval, and what it is not told apart from."""
 
-import numpy as np
-from lens_analyses.steps.policies import _told
+from types import SimpleNamespace
 
+import numpy as np
+import pytest
+from lens_analyses.steps.columns import defined
+from lens_analyses.steps.layers import layers
+from lens_analyses.steps.policies import _told
+from lens_analyses.steps.table import heads
+
+import lens
+from lens.common.errors import LensError
 from lens.heads.pruning.sublayer_scores import BlockInfluence, GreedyRemoval, SkipSweep
 from lens.policies.running import PolicyRuns
 
@@ -74,4 +82,52 @@ def test_the_best_and_the_worst_policy_are_told_with_intervals_and_by_their_sign
     assert "+0.5000 [+0.4000, +0.6000] (worse)" in worst
     assert random.startswith(
         "Text, all rows sparse, at random: Under RandomBlocks(share=0.5), with 50.0% of"
+    )
+    rows = runs.table().assign(task="text", rows="all")
+    alone, random = _told(runs, rows[rows["policy"].isin(["B", names[-1]])])
+    assert "the best of 1: Under B" in alone
+    assert "at random" in random
+
+
+def test_what_a_model_refuses_of_its_layers_leaves_the_rest_of_the_section(monkeypatch):
+    def refuse(*_, **__):
+        raise LensError("its layers are not found")
+
+    model = lens.load("text-lm-3l")
+    subject = SimpleNamespace(
+        model=model, task=lens.tasks.induction(model, 2), seed=0, progress=False
+    )
+    monkeypatch.setattr("lens_analyses.steps.layers.measures.block_influence", refuse)
+    section = layers(subject)  # pyright: ignore[reportArgumentType]
+    assert set(section.tables) == {"sweep", "removal"}
+    assert (
+        section.limits[-1]
+        == "How far layers turn the stream is not known: its layers are not found."
+    )
+    monkeypatch.setattr("lens_analyses.steps.layers.measures.importance", refuse)
+    with pytest.raises(LensError, match=r"No sub-layer was left out: its layers are not found$"):
+        layers(subject)  # pyright: ignore[reportArgumentType]
+
+
+def test_the_table_of_heads_tells_roles_of_one_row_without_an_interval():
+    """A copied prompt of two tokens behind the first has one induction row, of which nothing is drawn again."""
+    model = lens.load("induction-2l")
+    roles = lens.heads.roles(model, [[0, 9, 9]], progress=False)
+    assert roles.table()["induction_low"].isna().all()
+    table = roles.table()
+    scores = table[["name", "layer", "head"]].assign(zero=np.arange(len(table), dtype=float))
+    sections = {
+        "roles": SimpleNamespace(tables={"copied": table}, columns=defined([table], roles.columns)),
+        "importance": SimpleNamespace(
+            tables={"scores": scores},
+            columns={"zero": "Made up."},
+            configuration={"measures": [{"method": "ablation", "label": "zero", "task": "toy"}]},
+        ),
+    }
+    run = SimpleNamespace(heads=table, sections=list(sections), section=sections.__getitem__)
+    section = heads(SimpleNamespace(run=run, model=model))  # pyright: ignore[reportArgumentType]
+    (said,) = section.summary
+    assert (
+        f"the highest induction score, {table['induction'].max():.2f}; by zero it is number "
+        in said
     )

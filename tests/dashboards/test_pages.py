@@ -124,6 +124,16 @@ def test_a_circuit_without_others_of_its_size_is_quoted_alone():
     )
     said = _worth(pd.DataFrame(), own, "signed", 81)
     assert said == "81 edges, the circuit of this run: faithfulness 1.00 on held-out prompts."
+    curve = {"faithfulness": 0.5, "low": 0.4, "high": 0.6, "random": np.nan, "random_low": np.nan}
+    curve = pd.DataFrame(
+        [curve | {"random_high": np.nan, "kl": 0.25, "edges": 9, "ranking": "signed"}]
+    )
+    said = _worth(curve, None, "signed", 9)
+    assert said == (
+        "9 edges: faithfulness 0.50 [0.40, 0.60] on held-out prompts; KL divergence from the model 0.25 nats."
+    )
+    said = _worth(curve.assign(random=0.1, random_low=0.0, random_high=0.2), None, "signed", 9)
+    assert "on held-out prompts; random circuits of that size 0.10 [0.00, 0.20]; KL" in said
 
 
 @pytest.mark.browser

@@ -345,7 +345,7 @@ class CircuitSettings(_OnTaskOrLabels):
 
     @model_validator(mode="after")
     def _integrates(self) -> Self:
-        if self.steps != 5 and named(self.method)[1] is None:
+        if self.steps != type(self).model_fields["steps"].default and named(self.method)[1] is None:
             raise ValueError(
                 f"analysis.steps is of integrated gradients, which {self.method} has none of; leave it out, or choose "
                 "analysis.method=eap-ig"

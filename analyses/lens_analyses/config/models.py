@@ -266,7 +266,7 @@ class VisionConfig(RunConfig):
         return self
 
     @model_validator(mode="after")
-    def _takes_some_of_labelled_ones(self) -> Self:
+    def _has_all_that_are_named(self) -> Self:
         if self.prompts.images is None and self.analysis.n != VisionSettings().n:
             raise ValueError(
                 "analysis.n takes some of the pictures of --images; each one of --image is taken"

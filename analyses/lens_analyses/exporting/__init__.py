@@ -78,7 +78,7 @@ def export_run(
     """
     if kind == "figures":
         kinds = PICTURES if pictures is None else pictures
-        written = write_pictures(run, out, kinds, width or "single")
+        written = write_pictures(run, out, kinds, "single" if width is None else width)
         missing = [*filter(None, [written.missing]), *run.readable()[1]]
         return Exported(out, written.files, "; ".join(missing))
     writers: dict[str, Callable[[Run, Path], list[str]]] = {

@@ -14,9 +14,15 @@ _OF_FIRST = (
 _UNTOUCHED = "Nothing was changed inside the model, so nothing here is about cause: a score says"
 
 _MEASURED_BY = {
-    "the effect of removing heads": {"importance", "classes", "pruning"},
+    "the effect of removing heads": {
+        "importance",
+        "classes",
+        "pruning",
+        "effects",
+        "retrieval_kinds",
+    },
     "circuits": {"edges", "circuit"},
-    "the norm of what a head writes": set(),
+    "the norm of what a head writes": {"roles", "mixing"},
     "attention after changing the prompt's first token": {"first_token"},
     "attention in another precision": set(),
 }

@@ -71,13 +71,14 @@ def _headline(apart: pd.DataFrame, pairs: int) -> Iterator[Headline]:
         return
     best = apart.iloc[int((apart["value"] - apart["all"]).to_numpy().argmax())]
     every = {"value": best["all"], "low": best["chance_low"], "high": best["chance_high"]}
+    others = with_ends(every, "value", ".2g", plain=True)
     yield beside(
         f"Without {best['name']} the class {best['label']} loses {with_ends(best, 'value', '.2g', plain=True)} of its "
-        f"{_CHIEF}, all classes together {best['all']:.2g}.",
+        f"{_CHIEF}, as many examples of any class {others}.",
         "value",
         best.to_dict(),
         every,
-        "all classes",
+        "as many examples of any class",
         figure="classes",
         many=pairs,
     )

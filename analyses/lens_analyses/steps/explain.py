@@ -16,7 +16,7 @@ from lens.reading.removals import Removals
 from lens.runs.headlines import Headline
 from lens.runs.sections import Section
 from lens.stats.intervals import columns
-from lens.stats.verdicts import APART, verdict
+from lens.stats.verdicts import of_many, verdict
 from lens_analyses.config.listed import listed
 from lens_analyses.steps.columns import defined
 from lens_analyses.steps.explain_shared import (
@@ -194,22 +194,20 @@ def subspace(subject: Subject) -> Section:
 
 
 def _without(found: dict[HeadId, Removals]) -> Iterator[Headline]:
-    """Of each head the part without which its attention falls most, beside the attention with all parts."""
+    """Of each head the part without which its attention falls most, by the interval of the lowest of many, beside all parts."""
     for head, one in found.items():
         table = one.table()
-        least = int(table["measured"].to_numpy().argmin())
-        row: dict[Any, Any] = table.iloc[least].to_dict()
-        change = columns("change", one.measured[[least]] - one.clean, one.seed, plain=True)
-        if verdict(change["low"][0], change["high"][0]) not in APART:
+        measured = table["measured"].to_numpy()
+        if np.isnan(measured).all():
             continue
-        names = ("measured", "measured_low", "measured_high")
-        clean = dict(
-            zip(
-                names,
-                map(float, map(np.squeeze, columns("", one.clean[None], one.seed).values())),
-                strict=True,
-            )
-        )
+        least = int(np.nanargmin(measured))
+        row: dict[Any, Any] = table.iloc[least].to_dict()
+        change = columns("change", one.measured[[least]] - one.clean, one.seed).values()
+        mean, low, high = (float(column[0]) for column in change)
+        if verdict(*of_many(mean, low, high, len(table))) != "below":
+            continue
+        ways = columns("measured", one.clean[None], one.seed)
+        clean = {name: float(column[0]) for name, column in ways.items()}
         yield beside(
             f"Without what {row['part']} wrote {head} gives such keys {with_ends(row, 'measured', '.1%')} of its "
             f"attention instead of {with_ends(clean, 'measured', '.1%')}; {row['predicted']:.1%} was predicted.",

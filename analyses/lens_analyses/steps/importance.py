@@ -258,8 +258,7 @@ def of_heads_together(table: pd.DataFrame, metric: str) -> Iterator[Headline]:
                 low,
                 high,
                 0.0,
-                "the sum of each alone",
-                spread=(high - low) / 2,
+                "heads that do not stand in for each other",  # exact: the interval is of the difference
                 unit=metric,
             )
 

@@ -17,12 +17,17 @@ from lens_analyses.steps.subject import Subject
 def layers(subject: Subject) -> Section:
     """Each sub-layer left out alone, one after another, and how far each layer turns the stream."""
     model, task = subject.model, subject.task
-    influence = measures.block_influence(model, task, progress=subject.progress)
-    found: dict[str, Result] = {"influence": influence}
+    found: dict[str, Result] = {}
     limits = ["A sub-layer that is left out adds 0; nothing was trained again."]
     headlines: tuple[Headline, ...] = ()
+    refused = []
     try:
-        found |= {"sweep": (sweep := measures.importance(model, task, progress=subject.progress))}
+        found["influence"] = measures.block_influence(model, task, progress=subject.progress)
+    except LensError as problem:
+        refused.append(f"How far layers turn the stream is not known: {problem}.")
+    try:
+        sweep = measures.importance(model, task, progress=subject.progress)
+        found["sweep"] = sweep
         headlines = _headlines(sweep, subject.seed)
         if len(sweep.names) <= MOST_REMOVED:
             found["removal"] = measures.greedy_removal(model, task, progress=subject.progress)
@@ -32,14 +37,16 @@ def layers(subject: Subject) -> Section:
                 "lens.heads.sublayers.greedy_removal."
             )
     except LensError as problem:
-        limits.append(f"No sub-layer was left out: {problem}.")
+        refused.append(f"No sub-layer was left out: {problem}.")
+    if not found:
+        raise LensError(" ".join(refused).removesuffix("."))
     named = {name: found[name] for name in ("sweep", "influence", "removal") if name in found}
     tables = {name: one.table(seed=subject.seed) for name, one in named.items()}  # pyright: ignore[reportCallIssue]
     return Section(
         name="layers",
         title="Which sub-layers matter",
         summary=tuple(said for one in named.values() for said in one.findings(seed=subject.seed)),  # pyright: ignore[reportCallIssue]
-        limits=tuple(limits),
+        limits=(*limits, *refused),
         columns=defined(tables.values(), _COLUMNS),
         configuration={"task": task.name, "prompts": task.n},
         tables=tables,

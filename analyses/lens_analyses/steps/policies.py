@@ -248,8 +248,8 @@ def _told(runs: PolicyRuns, rows: pd.DataFrame) -> list[Sentence]:
     said = dict(zip(runs.policies, of_kind(runs.findings(), "change"), strict=True))
     one = {"text": "Text", "needles": "Needles"}[rows["task"].iloc[0]]
     where = "all rows sparse" if rows["rows"].iloc[0] == "all" else "sparse from the question on"
-    chosen = {"the best": better.iloc[0], "the worst": better.iloc[-1]}
-    named = [(f"{which} of {len(served)}", said[name]) for which, name in chosen.items()]
+    chosen = {better.iloc[-1]: "the worst"} | {better.iloc[0]: "the best"}  # of one: that
+    named = [(f"{which} of {len(served)}", said[name]) for name, which in reversed(chosen.items())]
     named += [("at random", own) for name, own in said.items() if name.startswith("RandomBlocks")]
     return [Sentence(f"{one}, {where}, {which}: {own}", kind="change") for which, own in named]
 

@@ -35,7 +35,7 @@ def dose(subject: Subject) -> Section:
         limits.append(_NO_CONTROL)
     else:
         tables["control"] = by_word(watched.table())
-        summary += _at_most(watched)
+        summary.append(_at_most(watched, "On the task: "))
     try:
         if subject.labelled:
             raise LensError("a classifier has one answer for a whole prompt, and predicts no text")
@@ -46,12 +46,12 @@ def dose(subject: Subject) -> Section:
         limits.append(
             "The text is the run's own: it had no part in choosing anything, but it is one text."
         )
-        summary += of_kind(side.findings(), "effect", "prediction", "dose", "trend")
+        watched = _beside(subject, subject.text_windows)
+        summary += _told(side, watched, "On text: ")
         tables["side_effects"] = side.table().assign(edit=subject.settings.rule)
         figures["loss"] = side.plot()
-        if (watched := _beside(subject, subject.text_windows)) is not None:
+        if watched is not None:
             tables["side_control"] = by_word(watched.table())
-            summary += _at_most(watched)
     return Section(
         name="dose",
         title="Redistribution: dose, response and side effects",
@@ -85,10 +85,15 @@ def _beside(subject: Subject, prompts: Any) -> Effect | None:
     )
 
 
-def _at_most(watched: Effect) -> list[str]:
-    """What the largest amount does beside its control."""
-    told = " ".join(of_kind(watched.findings(), "mass", "moved"))
-    return [f"At amount {watched.amounts[-1]:g}: {told}"]
+def _told(found: Effect, watched: Effect | None, where: str = "") -> list[str]:
+    """What the largest amount does, beside its control where there is one; the prediction; and each amount."""
+    largest = of_kind(found.findings(), "effect") if watched is None else [_at_most(watched, where)]
+    return [*largest, *of_kind(found.findings(), "prediction", "dose", "trend")]
+
+
+def _at_most(watched: Effect, where: str) -> str:
+    """What the largest amount does beside its control, and `where`: it is said of a task and of text."""
+    return where + " ".join(of_kind(watched.findings(), "effect", "mass", "moved"))
 
 
 _NO_CONTROL = "There is no control: what this rule does has no counterpart of as much attention to other keys."
@@ -108,15 +113,14 @@ def redistribution_of(subject: Subject, prompts: Any) -> Section:
     )
     tables = {"response": found.table().assign(edit=rule)}
     figures = {"response": found.plot()}
-    summary: list[str] = [*of_kind(found.findings(), "effect", "prediction", "dose", "trend")]
-    if (watched := _beside(subject, prompts)) is not None:
+    watched = _beside(subject, prompts)
+    if watched is not None:
         tables |= {"control": by_word(watched.table()), "migration": watched.migration}
         figures["maps"] = migration_maps(watched)
-        summary += _at_most(watched)
     return Section(
         name="redistribution",
         title="Sinks: attention moved to the other keys",
-        summary=tuple(summary),
+        summary=tuple(_told(found, watched)),
         limits=(
             f"{_ACTS[rule]} All heads at once; the command lens redistribute tries single heads and judges them on "
             "held-out prompts.",

@@ -87,8 +87,10 @@ def heads(subject: Subject) -> Section:
         for role in _ROLES:
             kind = "copied" if role in _ON_COPIED else "text"
             table = roles.tables.get(kind, next(iter(roles.tables.values()))).set_index("name")
+            if role not in table or table[role].isna().all():
+                continue
             for name in (role, f"{role}_low", f"{role}_high", f"{role}_baseline"):
-                if name in table and table[name].notna().any():
+                if name in table:
                     joined[name] = table[name]
                     columns[name] = roles.columns[name]
     for section, table, column, name, definition in _JOINED:

@@ -3,6 +3,7 @@
 from typing import Any
 
 from lens.runs import Run
+from lens.runs.own import attending
 from lens.traces.findings import findings
 
 _LOSSES = {"loss": "text", "loss_repeat": "copied"}
@@ -19,14 +20,13 @@ LABELS = {
 
 def headline(run: Run) -> dict[str, Any]:
     """Heads of each kind beside all heads, and mean losses; None where a run has none."""
-    model = run.meta["model"]
     found = {one.kind: len(one.heads) if one.found else 0 for one in findings(run.heads)}
     losses = {
         name: run.prompts.loc[run.prompts["kind"] == kind, name].mean()
         for name, kind in _LOSSES.items()
     }
     return {
-        "heads": len(model.get("attending", range(model["layers"]))) * model["heads"],
+        "heads": len(attending(run)) * run.meta["model"]["heads"],
         "prompts": len(run.prompts),
         "tokens": int(run.prompts["tokens"].sum()),
         **{name: found.get(name) for name in LABELS if name not in losses},

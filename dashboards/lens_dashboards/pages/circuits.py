@@ -9,7 +9,7 @@ import pandas as pd
 from dash import dcc, html
 
 from lens.common.errors import LensError
-from lens.common.results import with_ends
+from lens.common.results import ends, with_ends
 from lens.figures.circuits import edge_graph
 from lens.runs import Run
 from lens.runs.folders import CIRCUITS, IMPORTANCES
@@ -305,21 +305,24 @@ def _worth(curve: pd.DataFrame | None, own: pd.DataFrame | None, ranking: str, c
     if curve is None:
         return "How faithful circuits are was not measured in this run."
     if own is not None:
-        row, drawn = (
-            with_ends(own.loc[name], "faithfulness", ".2f", plain=True)
-            for name in ("circuit", "uniform")
-        )
-        others = "" if drawn == "nan" else f"; random circuits of that size {drawn}"
-        return f"{count:,} edges, the circuit of this run: faithfulness {row} on held-out prompts{others}."
+        row = with_ends(own.loc["circuit"], "faithfulness", ".2f", plain=True)
+        drawn = _drawn(own.loc["uniform"], "faithfulness", "low", "high")
+        return f"{count:,} edges, the circuit of this run: faithfulness {row} on held-out prompts{drawn}."
     rows = curve[(curve["ranking"] == ranking).to_numpy()]
     row = rows.loc[(rows["edges"] - count).abs().idxmin()]
     exact = "" if int(row["edges"]) == count else f", the nearest size that was run to {count:,}"
     return (
         f"{int(row['edges']):,} edges{exact}: faithfulness {with_ends(row, 'faithfulness', '.2f', plain=True)} "
-        "on held-out prompts; random circuits of that size "
-        f"{row['random']:.2f} [{row['random_low']:.2f}, {row['random_high']:.2f}]; KL divergence from "
+        f"on held-out prompts{_drawn(row, 'random', 'random_low', 'random_high')}; KL divergence from "
         f"the model {row['kl']:.2g} nats."
     )
+
+
+def _drawn(row: Any, name: str, low: str, high: str) -> str:
+    """The faithfulness of random circuits of a size, behind that of one; nothing where none could be drawn."""
+    if pd.isna(row[name]):
+        return ""
+    return f"; random circuits of that size {row[name]:.2f}{ends(row[low], row[high], '.2f')}"
 
 
 def _curve_card(
