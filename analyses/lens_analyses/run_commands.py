@@ -20,7 +20,7 @@ from lens_analyses.config import (
     settings_of,
 )
 from lens_analyses.config.prompts import OF_LABELS, SOURCES
-from lens_analyses.console import PARTIAL, Output, UsageError
+from lens_analyses.console import PARTIAL, Output, UsageError, log
 from lens_analyses.options import (
     RUNS,
     Again,
@@ -45,6 +45,7 @@ _AROUND: dict[str, tuple[Any, Any]] = {
 }
 """Flags of every command of this module: name of the parameter -> its type and default."""
 _SHORT = {"--model": "-m"}
+_DEFAULT_TEXT = {"prompts.text_name": "moby-dick", "prompts.tokens": 128, "prompts.windows": 4}
 _WITHOUT_TEXT = (
     "circuit",
     "explain",
@@ -73,7 +74,7 @@ def run_command(verb: str) -> Callable[..., None]:
                 values["what"] = verb
             values = {**parse_assignments(given["assignments"] or []), **values}
             if verb not in _WITHOUT_TEXT:
-                _check_text(given["config"], values)
+                values = _with_text(verb, given["config"], values)
             names = {one.name: one.flag for one in named.values()}
             settings = load_config(given["config"], values, names)
             if given["dry_run"]:
@@ -131,16 +132,22 @@ def _value(one: Setting, given: Any) -> Any:
     return one.parse(given) if isinstance(given, str) else given
 
 
-def _check_text(config: Path | None, given: dict[str, Any]) -> None:
-    """A text must be named, unless only copied prompts are asked for.
+def _with_text(verb: str, config: Path | None, given: dict[str, Any]) -> dict[str, Any]:
+    """What was given, and where no prompts were named some of an embedded text, which is said.
 
     Raises:
-        UsageError: neither.
+        UsageError: nothing that the model should write on.
     """
-    names = (*SOURCES, *OF_LABELS, "copied")
-    named = [f"prompts.{name}" for name in names]
-    if config is None and not any(name in given for name in named):
+    named = [f"prompts.{name}" for name in (*SOURCES, *OF_LABELS, "copied")]
+    if config is not None or any(name in given for name in named):
+        return given
+    if verb == "generate":
         raise UsageError(
-            "which text? --prompt WORDS, --text FILE, --text-name moby-dick or --prompts FILE; "
-            "or --copied N for copied random tokens alone"
+            "which text? --prompt WORDS, --text FILE, --text-name moby-dick or --prompts FILE"
         )
+    values = _DEFAULT_TEXT | given
+    log.info(
+        "no text was named: %s prompts of %s tokens of %s; others by --text FILE, --prompt WORDS, --prompts FILE",
+        *(values[name] for name in ("prompts.windows", "prompts.tokens", "prompts.text_name")),
+    )
+    return values

@@ -75,6 +75,14 @@ def test_every_command_has_help(lens_command, command):
     assert "--debug" in answer.out
 
 
+def test_where_no_text_is_named_an_embedded_one_is_taken_and_said(lens_command, tmp_path):
+    answer = lens_command("run", "--tokens", "12", "--out", tmp_path, "--json")
+    assert answer.code == 0, answer.err
+    assert "no text was named: 4 prompts of 12 tokens of moby-dick" in answer.err
+    prompts = lens.runs.open_run(next(tmp_path.iterdir())).prompts
+    assert prompts.loc[prompts["kind"] == "text", "tokens"].tolist() == [12] * 4
+
+
 def test_version(lens_command):
     assert lens_command("--version").out == f"attention-lens {lens.__version__}\n"
 
@@ -83,10 +91,9 @@ def test_version(lens_command):
     ("arguments", "message"),
     [
         (
-            ["run"],
+            ["generate"],
             "which text? --prompt WORDS, --text FILE, --text-name moby-dick or --prompts FILE",
         ),
-        (["run", "--tokens", "12"], "which text?"),
         (
             ["run", "--copied", "1", "--tokens", "many"],
             "--tokens must be an integer of at least 1, got 'many'",
