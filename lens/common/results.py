@@ -55,6 +55,11 @@ def ends(low: float, high: float, form: str = ".3g") -> str:
     return "" if math.isnan(low) or math.isnan(high) else f" [{low:{form}}, {high:{form}}]"
 
 
+def if_known(value: float, form: str = ".1%") -> str:
+    """A number in words; `not known` of NaN, such as uniform attention where the mask is not."""
+    return "not known" if math.isnan(value) else f"{value:{form}}"
+
+
 def with_ends(row: Any, name: str, form: str = ".3g", *, plain: bool = False) -> str:
     """A number of a row of a table with its interval: `0.5 [0.4, 0.6]` of the columns `name`, `name_low` and `name_high`.
 

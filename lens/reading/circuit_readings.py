@@ -90,11 +90,16 @@ class CircuitReading(Result):
         edges = self.rows.drop_duplicates("edge")
         failed = list(edges["edge"][~edges["holds"]])
         if failed:
-            chance = f"{by_chance(len(edges), sides=1):.2g} of {len(edges)} that do nothing"
+            prompts = f"these {self.n} prompts" if self.n > 1 else "this one prompt"
+            chance = by_chance(len(edges), sides=1)
+            chance = (
+                f" (of {len(edges)} edges that do nothing {chance:.2g} would show a loss by chance)"
+            )
             text = (
-                f"Of {len(edges)} edges {len(failed)} can be cut alone without a sure loss on these {self.n} prompts, "
+                f"Of {len(edges)} edges {len(failed)} can be cut alone without a sure loss on {prompts}, "
                 f"so what is said of them is not shown: {few(failed, 8)}"
-                + (f" (by chance {chance} would show one)." if self.n > 1 else ".")
+                + chance * (self.n > 1)
+                + "."
             )
             said.append(Sentence(text, kind="fails"))
         return tuple(said)

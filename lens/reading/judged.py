@@ -134,9 +134,10 @@ class Faithfulness(Result):
         if self.sums:
             parts = [
                 f"{name} {mean_told(np.abs(self._missing(name)), self.seed, '.2g')} of {np.abs(sums[:, 1]).mean():.2g}"
+                + " (from all tokens deleted)" * (name == "integrated_gradients")
                 for name, sums in self.sums.items()
             ]
-            text = f"Scores do not sum to all of the logit that they are parts of; missing, mean size: {', '.join(parts)}."
+            text = f"How far sums of scores are from the logit that they are parts of, mean size: {', '.join(parts)}."
             said.append(Sentence(text, kind="limit"))
         said += [
             Sentence(f"{name} is not scored: {why}.", kind="unsupported")

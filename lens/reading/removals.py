@@ -9,10 +9,10 @@ import numpy as np
 import pandas as pd
 
 from lens.common.head_ids import HeadId
-from lens.common.results import Result, Sentence, ends, with_ends
+from lens.common.results import Result, Sentence, with_ends
 from lens.stats.intervals import columns
 from lens.stats.orders import random_orders, spearman
-from lens.stats.verdicts import mean_told, of_many
+from lens.stats.verdicts import mean_told, of_many_told
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -73,11 +73,7 @@ class Removals(Result):
         """The part without which the attention falls most ("part"), and how far predictions are off ("agreement")."""
         table = self.table()
         least = table.iloc[int(np.argmin(table["measured"]))]
-        low, high = np.clip(
-            of_many(least["measured"], least["measured_low"], least["measured_high"], len(table)),
-            0,
-            1,
-        )
+        told = of_many_told(least, "measured", ".1%", len(table), least=0, most=1)
         others = table.drop(index=least.name)["measured"]
         beside = (
             f"; without one of the others {others.median():.1%} (median)" if len(others) else ""
@@ -85,7 +81,7 @@ class Removals(Result):
         said = [
             Sentence(
                 f"{self.head} gives {self.pairs} {self.clean.mean():.1%}; without what {least['part']} wrote on the "
-                f"{self.side} side {least['measured']:.1%}{ends(low, high, '.1%')} (predicted {with_ends(least, 'predicted', '.1%')}){beside}.",
+                f"{self.side} side {told} (predicted {with_ends(least, 'predicted', '.1%')}){beside}.",
                 kind="part",
             )
         ]

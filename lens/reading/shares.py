@@ -11,7 +11,7 @@ import pandas as pd
 from lens.common.head_ids import HeadId
 from lens.common.results import Result, Sentence, ends
 from lens.stats.intervals import columns, draws, interval, over_units
-from lens.stats.verdicts import of_many
+from lens.stats.verdicts import of_many_told
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -107,11 +107,14 @@ class ComponentShares(Result):
         for name in MAPS:
             rows = table[table["map"] == name]
             best = rows.iloc[int(np.argmax(rows["share"]))]
-            held = of_many(best["share"], best["share_low"], best["share_high"], len(rows))
+            least, most = (
+                (-np.inf, np.inf) if name == MAPS[0] else (0, 1)
+            )  # parts of a logit have a sign
+            held = of_many_told(best, "share", ".0%", len(rows), least=least, most=most)
             said.append(
                 Sentence(
                     f"{name}: component {best['component']} (singular value {best['singular_value']:.3g}) carries "
-                    f"{best['share']:.0%}{ends(*held, '.0%')} (the largest of {len(rows)}); all alike would {1 / len(rows):.0%}.",
+                    f"{held} (the largest of {len(rows)}); all alike would {1 / len(rows):.0%}.",
                     kind="component",
                 )
             )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from math import inf
 from statistics import NormalDist
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -35,7 +36,9 @@ def verdict(low: float, high: float, beside: float = 0.0) -> Verdict:
     return "below" if high < beside else "not told apart"
 
 
-def of_many(value: float, low: float, high: float, many: int) -> tuple[float, float]:
+def of_many(
+    value: float, low: float, high: float, many: int, *, least: float = -inf, most: float = inf
+) -> tuple[float, float]:
     """The interval of the highest or lowest of many values, wide enough that it holds what there is by chance.
 
     One of 24 intervals of 95 % lies beside the truth more often than not, and the highest value is the likeliest one.
@@ -43,6 +46,7 @@ def of_many(value: float, low: float, high: float, many: int) -> tuple[float, fl
 
     Args:
         value, low, high: as if it had not been chosen; many: that it was chosen of.
+        least, most: that a value can be, such as 0 and 1 of a share; the ends lie between.
 
     Example:
         >>> from lens.stats.verdicts import of_many
@@ -52,7 +56,26 @@ def of_many(value: float, low: float, high: float, many: int) -> tuple[float, fl
     check_counts(many=many)
     miss = (1 - LEVEL) / 2
     longer = NormalDist().inv_cdf(1 - miss / many) / NormalDist().inv_cdf(1 - miss)
-    return value - longer * (value - low), value + longer * (high - value)
+    found = value - longer * (value - low), value + longer * (high - value)
+    low, high = np.clip(found, least, most).tolist()
+    return low, high
+
+
+def of_many_told(
+    row: Any,
+    name: str,
+    form: str,
+    many: int,
+    *,
+    plain: bool = False,
+    unit: str = "",
+    least: float = -inf,
+    most: float = inf,
+) -> str:
+    """The highest or lowest of many in words, its interval that of `of_many`; `row` and `plain` as of `with_ends`."""
+    start = "" if plain else f"{name}_"
+    held = row[f"{start}low"], row[f"{start}high"]
+    return f"{row[name]:{form}}{unit}{ends(*of_many(row[name], *held, many, least=least, most=most), form)}"
 
 
 def rivals(values: Float[np.ndarray, "members units"], best: int, seed: Seed) -> list[int]:

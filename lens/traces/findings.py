@@ -17,7 +17,7 @@ import numpy as np
 
 from lens.common.choices import Count
 from lens.common.given import given_table
-from lens.common.results import few
+from lens.common.results import few, if_known
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -183,7 +183,7 @@ def _apply(rule: _Rule, table: pd.DataFrame, most: int) -> Finding | None:
     scored.sort(key=lambda pair: -pair[0].value)
     passing = tuple(score for score, passed in scored if passed)
     uniform, random = (float(rows[name].max()) for name in ("uniform", "random_weights"))
-    beside = f"uniform attention ({_known(uniform)}) and random weights ({_known(random)})"
+    beside = f"uniform attention ({if_known(uniform, '.2f')}) and random weights ({if_known(random, '.2f')})"
     text = (
         _found(rule, passing, len(scored), prompt_id, beside, most)
         if passing
@@ -203,10 +203,6 @@ def _apply(rule: _Rule, table: pd.DataFrame, most: int) -> Finding | None:
         text,
         _count(rule, len(passing), len(scored)),
     )
-
-
-def _known(score: float) -> str:
-    return "not known" if np.isnan(score) else f"{score:.2f}"
 
 
 def _count(rule: _Rule, found: int, total: int) -> str:

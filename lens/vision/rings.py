@@ -217,7 +217,7 @@ class Shapes(Result):
             above = int((self.low[..., number] > fair[:, None] + SMALLEST).sum())
             best = int(np.nanargmax(share))
             low, high = (one[..., number].ravel()[best] for one in (self.low, self.high))
-            low, high = of_many(share[best], low, high, share.size)  # it is the highest of all
+            low, high = of_many(share[best], low, high, share.size, least=0, most=1)
             found.append(
                 Sentence(
                     f"{shape.replace('_', '-')}: {above} of {share.size} heads above uniform attention ({in_words(fair, '.1%')}); "

@@ -178,5 +178,5 @@ def test_a_metric_that_is_not_a_number_is_refused():
     find_nodes(model)  # sees nothing wrong yet
     with torch.no_grad():
         model.model.transformer.h[1].mlp.c_fc.weight[0, 0] = torch.nan
-    with pytest.raises(LensError, match="the metric is NaN or infinite with edges ablated"):
+    with pytest.raises(LensError, match="the metric of the whole model is NaN or infinite"):
         acdc(model, small_task(), 0.1)

@@ -91,7 +91,11 @@ def test_every_way_to_find_a_circuit_takes_a_bridge(pair, task):
         assert error(way(model), way(own)) < 1e-5
 
 
-@pytest.mark.parametrize("pair", ["gpt2", "qwen3"], indirect=True)
+@pytest.mark.parametrize(
+    "pair",
+    ["gpt2", pytest.param("llama", marks=pytest.mark.exhaustive), "qwen3"],
+    indirect=True,
+)
 def test_folded_norms_and_centred_weights_change_no_score(pair, task):
     own, bridge = pair
     bridge.enable_compatibility_mode()

@@ -88,6 +88,9 @@ def test_the_largest_gap_on_the_way_is_kept_and_random_sets_are_others():
         "Without a0.h0 model and circuit differ by +1 logit_difference, 100% of what ablating everything changes: the "
         "largest gap of 5 sets, looked for on the prompts it is of (1); 1 random one of that size by 0 on average."
     )
+    drawn = replace(found, model=found.model[[0, 0, 1]], circuit=found.circuit[[0, 0, 1]])
+    assert drawn.worst == 2  # a random set is no other beside itself
+    assert drawn.findings()[0].endswith("there is no random one of that size beside it.")
     alone = search(known, gate_circuit(known, HALF))
     assert alone.kind == ("none", "greedy")
     assert alone.findings()[0].endswith("there is no random one of that size beside it.")

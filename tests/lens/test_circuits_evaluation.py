@@ -12,6 +12,7 @@ from lens.circuits.checks import control
 from lens.circuits.checks._control import _weighted, magnitudes
 from lens.circuits.checks.evaluation import SHARES, Outcome, cmd, cpr
 from lens.circuits.checks.recovery import recovery
+from lens.circuits.discovery import acdc
 from lens.circuits.graph.activations import Ablation, read_activations
 from lens.circuits.graph.circuit import make_circuit
 from lens.circuits.graph.edge_scores import EdgeScores
@@ -263,5 +264,20 @@ def test_a_metric_that_is_no_number_is_refused():
     nothing = replace(task.with_metric("loss"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(type(task), "measure", lambda self, logits, rows: logits[:, 0, 0] * np.nan)
+        with pytest.raises(LensError, match="the metric of the whole model is NaN or infinite"):
+            run_circuit(model, nothing, circuit, progress=False)
+        with pytest.raises(LensError, match="the metric of the whole model is NaN or infinite"):
+            acdc(model, nothing, 0.1, progress=False)
+    real = type(task).measure
+    calls = []
+
+    def measure(self, logits, rows):
+        calls.append(1)
+        return real(self, logits, rows) * (
+            1 if len(calls) == 1 else np.nan
+        )  # the first run is the whole model's
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(task), "measure", measure)
         with pytest.raises(LensError, match="the metric is NaN or infinite with edges ablated"):
             run_circuit(model, nothing, circuit, progress=False)

@@ -63,7 +63,33 @@ def test_edges(edges):
     assert "intervals" not in said
     gates = replace(edges, method="edge-pruning", residual=None)
     assert "the probability that its gate is open. The median" in one(gates, "largest")
+    files = one(replace(single, method="imported"), "largest")
+    assert ", in the units of their file, which does not say what the sign means. The" in files
     assert replace(edges, per_prompt=np.full((2, 5), np.nan)).findings() == ()
+
+
+def test_sizes_of_edges_have_no_sign_and_none_is_0_by_chance():
+    values = np.array([[2.0, 1, 0, 0, 0], [4.0, 1, 1.8, 0, 0]])
+    found = EdgeScores(GRAPH, values, "atp*-grad-drop", Ablation(), "loss", "made", "toy")
+    assert found.findings() == (
+        "On made (2 prompts) atp*-grad-drop scores the edges input to a0.h0<q> 3 [1.69, 4.31]; input to a0.h0<k> 1 "
+        "[1, 1]; input to a0.h0<v> 0.9 [0, 2.08]; input to logits 0 [0, 0] highest by size (intervals as of the "
+        "largest of all), mean sizes in units of loss, without a sign. The median size of 5 edges is 0.9.",
+    )
+
+
+def test_sentences_of_edges_draw_the_prompts_by_the_seed_that_is_given(monkeypatch):
+    seeds = []
+    table = EdgeScores.table
+    monkeypatch.setattr(
+        EdgeScores, "table", lambda self, **given: seeds.append(given) or table(self, **given)
+    )
+    values = np.random.default_rng(0).normal(0, 1, (6, 5))
+    found = EdgeScores(GRAPH, values, "eap", Ablation(), "loss", "made", "toy")
+    assert found.findings(seed=3) != found.findings(seed=4)
+    assert seeds == [{"count": 5, "seed": 3}, {"count": 5, "seed": 4}]
+    replace(found, method="atp*-grad-drop", per_prompt=np.abs(values)).findings()
+    assert seeds[-1] == {"count": 4, "seed": 0}  # intervals of those that it names
 
 
 def test_edge_tests():
@@ -95,6 +121,10 @@ def test_acdc(acdc):
     )
     alone = replace(acdc, thresholds=(0.1,), kept=acdc.kept[:1], loss=acdc.loss[:1])
     assert "0.5" not in one(alone, "circuits")
+    turned = replace(acdc, metric="logit_difference", loss=np.array([-2.0, -1.0]), whole=-3.0)
+    assert "a loss of -1 (logit_difference turned so that less is better; the whole" in one(
+        turned, "circuits"
+    )
 
 
 def test_acdc_has_no_score_of_the_threshold_0(acdc):
@@ -164,12 +194,17 @@ def test_routes():
         pd.DataFrame(rows, columns=columns), np.array([[[0.0, 0], [0.5, 0], [0, 0]]]), (("a",), ("b",)), 0.04, "made", "toy"
     )  # fmt: skip
     assert one(found, "routes") == (
-        "Routes to the answers of made (2 prompts, 1 edges a prompt from a share of 0.04 on) pass most through L0H1 0.25 "
-        "[-0.055, 0.56] in 50% of the prompts, the median head 0 (summed importance; intervals as of the largest of all)."
+        "Routes to the answers of made (2 prompts, 1 edge a prompt from a share of 0.04 on) pass most through L0H1 0.25 "
+        "[0, 0.56] in 50% of the prompts, the median head 0 (summed importance; intervals as of the largest of all)."
     )
     nothing = replace(found, per_prompt=found.per_prompt * 0)
     assert nothing.findings() == (
-        "No head is on the routes to the answers of made (2 prompts, 1 edges a prompt from a share of 0.04 on).",
+        "No head is on the routes to the answers of made (2 prompts, 1 edge a prompt from a share of 0.04 on).",
+    )
+    once = replace(found, per_prompt=found.per_prompt[..., :1], tokens=(("a",),))
+    assert one(once, "routes") == (
+        "Routes to the answers of made (1 prompt, 2 edges a prompt from a share of 0.04 on) pass most through L0H1 0.5, the "
+        "median head 0 (summed importance)."
     )
 
 

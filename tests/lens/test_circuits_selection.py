@@ -148,8 +148,11 @@ def test_find_takes_the_smallest_circuit_that_is_faithful_enough():
         f"on the 1 of 1 prompts that it was chosen on its faithfulness is {row['faithfulness']:.2f}, that of as many"
         in size
     )
-    assert f"drawn once at random {found.random:.2f}, its KL" in size
-    assert found.random < 0.5
+    least, mean, most = (
+        f"{one:z.2f}" for one in (found.random.min(), found.random.mean(), found.random.max())
+    )
+    assert f"at random, drawn 5 times, {mean} ({least} to {most}), its KL" in size
+    assert found.random.max() < 0.5 < row["faithfulness"]
 
 
 def test_find_says_when_no_circuit_is_faithful_enough():

@@ -187,7 +187,14 @@ def test_parts_of_heads():
     both = effects.copy()
     both[0] = np.array([1.0, -0.5, 0.1, 1.4, 0])[:, None]  # neither alone does any of it
     said = one(replace(joined, effects=both), "effect")
-    assert "+1] loss, most of it by pattern and values together (pattern -0.5" in said
+    assert "+1] loss, more by both together than by either alone (pattern -0.5" in said
+    both[0, 1:4] = [
+        [-0.5, 0.5],
+        [0.1, 0.1],
+        [1.4, 0.4],
+    ]  # in one of the prompts its pattern does more
+    said = one(replace(joined, effects=both), "effect")
+    assert "through its pattern or its values, which are not told apart (pattern +0" in said
     (said, _) = replace(
         joined, effects=effects[..., :1], clean=np.ones(1), first_key=first[:, :1]
     ).findings()

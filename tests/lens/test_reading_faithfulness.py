@@ -254,8 +254,13 @@ def test_what_scores_do_not_sum_to_is_told(models):
     summed = float(attributing.scored(answer, "attnlrp").sum())
     assert table.loc["attnlrp", "missing"] == pytest.approx(abs(summed - logit), rel=1e-5)
     assert table["missing"].isna().tolist() == [True, False, False, True]
-    said = [one for one in found.findings() if "do not sum to all" in one]
+    said = [
+        one
+        for one in found.findings()
+        if one.startswith("How far sums of scores are from the logit")
+    ]
     assert len(said) == 1
+    assert said[0].count(" (from all tokens deleted)") == 1  # of integrated gradients alone
     assert f"attnlrp {abs(summed - logit):.2g} of {abs(logit):.2g}" in said[0]
 
 

@@ -19,7 +19,7 @@ from lens.sinks.causes.persistent import PersistentMemory
 from lens.sinks.causes.spectral import BandLosses, SpectralBands
 from lens.sinks.detection.alphas import Samples
 from lens.sinks.detection.blocks import BlockAlphas
-from tests.lens.test_sinks import parked
+from tests.lens.test_sinks import parked, windowed
 from tests.lens.traces import trace_of
 
 Words = list[tuple[str, str]]
@@ -128,6 +128,40 @@ def test_keys_are_named_by_how_often_they_are_sinks():
     assert named[1].startswith("Key 3 ('t3') is a sink in 16.7% [0.0%, 50.0%] of heads (with")
 
 
+def test_a_key_that_one_layer_shows_to_few_is_named_by_the_heads_of_the_others():
+    """It came last, and without a number."""
+    near, park, once = (
+        windowed(67, 8)[0, 0],
+        parked(67, 0.9, key=20)[0, 0],
+        parked(67, 0.9, key=3)[0, 0],
+    )
+    p = np.array([[near, near, near], [park, park, once]])
+    result = lens.sinks.find(trace_of(p, windows=[8, None]))
+    named = [text for kind, text in said(result) if kind == "key"]
+    assert np.isnan(result.profile.rate[20])
+    both = [text for text in named if text.startswith(("Key 20 ", "Key 3 "))]
+    assert both[0].startswith(
+        "Key 20 ('t0') is a sink in 2 heads of the layers in which it is judged, with α up to 0.9"
+    )
+    assert both[1].startswith(
+        "Key 3 ('t3') is a sink in 1 head of the layers in which it is judged"
+    )
+
+
+def test_intervals_of_keys_are_drawn_by_the_seed():
+    several = traces(0.9, 0.1)
+    shares = np.random.default_rng(0).random((9, 67))
+    first, again, other = (
+        replace(lens.sinks.find(several, seed=seed).profile, by_prompt=shares)
+        .table()["low"]
+        .tolist()
+        for seed in (0, 0, 9)
+    )
+    assert first == again != other
+    with pytest.raises(lens.LensError, match="seed"):
+        lens.sinks.find(several, seed=-1)
+
+
 def test_blocks():
     samples = Samples("small", "float32", 9, "added", 1)
     bounds = {"lower": [0.4, 0.1, 0.2], "upper": [0.5, 0.2, 0.4]}
@@ -166,7 +200,7 @@ def test_mechanism():
         f"2 of 3 heads park on the sources (mean α above 0.3, {even}; 2 prompts, BOS added).",
     )
     of = "(median of 2 heads)"
-    result = SinkMechanism(values, names, "added")
+    result = SinkMechanism(values, names, "added", 0)
     found = said(result)
     assert found == [
         park,
@@ -246,7 +280,7 @@ LIMIT = (
 def test_bands():
     random = np.array([[0.0, 0.2], [0.1, 0.1], [0.3, 0.3]])
     losses = BandLosses(np.array([[0.1, 0.3], [0.5, 0.7], [0.0, 0.2]]), random, (9, 9), "added", 0)
-    worth = ("losses", "Without band 1 of 3 the loss rises most, by 0.600 [0.500, 0.700] nats per token, without as many random "
+    worth = ("losses", "Without band 1 of 3 the loss rises most, by 0.600 [0.478, 0.722] nats per token, without as many random "
                        "directions by 0.100 [0.100, 0.100]; without the weakest by 0.100 [0.000, 0.200] nats per token, without "
                        "as many random directions by 0.300 [0.300, 0.300] (2 prompts, BOS added).")  # fmt: skip
     assert said(losses) == [worth, ("limit", LIMIT)]

@@ -8,7 +8,7 @@ from lens.common.results import of_kind
 from lens.policies.running import PolicyRuns
 from lens.policies.stability import PolicyStability
 from lens.stats import over_units
-from lens.stats.verdicts import by_chance, of_many, rivals, verdict
+from lens.stats.verdicts import by_chance, of_many, of_many_told, rivals, verdict
 
 
 def test_a_verdict_is_that_of_the_whole_interval():
@@ -39,6 +39,20 @@ def test_what_is_one_of_one_is_not_widened():
     assert of_many(1.0, 0.5, 2.0, 1) == pytest.approx((0.5, 2.0))
     with pytest.raises(lens.LensError, match="many"):
         of_many(1.0, 0.5, 2.0, 0)
+
+
+def test_the_interval_of_one_of_many_ends_where_values_do():
+    """Shares were said to lie from below 0 to above 1."""
+    low, high = of_many(0.5, 0.1, 0.9, 24)
+    assert low < 0
+    assert high > 1
+    assert of_many(0.5, 0.1, 0.9, 24, least=0, most=1) == (0, 1)
+    assert of_many(0.5, 0.1, 0.9, 24, least=0) == pytest.approx((0, high))
+    assert np.isnan(of_many(0.5, np.nan, np.nan, 24, least=0, most=1)).all()
+    row = {"value": 0.5, "low": 0.1, "high": 0.9}
+    assert of_many_told(row, "value", ".0%", 24, plain=True, least=0, most=1) == "50% [0%, 100%]"
+    row = {"size": 3.0, "size_low": np.nan, "size_high": np.nan}
+    assert of_many_told(row, "size", ".1f", 24, unit=" times") == "3.0 times"
 
 
 def test_rivals_are_those_whose_difference_may_be_none():

@@ -64,7 +64,7 @@ def edges(subject: Subject) -> Section:
         name="edges",
         title="Edges: what passes between which parts",
         summary=(
-            *scores.findings(),
+            *scores.findings(seed=subject.seed),
             *found.findings(),
             *stable.findings(),
         ),

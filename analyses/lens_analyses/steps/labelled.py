@@ -23,7 +23,7 @@ def detection(subject: Subject) -> Section:
     given = subject.task.as_prompts
     asked = {"statistics": ["received"], "progress": subject.progress}
     traces = given_traces(lens.capture(subject.model, given, **asked))
-    rate, keys = sinks.rate(traces, seed=subject.seed), sinks.find(traces)
+    rate, keys = sinks.rate(traces, seed=subject.seed), sinks.find(traces, seed=subject.seed)
     return detected(
         rate,
         keys,

@@ -95,7 +95,7 @@ def detection(subject: Subject) -> Section:
     """Which keys are sinks, and in how many heads, beside uniform attention."""
     traces = [subject.run.trace(name) for name in subject.run.traces]
     alike = _of_one_length(traces)
-    rate, keys = sinks.rate(alike, seed=subject.seed), sinks.find(alike)
+    rate, keys = sinks.rate(alike, seed=subject.seed), sinks.find(alike, seed=subject.seed)
     left = len(traces) - len(alike)
     return detected(
         rate,

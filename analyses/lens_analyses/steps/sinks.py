@@ -29,7 +29,7 @@ def detection(subject: Subject) -> Section:
     traces = given_traces(
         lens.capture(subject.model, texts, statistics=["received"], progress=progress)
     )
-    rate, keys = sinks.rate(traces, seed=subject.seed), sinks.find(traces)
+    rate, keys = sinks.rate(traces, seed=subject.seed), sinks.find(traces, seed=subject.seed)
     published = sinks.rate(traces, seed=subject.seed, normalise="all")
     emergence = sinks.emergence(subject.model, texts, **asked)
     growth = sinks.emergence(subject.model, texts, over="length", **asked)
@@ -108,7 +108,7 @@ def detected(rate: SinkRate, keys: SinkKeys, *limits: str, last: tuple[str, ...]
 def mechanism(subject: Subject) -> Section:
     """Why heads look there, and what they get: keys, values, massive activations, gates."""
     texts, progress = subject.text_windows, subject.progress
-    geometry = sinks.mechanism(subject.model, texts, progress=progress)
+    geometry = sinks.mechanism(subject.model, texts, seed=subject.seed, progress=progress)
     found = sinks.massive(subject.model, texts, progress=progress)
     gates = sinks.gates(subject.model, texts, seed=subject.seed, progress=progress)
     tables = {"heads": geometry.table(), "massive": found.table(), "gates": gates.table()}

@@ -90,7 +90,8 @@ class Completeness(Result):
         row = table.iloc[self.worst]
         many = 1 + self.tried + self.kind.count("random")
         interval = ends(*of_many(row["gap"], row["low"], row["high"], many), "+z.3g")
-        alike = table[(table["kind"] == "random") & (table["size"] == row["size"])]["gap"].abs()
+        others = table.drop(index=self.worst)  # it may be a random one itself
+        alike = others.query("kind == 'random' and size == @row['size']")["gap"].abs()
         beside = (
             f"{len(alike)} random one{'s' * (len(alike) > 1)} of that size by {alike.mean():.3g} on average"
             if len(alike)

@@ -324,6 +324,7 @@ def run_circuits(
             kl.append(torch.stack(divergences).numpy())
             advance(len(rows))
     metrics, divergence = np.concatenate(metric, 1), np.concatenate(kl, 1)
+    check_finite(metrics[0], whole=True)
     check_finite(metrics)
     return Outcome(metrics[2:], divergence[2:], metrics[0], metrics[1])
 
@@ -343,13 +344,20 @@ def ratio(gain: np.ndarray, whole: float) -> np.ndarray:
     return gain / whole
 
 
-def check_finite(metric: np.ndarray) -> None:
-    """Raises LensError where the metric of a run with edges ablated is no number: it would be the largest of any."""
-    if not np.isfinite(metric).all():
+def check_finite(metric: np.ndarray, whole: bool = False) -> None:
+    """Raises LensError where the metric of the whole model, or of a run with edges ablated, is no number: it would be
+    the largest of any."""
+    if np.isfinite(metric).all():
+        return
+    if whole:
         raise LensError(
-            "the metric is NaN or infinite with edges ablated, so nothing can be compared; check the weights "
-            "or choose another metric or ablation"
+            "the metric of the whole model is NaN or infinite, so nothing can be compared with it; check its "
+            "weights and the task"
         )
+    raise LensError(
+        "the metric is NaN or infinite with edges ablated, so nothing can be compared; choose another metric or "
+        "ablation"
+    )
 
 
 def check_changes(whole: float) -> None:

@@ -39,6 +39,7 @@ from lens.common.errors import LensError
 from lens.common.progress import advancing
 from lens.common.results import Result, Sentence
 from lens.models.loaded import LoadedModel
+from lens.tasks.metrics import METRICS
 from lens.tasks.task import Task
 
 Order = Literal["reverse", "forward", "random"]
@@ -136,9 +137,15 @@ class Acdc(Result):
             f"{self.loss[at]:.3g}"
             for at in (0, -1)[: 1 + several]
         )
+        turned = (
+            ", less is better"
+            if METRICS.get(self.metric) == -1
+            else " turned so that less is better"
+        )
         text = (
-            f"On {self.task} {kept} ({self.metric}, less is better; the whole model's is {self.whole:.3g}, both on the prompts that edges were "
-            f"tested on). Edges were visited in {self.order} order; of two that stand in for each other one is kept."
+            f"On {self.task} {kept} ({self.metric}{turned}; the whole model's is {self.whole:.3g}, both on the prompts "
+            f"that edges were tested on). Edges were visited in {self.order} order; of two that stand in for each "
+            "other one is kept."
         )
         return (Sentence(text, kind="circuits"),)
 
@@ -256,7 +263,7 @@ class _Losses:
                 logits = masked_logits(self._nodes, task.clean[rows], reference, masks)
                 values: list[Tensor] = [task.measure(part, rows) for part in logits]
                 total -= task.sign * torch.stack(values).double().sum(1).cpu().numpy()
-        check_finite(total)
+        check_finite(total, whole=not ablated.any())
         return total / task.n
 
 

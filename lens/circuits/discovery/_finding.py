@@ -31,6 +31,7 @@ _RANKINGS: dict[Ranking, str] = {
 }
 _SMALLEST, _SIZES = 0.001, 16  # share of the edges, and number of sizes that are tried
 _PROMPTS = 16  # on which the sizes are tried
+_DRAWS = 5  # of random circuits
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -43,7 +44,7 @@ class FoundCircuit(Result):
         ranking: how its edges were chosen from them.
         tried: one row per circuit that was tried.
         least: faithfulness that was asked for.
-        random: faithfulness of as many edges drawn once at random, on the same prompts.
+        random: [draws], faithfulness of as many edges drawn at random, on the same prompts.
         prompts: number of those that circuits were tried on, the first of the task.
     """
 
@@ -52,7 +53,7 @@ class FoundCircuit(Result):
     ranking: Ranking
     tried: pd.DataFrame = field(repr=False)
     least: float
-    random: float
+    random: np.ndarray
     prompts: int
 
     def table(self) -> pd.DataFrame:
@@ -68,8 +69,9 @@ class FoundCircuit(Result):
         size = (
             f"The circuit has {chosen.n:,} of {graph.n:,} edges ({chosen.n / graph.n:.2%}) between "
             f"{len(chosen.nodes)} of {len(graph.writers)} parts ({_RANKINGS[self.ranking]}); on the {self.prompts} of "
-            f"{self.scores.n} prompts that it was chosen on its faithfulness is {interval}, that of as many edges drawn once "
-            f"at random {self.random:z.2f}, its KL divergence from the model {row['kl']:.2g} nats."
+            f"{self.scores.n} prompts that it was chosen on its faithfulness is {interval}, that of as many edges at "
+            f"random, drawn {len(self.random)} times, {self.random.mean():z.2f} ({self.random.min():z.2f} to "
+            f"{self.random.max():z.2f}), its KL divergence from the model {row['kl']:.2g} nats."
         )
         sure = (
             "; one prompt has no interval."
@@ -156,14 +158,15 @@ def find(
             f"the best {chosen.n or max(counts):,} edges make no circuit that goes through a head; "
             "ask for more edges"
         )
-    drawn = random_edges(scores.graph, chosen.n, np.random.default_rng(seed))
-    beside = run_circuits(model, few, drawn[None], scores.ablation, progress=progress)
+    draw = np.random.default_rng(seed)
+    drawn = np.stack([random_edges(scores.graph, chosen.n, draw) for _ in range(_DRAWS)])
+    beside = run_circuits(model, few, drawn, scores.ablation, progress=progress)
     return FoundCircuit(
         chosen,
         scores,
         rankings[best][0],
         tried,
         faithfulness,
-        float(beside.faithfulness()[0]),
+        beside.faithfulness(),
         few.n,
     )

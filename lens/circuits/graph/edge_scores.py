@@ -14,9 +14,9 @@ from lens.circuits.graph.graph import Graph
 from lens.circuits.graph.selection import consistent, greedy, pruned, top
 from lens.common.choices import check_choice, check_counts, is_whole
 from lens.common.errors import LensError
-from lens.common.results import Result, Sentence, ends
+from lens.common.results import Result, Sentence
 from lens.stats.intervals import columns
-from lens.stats.verdicts import by_chance, of_many
+from lens.stats.verdicts import by_chance, of_many_told
 
 Selection = Literal["top", "greedy", "bootstrap"]
 _NAMED = 4  # edges that a sentence names
@@ -26,12 +26,19 @@ _UNITS = {
     "acdc": "the largest threshold that keeps the edge",
     "edge-pruning": _GATE,
     "subnetwork-probing": _GATE,
+    "atp*-grad-drop": "mean sizes in units of {metric}, without a sign",
 }
+"""Of scores that are never below 0."""
+_IMPORTED = "in the units of their file, which does not say what the sign means"
+_SIGNED = "in units of {metric}; positive: the task goes worse without the edge"
 
 
 @dataclass(frozen=True, repr=False, eq=False)
 class EdgeScores(Result):
     """A score of every edge, in units of the metric: positive = ablating the edge makes the task worse.
+
+    Scores of "atp*-grad-drop" are mean sizes without a sign, those of "acdc" thresholds, those of learned masks
+    probabilities, and imported ones what their file holds.
 
     Attributes:
         graph: the edges.
@@ -152,36 +159,40 @@ class EdgeScores(Result):
         rows.insert(4, "stderr", spread)
         return rows.sort_values("value", ascending=False, kind="stable", ignore_index=True)
 
-    def findings(self) -> tuple[Sentence, ...]:
-        """The largest edges by size beside the median one ("largest"), how many intervals leave out 0 ("chance"), and how far
-        the integral is off ("integral")."""
-        known = int((~np.isnan(self.values)).sum())
+    def findings(self, *, seed: int = 0) -> tuple[Sentence, ...]:
+        """The largest edges by size beside the median one ("largest"), of scores with a sign how many intervals leave
+        out 0 ("chance"), and how far the integral is off ("integral").
+
+        Args:
+            seed: of the bootstrap.
+        """
+        sizes = np.abs(self.values)
+        known = int(np.isfinite(sizes).sum())
         if not known:
             return ()
-        rows = self.table(seed=0)
-        rows = rows[rows["value"].notna()]
+        several, signed = self.n > 1, self.method not in _UNITS
+        seen = int((sizes > _ROUNDING * np.nanmax(sizes)).sum())
+        rows = self.table(count=max(seen * (several and signed), min(known, _NAMED)), seed=seed)
         order = rows["value"].abs().sort_values(ascending=False, kind="stable").index
+        form, least = ("+z.3g", -np.inf) if signed else (".3g", 0)
         best = "; ".join(
-            f"{row['edge'].replace('->', ' to ')} {row['value']:+z.3g}"
-            + ends(*of_many(row["value"], row["low"], row["high"], known), "+z.3g")
+            f"{row['edge'].replace('->', ' to ')} "
+            + of_many_told(row, "value", form, known, plain=True, least=least)
             for row in rows.loc[order[:_NAMED]].to_dict("records")
         )
-        several = self.n > 1
-        unit = _UNITS.get(
-            self.method,
-            f"in units of {self.metric}; positive: the task goes worse without the edge",
-        )
+        unit = _UNITS.get(self.method, _IMPORTED if self.method == "imported" else _SIGNED)
+        unit = unit.format(metric=self.metric)
         said = [
             Sentence(
                 f"On {self.task} ({self.n} prompt{'s' * several}) {self.method} scores the edges {best} highest by size"
                 f"{' (intervals as of the largest of all)' * several}, {unit}. The median size of {known:,} edges is "
-                f"{rows['value'].abs().median():.2g}.",
+                f"{np.nanmedian(sizes):.2g}.",
                 kind="largest",
             )
         ]
-        if several:
-            seen = rows["value"].abs() > _ROUNDING * rows["value"].abs().max()
-            clear = int((seen & ((rows["low"] > 0) | (rows["high"] < 0))).sum())
+        if several and signed:
+            largest = rows.loc[order[:seen]]
+            clear = int(((largest["low"] > 0) | (largest["high"] < 0)).sum())
             text = f"{clear:,} of {known:,} edges have a 95 % interval that leaves out 0 ({by_chance(known):.1f} by chance)."
             said.append(Sentence(text, kind="chance"))
         if self.residual is not None and self.total:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING, cast
 
 from lens.circuits.graph.circuit import Circuit
 from lens.circuits.known.circuit import KnownCircuit
@@ -12,8 +13,13 @@ from lens.common.given import given_as, is_of
 from lens.common.head_ids import AnyHead, HeadId, head_id, head_of_node
 from lens.models.loaded import LoadedModel
 
+if TYPE_CHECKING:
+    from lens.circuits.discovery._finding import FoundCircuit
 
-def heads_of(heads: Iterable[AnyHead] | Circuit | KnownCircuit) -> tuple[HeadId, ...]:
+
+def heads_of(
+    heads: Iterable[AnyHead] | Circuit | FoundCircuit | KnownCircuit,
+) -> tuple[HeadId, ...]:
     """The heads that are meant, sorted, each once; of a circuit, also one that was found, those that a kept edge leaves from.
 
     Raises:
@@ -24,15 +30,14 @@ def heads_of(heads: Iterable[AnyHead] | Circuit | KnownCircuit) -> tuple[HeadId,
     if is_of("Circuit", heads):
         circuit: Circuit = given_as("Circuit", heads=heads)
         return tuple(sorted(filter(None, map(head_of_node, circuit.nodes))))
-    assert not isinstance(heads, Circuit)
     if isinstance(heads, str):
         raise LensError(f"heads must be a list such as ['L3H5'], got the string {heads!r}")
     check_lists(heads=heads)
-    return tuple(sorted({head_id(head) for head in heads}))
+    return tuple(sorted({head_id(head) for head in cast("Iterable[AnyHead]", heads)}))
 
 
 def heads_in(
-    model: LoadedModel, heads: Iterable[AnyHead] | Circuit | KnownCircuit
+    model: LoadedModel, heads: Iterable[AnyHead] | Circuit | FoundCircuit | KnownCircuit
 ) -> tuple[HeadId, ...]:
     """As `heads_of`, at least one and all in the model.
 

@@ -97,7 +97,7 @@ class JoinedHeads(Result):
         return token, len(masses), float(masses.mean())
 
     def _through(self, row: dict) -> str:
-        """Whether pattern or values do more of it, prompt by prompt; nothing of a single prompt."""
+        """Which of pattern, values and both together does more of it, prompt by prompt; nothing of a single prompt."""
         if len(self.clean) < 2:
             return ""
         place = [str(head) for head in self.heads].index(row["name"])
@@ -105,15 +105,15 @@ class JoinedHeads(Result):
             np.sign(row["full"]) * self.effects[place, PARTS.index(part)]
             for part in ("pattern", "value", "interaction")
         )
-        if both.mean() > max(pattern.mean(), value.mean()):
-            return ", most of it by pattern and values together"
-        more = (pattern - value)[:, None]
-        low, high = (float(end[0]) for end in over_units(more, np.ones_like(more), self.seed))
+        more = np.stack([pattern - value, both - pattern, both - value], 1)
+        lows, highs = over_units(more, np.ones_like(more), self.seed)
+        if (lows[1:] > 0).all():
+            return ", more by both together than by either alone"
         return {
             "above": ", more through its pattern than its values",
             "below": ", more through its values than its pattern",
             "not told apart": ", through its pattern or its values, which are not told apart",
-        }[verdict(low, high)]
+        }[verdict(lows[0], highs[0])]
 
     def _finding(self, row: dict) -> Sentence:
         interval = f"[{row['full_low']:+z.3g}, {row['full_high']:+z.3g}]"

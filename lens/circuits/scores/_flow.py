@@ -20,11 +20,11 @@ from lens.common.choices import is_number
 from lens.common.errors import LensError
 from lens.common.head_ids import HeadId, head_columns, head_id
 from lens.common.progress import advancing
-from lens.common.results import Result, Sentence, ends
+from lens.common.results import Result, Sentence
 from lens.models.loaded import LoadedModel
 from lens.passes.calls import LayerCall, attend
 from lens.stats.intervals import columns
-from lens.stats.verdicts import of_many
+from lens.stats.verdicts import of_many_told
 from lens.tasks.task import Task
 
 THRESHOLD = 0.04
@@ -85,22 +85,21 @@ class FlowRoutes(Result):
         """The heads that routes pass most through, beside the median head ("routes"), and what that does not say ("limit")."""
         table = self.table()
         used = table[table["used"] > 0]
-        edges = (
-            f"{len(self.edges) / self.n:.0f} edges a prompt from a share of {self.threshold:g} on"
-        )
-        several = "s" * (self.n > 1)
+        a_prompt, several = f"{len(self.edges) / self.n:.0f}", self.n > 1
+        edges = f"{a_prompt} edge{'s' * (a_prompt != '1')} a prompt from a share of {self.threshold:g} on"
+        prompts = f"{self.n} prompt{'s' * several}"
         if not len(used):
-            text = f"No head is on the routes to the answers of {self.task} ({self.n} prompt{several}, {edges})."
+            text = f"No head is on the routes to the answers of {self.task} ({prompts}, {edges})."
             return (Sentence(text, kind="routes"),)
         best = [
-            f"{row['name']} {row['value']:.2g}{ends(*of_many(row['value'], row['low'], row['high'], len(table)), '.2g')} in "
-            f"{row['used']:.0%} of the prompts"
+            f"{row['name']} {of_many_told(row, 'value', '.2g', len(table), plain=True, least=0)}"
+            + f" in {row['used']:.0%} of the prompts" * several
             for row in used.head(3).to_dict("records")
         ]
         joined = ", ".join(best)
         text = (
-            f"Routes to the answers of {self.task} ({self.n} prompt{several}, {edges}) pass most through {joined}, the "
-            f"median head {table['value'].median():.2g} (summed importance; intervals as of the largest of all)."
+            f"Routes to the answers of {self.task} ({prompts}, {edges}) pass most through {joined}, the median head "
+            f"{table['value'].median():.2g} (summed importance{'; intervals as of the largest of all' * several})."
         )
         limit = "Routes say what a state is made of; whether the task needs it, only an intervention says."
         return Sentence(text, kind="routes"), Sentence(limit, kind="limit")

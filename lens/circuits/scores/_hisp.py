@@ -24,10 +24,10 @@ from lens.circuits.graph.selection import pruned, top
 from lens.common.choices import Count, is_whole, shown
 from lens.common.errors import LensError
 from lens.common.progress import advancing
-from lens.common.results import Result, Sentence, ends
+from lens.common.results import Result, Sentence
 from lens.models.loaded import LoadedModel
 from lens.stats.intervals import columns
-from lens.stats.verdicts import of_many
+from lens.stats.verdicts import of_many_told
 from lens.tasks.task import Task
 
 Baseline = Literal["counterfactual", "zero"]
@@ -123,7 +123,7 @@ class GateScores(Result):
         """The gates on which most hangs, beside the median one ("largest")."""
         table, many = self.table(), len(self.nodes)
         best = ", ".join(
-            f"{row['node']} {row['value']:.3g}{ends(*of_many(row['value'], row['low'], row['high'], many))}"
+            f"{row['node']} {of_many_told(row, 'value', '.3g', many, plain=True, least=0)}"
             for row in table.head(3).to_dict("records")
         )
         several = self.n > 1

@@ -157,19 +157,22 @@ class HeadRoles(Result):
         return tuple(said)
 
     def _beside(self, row: Mapping[Any, Any], highest: float) -> str:
-        """A head with its interval, and where this lies beside the higher of what is known by chance."""
+        """A head with its interval, and where this lies beside each number that is known by chance."""
         low, high = row["low"], row["high"]
         named = {
             self.baseline.replace("_", " "): row["baseline"],
             "the highest of random weights": highest,
         }
-        known = {name: value for name, value in named.items() if not np.isnan(value)}
         told = f"{row['name']} {row['value']:.2f}{ends(low, high, '.2f')}"
-        if not known:
-            return told
-        side = verdict(low, high, max(known.values()))
-        chance = " and ".join(f"{name} {value:.2f}" for name, value in known.items())
-        return f"{told} ({side}{' from' * (side not in APART)} {chance})"
+        sides: dict[str, list[str]] = {}
+        for name, value in named.items():
+            if not np.isnan(value):
+                sides.setdefault(verdict(low, high, value), []).append(f"{name} {value:.2f}")
+        said = [
+            f"{side}{' from' * (side not in APART)} {' and '.join(chance)}"
+            for side, chance in sides.items()
+        ]
+        return f"{told} ({', '.join(said)})" if said else told
 
     def __repr__(self) -> str:
         table, shown = self._wide, []

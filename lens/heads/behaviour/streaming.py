@@ -25,7 +25,7 @@ from torch import Tensor
 
 from lens.common.head_ids import HeadId, all_heads, head_columns
 from lens.common.progress import advancing
-from lens.common.results import Result, Sentence, ends, with_ends
+from lens.common.results import Result, Sentence, ends
 from lens.edits.losses import bos_policy, changes, log_probabilities, two_tokens
 from lens.heads.behaviour.near_keys import Streamer, read_long_prompts
 from lens.models.loaded import LoadedModel
@@ -33,7 +33,7 @@ from lens.passes.calls import LayerCall
 from lens.passes.logits import check_predicts_tokens
 from lens.passes.sessions import base, listening
 from lens.stats.intervals import columns
-from lens.stats.verdicts import mean_told
+from lens.stats.verdicts import mean_told, of_many_told
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -95,19 +95,21 @@ class StreamingScores(Result):
         """What is kept ("kept"), whose outputs change most ("error"), what the loss says ("loss"), and what that rests on
         ("limit")."""
         row, table = self.summary(seed=seed).iloc[0], self.table(seed=seed)
+        many = len(table)
         poorest = table.iloc[int(table["kept"].to_numpy().argmin())]
         furthest = table.iloc[int(table["row_error"].to_numpy().argmax())]
         said = [
             Sentence(
                 f"With the first {self.first} and the last {self.last} keys rows keep "
                 f"{mean_told(self.kept.mean((0, 1)), seed, '.1%')} of their attention (the poorest head, {poorest['name']}, "
-                f"{with_ends(poorest, 'kept', '.1%')}), and head outputs are off by "
+                f"{of_many_told(poorest, 'kept', '.1%', many, least=0, most=1)}), and head outputs are off by "
                 f"{mean_told(self.rms_error.mean((0, 1)), seed, '.1%')}.",
                 kind="kept",
             ),
             Sentence(
-                f"The outputs of {furthest['name']} change most: by {with_ends(furthest, 'row_error', '.2f')} of their size, "
-                f"mean over rows, those of the median head by {table['row_error'].median():.2f}.",
+                f"The outputs of {furthest['name']} change most: by "
+                f"{of_many_told(furthest, 'row_error', '.2f', many, least=0)} of their size, mean over rows, those of "
+                f"the median head by {table['row_error'].median():.2f}.",
                 kind="error",
             ),
         ]

@@ -12,8 +12,9 @@ import pandas as pd
 from lens import stats
 from lens.common.errors import LensError
 from lens.common.head_ids import AnyHead, HeadId, head_id
-from lens.common.results import Result, Sentence, with_ends
+from lens.common.results import Result, Sentence
 from lens.heads.likeness.redundancy import HeadClusters, clusters, redundancy
+from lens.stats.verdicts import of_many_told
 
 Likeness = Literal["js", "log_odds", "cka"]
 SIMILARITIES = {
@@ -207,11 +208,13 @@ class HeadSimilarity(Result):
         if table.empty:
             return ()
         row = table.iloc[0]
+        least, most = (0, np.log(2)) if self.method == "js" else (-1, 1)
+        closest = of_many_told(row, "value", ".3g", len(table), plain=True, least=least, most=most)
         across = "" if np.isnan(row["floor"]) else f", across different prompts {row['floor']:.3g}"
         return (
             Sentence(
                 f"Of {len(table)} pairs {row['first']} is closest to {row['second']}: {SIMILARITIES[self.method]} "
-                f"{with_ends(row, 'value', plain=True)}{across}, the median pair {table['value'].median():.3g} (n = {self.n}).",
+                f"{closest}{across}, the median pair {table['value'].median():.3g} (n = {self.n}).",
                 kind="closest",
             ),
         )

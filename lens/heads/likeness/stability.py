@@ -22,11 +22,11 @@ from lens import stats
 from lens.common.choices import check_mapping, is_number
 from lens.common.errors import LensError
 from lens.common.head_ids import HeadId, head_columns
-from lens.common.results import Result, Sentence, with_ends
+from lens.common.results import Result, Sentence
 from lens.stats import over_units
 from lens.stats.controls import jaccard_by_chance
 from lens.stats.intervals import known_mean
-from lens.stats.verdicts import by_chance
+from lens.stats.verdicts import by_chance, of_many_told
 from lens.traces.trace import AttentionTrace
 
 USABLE = 0.05
@@ -126,8 +126,8 @@ class HeadStability(Result):
         return [
             Sentence(
                 f"Between {first} and {second}, {_pairs(n)}{left}: {how_many}; most {best['name']}, Jaccard index above chance "
-                f"{with_ends(best, 'value', '.2f', plain=True)}, the median head {rows['value'].median():.2f} (0 is chance, 1 "
-                "the same blocks).",
+                f"{of_many_told(best, 'value', '.2f', len(rows), plain=True, most=1)}, the median head "
+                f"{rows['value'].median():.2f} (0 is chance, 1 the same blocks).",
                 kind="pattern",
             )
         ]

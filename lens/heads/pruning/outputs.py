@@ -31,13 +31,13 @@ from lens.common.choices import check_choice, check_counts, words
 from lens.common.errors import LensError
 from lens.common.head_ids import HeadId, head_columns
 from lens.common.progress import advancing
-from lens.common.results import Result, Sentence, ends, with_ends
+from lens.common.results import Result, Sentence, ends
 from lens.heads.pruning.distances import jensen_shannon
 from lens.models.loaded import LoadedModel
 from lens.passes.head_outputs import Source, edited_outputs
 from lens.passes.sessions import transformer
 from lens.stats.intervals import columns, of_share
-from lens.stats.verdicts import of_many
+from lens.stats.verdicts import of_many, of_many_told
 from lens.tasks.task import Task
 
 Metric = Literal["accuracy", "probability", "loss", "js", "cosine", "distance"]
@@ -164,7 +164,8 @@ class PruningMetrics(Result):
         said.append(
             Sentence(
                 f"{none}The right answer loses most probability without {best['name']}: "
-                f"{with_ends(best, 'value', plain=True)}, without the median head {rows['value'].median():.3g} (n = {self.n}).",
+                f"{of_many_told(best, 'value', '.3g', many, plain=True, least=-1, most=1)}, without the median head "
+                f"{rows['value'].median():.3g} (n = {self.n}).",
                 kind="most" if apart else "none",
             )
         )

@@ -9,7 +9,7 @@ import pandas as pd
 
 from lens.common.results import Result, Sentence, few, with_ends
 from lens.stats.intervals import columns
-from lens.stats.verdicts import by_chance, mean_told, of_many, rivals
+from lens.stats.verdicts import by_chance, mean_told, of_many, of_many_told, rivals
 
 _ROUNDING = 1e-5  # of the metric: what single precision makes of nothing
 
@@ -47,8 +47,8 @@ class SkipSweep(Result):
         table, worst = self.table(seed=seed), int(self.drops.mean(1).argmax())
         row, many = table.iloc[worst], len(table)
         told = (
-            f"{self.names[worst]} {self.metric} is worse by {with_ends(row, 'drop')} (on {self.task}, n = "
-            f"{len(self.clean)}), without the median sub-layer by {table['drop'].median():.3g}"
+            f"{self.names[worst]} {self.metric} is worse by {of_many_told(row, 'drop', '.3g', many)} (on {self.task}, "
+            f"n = {len(self.clean)}), without the median sub-layer by {table['drop'].median():.3g}"
         )
         rounding = _ROUNDING * np.abs(self.clean).max()
         low, _ = of_many(row["drop"], row["drop_low"], row["drop_high"], many)

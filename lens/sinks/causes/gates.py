@@ -16,7 +16,7 @@ from lens.common.choices import Seed
 from lens.common.errors import LensError
 from lens.common.head_ids import HeadId, head_columns
 from lens.common.progress import advancing
-from lens.common.results import Result, Sentence, ends
+from lens.common.results import Result, Sentence
 from lens.edits.base import grouped
 from lens.edits.losses import bos_policy, two_tokens
 from lens.models.loaded import LoadedModel
@@ -26,7 +26,7 @@ from lens.passes.keys import Keys, KeysAt, check_fixed_keys, members
 from lens.passes.sessions import OnLayer, base, listening
 from lens.stats import over_units
 from lens.stats.intervals import known_mean
-from lens.stats.verdicts import mean_told, of_many
+from lens.stats.verdicts import mean_told, of_many_told
 
 OFF_BY_ONE = 0.0
 """Logit of softmax-off-by-one, `exp(s) / (1 + sum exp(s))`: a learned sink with this logit."""
@@ -78,12 +78,10 @@ class EffectiveGates(Result):
             mean = mean_told(self.means[str(mechanism)], self.seed, ".0%")
             even = rows["gate_baseline"].mean()
             beside = "" if np.isnan(even) else f"; {even:.0%} with even attention"
-            low, high = np.clip(
-                of_many(lowest["gate"], lowest["low"], lowest["high"], len(rows)), 0, 1
-            )
+            least = of_many_told(lowest, "gate", ".1%", len(rows), plain=True, least=0, most=1)
             text = (
                 f"{_NAMES[str(mechanism)].format(mean)} on average (effective gate{beside}); "
-                f"{lowest['name']} least, {lowest['gate']:.1%}{ends(low, high, '.1%')}."
+                f"{lowest['name']} least, {least}."
             )
             found.append(Sentence(text, kind=str(mechanism)))
         hidden = "" if self.projections == "found" else f" {self.projections}"

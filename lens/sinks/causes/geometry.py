@@ -11,10 +11,11 @@ import torch
 from torch.nn.functional import normalize
 
 from lens import stats
+from lens.common.choices import Seed, check_counts
 from lens.common.errors import LensError
 from lens.common.head_ids import HeadId, head_columns
 from lens.common.progress import advancing
-from lens.common.results import Result, Sentence
+from lens.common.results import Result, Sentence, if_known
 from lens.edits.losses import bos_policy
 from lens.heads.weights import head_weights
 from lens.models.loaded import LoadedModel
@@ -31,7 +32,6 @@ _COLUMNS = (
     "alpha", "key_norm", "value_norm", "cosine", "cosine_others", "drain", "contribution", "alpha_baseline",
     "contribution_baseline",
 )  # fmt: skip
-_SEED = 0  # of the bootstrap
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -48,18 +48,20 @@ class SinkMechanism(Result):
             weights are not known. `alpha_baseline`, `contribution_baseline`: with even attention.
         heads: layer by layer.
         bos: "added", "absent" or "mixed".
+        seed: of the bootstrap.
     """
 
     values: np.ndarray = field(repr=False)
     heads: tuple[HeadId, ...] = field(repr=False)
     bos: str
+    seed: int
 
     @property
     def rows(self) -> pd.DataFrame:
         """One row per layer and head: means over prompts, those of the model with `_low`, `_high` (95 % over prompts)."""
         found = head_columns(self.heads)
         for name, values in zip(_COLUMNS, self.values, strict=True):
-            more = columns(name, values, _SEED)
+            more = columns(name, values, self.seed)
             found |= {name: more[name]} if name.endswith("_baseline") else more
         return pd.DataFrame(found)
 
@@ -71,9 +73,7 @@ class SinkMechanism(Result):
         """Medians over the heads that park on the sources, means over prompts: keys, directions, values, outputs."""
         every: dict[str, np.ndarray] = dict(zip(_COLUMNS, self.values, strict=True))
         parked = every["alpha"].mean(-1) > SINK_EPSILON
-        even = f"{every['alpha_baseline'].mean():.2g} with even attention".replace(
-            "nan", "not known"
-        )
+        even = f"{if_known(every['alpha_baseline'].mean(), '.2g')} with even attention"
         settings = f"{self.values.shape[-1]} prompts, BOS {self.bos}"
         if not parked.any():
             text = (
@@ -83,7 +83,7 @@ class SinkMechanism(Result):
             return (Sentence(text, kind="heads"),)
 
         def told(name: str, form: str = ".2f") -> str:
-            return mean_told(np.median(every[name][parked], 0), _SEED, form)
+            return mean_told(np.median(every[name][parked], 0), self.seed, form)
 
         of = f"median of {parked.sum()} heads"
         found = {
@@ -105,7 +105,12 @@ class SinkMechanism(Result):
 
 
 def mechanism(
-    model: LoadedModel, prompts: Any, *, sources: Keys = "first", progress: bool = True
+    model: LoadedModel,
+    prompts: Any,
+    *,
+    sources: Keys = "first",
+    seed: Seed = 0,
+    progress: bool = True,
 ) -> SinkMechanism:
     """Measure why heads look at `sources`: norm, direction or position, and what they get for it.
 
@@ -117,6 +122,7 @@ def mechanism(
         model: as `lens.load` returns it; causal.
         prompts: as for `lens.capture`, token prompts.
         sources: "first", positions or a bool mask.
+        seed: of the bootstrap.
         progress: show a bar.
 
     Raises:
@@ -127,6 +133,7 @@ def mechanism(
         >>> lens.sinks.mechanism(model, texts).table().sort_values("alpha").tail()
     """
     check_fixed_keys("sources", sources, "mechanism")
+    check_counts(0, seed=seed)
     try:
         output = head_weights(model).output
     except LensError:  # an architecture whose weights are not known: its columns say so by NaN
@@ -141,7 +148,7 @@ def mechanism(
             advance(1)
     bos = bos_policy(model, [prompt.ids or [] for prompt in asked])
     values = torch.stack(found, -1).flatten(1, 2).numpy()
-    return SinkMechanism(values, tuple(model.info.every_head), bos)
+    return SinkMechanism(values, tuple(model.info.every_head), bos, seed)
 
 
 def _columns(

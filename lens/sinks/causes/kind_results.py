@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from lens.common.results import Result, Sentence, ends
-from lens.stats.verdicts import of_many
+from lens.stats.verdicts import of_many_told
 from lens.traces.scores import SINK_EPSILON
 
 _TEST = {
@@ -35,7 +35,8 @@ class SinkKinds(Result):
         rows: one per head: `kind` ("none", "nop", "fixed broadcast", "input broadcast", "mixed", "learned", "gate";
             "broadcast" of one prompt, where fixed and input are not told apart); `mass` that the sources get and `share`
             of the size of what the head writes that comes from them, each with `_low`, `_high` (95 % over prompts); `sure`,
-            whether the kind is the same at all ends of these (never of one prompt, which has none);
+            whether the kind is the same at all ends of these (never of one prompt, which has none), `gate`, `learned`
+            and `variation` taken as they are, without intervals;
             `uniform_mass`, `uniform_share`: the same if attention were spread evenly; `variation` of the sources'
             values over prompts, their variance over the mean square: 0 where they are the same, about 1 without a common mean; `rank`, `rank_centred`: stable rank of what the head writes, and about the mean
             row; `learned`: what the model's own sink takes; `gate`: what a gate on the output lets through.
@@ -111,7 +112,7 @@ class SinkKinds(Result):
         for name, word in _ORIGIN.items():
             if self.origin[name].isna().all():
                 continue
-            row, told = _highest(self.origin, name, ".3g", " times")
+            row, told = _highest(self.origin, name, ".3g", np.inf, " times")
             said.append(f"{word} {told} in layer {row['layer']:.0f}")
         if not said:
             return []
@@ -122,7 +123,7 @@ class SinkKinds(Result):
         """The layer in which one neuron makes the largest share of what its MLP writes at the sources."""
         if self.origin["neuron_share"].isna().all():
             return []
-        row, share = _highest(self.origin, "neuron_share", ".0%")
+        row, share = _highest(self.origin, "neuron_share", ".0%", 1)
         return [
             Sentence(
                 f"Neuron {row['neuron']:.0f} of the MLP in layer {row['layer']:.0f} makes {share} of what is written there at the sources, "
@@ -158,12 +159,13 @@ def is_sure(row: Mapping[Any, Any]) -> bool:
     return kinds == {kind_of(row)} and not np.isnan(row["mass_low"])
 
 
-def _highest(table: pd.DataFrame, name: str, form: str, unit: str = "") -> tuple[pd.Series, str]:
-    """The row with the highest value, and this in words, with the interval of the highest of all."""
+def _highest(
+    table: pd.DataFrame, name: str, form: str, most: float, unit: str = ""
+) -> tuple[pd.Series, str]:
+    """The row with the highest value of 0 to `most`, and this in words, with the interval of the highest of all."""
     row = table.iloc[int(np.nanargmax(table[name]))]
     many = int(table[name].notna().sum())
-    low, high = of_many(row[name], row[f"{name}_low"], row[f"{name}_high"], many)
-    return row, f"{row[name]:{form}}{unit}{ends(low, high, form)}"
+    return row, of_many_told(row, name, form, many, least=0, most=most, unit=unit)
 
 
 def _beside(row: Mapping[Any, Any]) -> str:

@@ -31,7 +31,7 @@ from lens.passes.inputs import read_prompts
 from lens.passes.sessions import base, listening
 from lens.passes.structures import MaskStructure
 from lens.stats import over_units
-from lens.stats.verdicts import APART, of_many, verdict
+from lens.stats.verdicts import APART, of_many_told, verdict
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 _MEASURES = ("gate", "contribution", "removal", "early_mass", "late_mass")
@@ -71,17 +71,14 @@ class PersistentMemory(Result):
     def findings(self) -> tuple[Sentence, ...]:
         """How much the memory takes, whether that changes along the prompt, and the `limit`."""
         lowest = self.rows.sort_values("gate").iloc[0]
-        least, most = np.clip(
-            of_many(lowest["gate"], lowest["low"], lowest["high"], len(self.rows)), 0, 1
-        )
+        least = of_many_told(lowest, "gate", ".1%", len(self.rows), plain=True, least=0, most=1)
         mean = self.rows.mean(numeric_only=True)
         change, low, high = self.drift
         beside = "" if verdict(low, high) in APART else ", not told apart from no change"
         pairs = f"{self.pairs} pair{'s' * (self.pairs != 1)}"
         found = {
             "gate": f"With {pairs} of memory the heads keep {self.gate[0]:.0%}{ends(*self.gate[1:], '.0%')} of their attention "
-            f"on average ({mean['gate_baseline']:.0%} with even attention); {lowest['name']} least, {lowest['gate']:.1%}"
-            f"{ends(least, most, '.1%')}.",
+            f"on average ({mean['gate_baseline']:.0%} with even attention); {lowest['name']} least, {least}.",
             "drift": f"The mass of the memory goes from {mean['early_mass']:.1%} in the first quarter of the rows to "
             f"{mean['late_mass']:.1%} in the last, {change:+.1%}{ends(low, high, '+.1%')}{beside}; with even attention from "
             f"{mean['early_mass_baseline']:.1%} to {mean['late_mass_baseline']:.1%}.",

@@ -21,7 +21,7 @@ from lens.models.loaded import LoadedModel
 from lens.passes.inputs import read_prompts
 from lens.passes.replay import proved
 from lens.stats.intervals import columns
-from lens.stats.verdicts import of_many
+from lens.stats.verdicts import of_many, of_many_told
 
 BANDS = 20
 
@@ -111,7 +111,7 @@ class BandLosses(Result):
         most, dark = table.sort_values("delta_loss").iloc[-1], table.iloc[-1]
         said = (
             f"Without band {most['band']} of {len(table)} the loss rises most, by "
-            f"{_told(most)}; without the weakest by {_told(dark)} "
+            f"{_told(most, len(table))}; without the weakest by {_told(dark)} "
             f"({len(self.tokens)} prompts, BOS {self.bos})."
         )
         low, _ = of_many(most["delta_loss"], most["low"], most["high"], len(table))
@@ -127,11 +127,11 @@ class BandLosses(Result):
         return (Sentence(said, kind="losses"), Sentence(limit, kind="limit"))
 
 
-def _told(row: Any) -> str:
-    """What a band is worth, beside as many random directions."""
+def _told(row: Any, many: int = 1) -> str:
+    """What a band, the dearest of `many`, is worth, beside as many random directions."""
     return (
-        f"{with_ends(row, 'delta_loss', '.3f', plain=True)} nats per token, without as many random directions by "
-        f"{with_ends(row, 'control', '.3f')}"
+        f"{of_many_told(row, 'delta_loss', '.3f', many, plain=True)} nats per token, without as many random directions "
+        f"by {with_ends(row, 'control', '.3f')}"
     )
 
 

@@ -13,7 +13,7 @@ from lens.common.choices import Seed, check_choice
 from lens.common.errors import LensError
 from lens.common.given import given_traces
 from lens.common.progress import advancing
-from lens.common.results import Result, Sentence, ends
+from lens.common.results import Result, Sentence, ends, if_known
 from lens.models.loaded import LoadedModel
 from lens.sinks.detection.alphas import DIVIDED, Normalise
 from lens.sinks.detection.conditions import bos_pair, by_length, control_prompts
@@ -61,11 +61,10 @@ class SinkEmergence(Result):
                 if first is None
                 else f"in more than half of the prompts from layer {first} on"
             )
-            even = "not known" if np.isnan(one.uniform) else f"{one.uniform:.1%}"
             interval = ends(one.low, one.high, ".1%")
             text = (
                 f'Prompts "{condition}": key {one.key} is a sink in {one.value:.1%}{interval} of layers × heads, '
-                f"{where} (with uniform attention {even}; α above {one.epsilon:g}, "
+                f"{where} (with uniform attention {if_known(one.uniform)}; α above {one.epsilon:g}, "
                 f"{DIVIDED[one.normalise]}; T = {one.samples.tokens}{one.samples.start}, "
                 f"n = {one.samples.n})."
             )

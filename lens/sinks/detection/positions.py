@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from lens.common.choices import Seed, check_counts
 from lens.common.given import given_traces
 from lens.common.head_ids import HeadId, head_columns
-from lens.common.results import Result, Sentence, few
+from lens.common.results import Result, Sentence, few, if_known
 from lens.sinks.detection.alphas import (
     DIVIDED,
     Normalise,
@@ -33,7 +34,6 @@ COMMON = 0.25
 """A key is a common sink where its rate exceeds this."""
 
 _NAMED = 5  # keys that findings name
-_SEED = 0  # of the bootstrap
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -78,14 +78,16 @@ class SinkKeys(Result):
                     kind="heads",
                 )
             ]
-            rate = np.nan_to_num(self.profile.rate)
-            for key in sorted(self.keys, key=lambda key: -rate[key])[:_NAMED]:
+            often = self.rows["key"].value_counts()
+            for key in sorted(self.keys, key=lambda key: -often[key])[:_NAMED]:
                 here = self.rows[self.rows["key"] == key]
                 token = here["token"].mode()[0]
-                text = (
-                    f"Key {key} ({token!r}) is a sink in {self.profile.told(key)}, with α up "
-                    f"to {here['alpha'].max():.2f}."
+                told = (
+                    f"{_count(here['name'].nunique(), 'head')} of the layers in which it is judged"
+                    if np.isnan(self.profile.rate[key])
+                    else self.profile.told(key)
                 )
+                text = f"Key {key} ({token!r}) is a sink in {told}, with α up to {here['alpha'].max():.2f}."
                 found.append(Sentence(text, kind="key"))
         return (*found, *self.profile.findings())
 
@@ -102,6 +104,7 @@ class SinkProfile(Result):
         alpha: [layers, heads, keys], mean over samples, NaN likewise.
         layers: numbers of the layers.
         epsilon, normalise, samples: as in `SinkRate`.
+        seed: of the bootstrap.
     """
 
     rate: np.ndarray
@@ -112,6 +115,7 @@ class SinkProfile(Result):
     epsilon: float
     normalise: Normalise
     samples: Samples
+    seed: int
 
     def common(self, threshold: float = COMMON) -> list[int]:
         """Positions whose rate exceeds `threshold`."""
@@ -136,17 +140,14 @@ class SinkProfile(Result):
         `largest_alpha` the largest."""
         flat = self.alpha.reshape(-1, self.alpha.shape[-1])
         found = {"key": np.arange(len(self.rate))}
-        found |= columns("rate", self.by_prompt.T, _SEED, plain=True)
+        found |= columns("rate", self.by_prompt.T, self.seed, plain=True)
         found |= {"uniform": self.uniform, "alpha": flat.mean(0), "largest_alpha": flat.max(0)}
         return pd.DataFrame(found).assign(**self.settings())
 
     def told(self, key: int) -> str:
-        """Its rate in words, with its interval and what uniform attention gives."""
-        if np.isnan(self.rate[key]):
-            return "heads of some layers, and is not judged in others"
-        even = "not known" if np.isnan(self.uniform[key]) else f"{self.uniform[key]:.1%}"
-        mean = mean_told(self.by_prompt[:, key], _SEED, ".1%")
-        return f"{mean} of heads (with uniform attention {even})"
+        """The rate of a key that has one in words, with its interval and what uniform attention gives."""
+        mean = mean_told(self.by_prompt[:, key], self.seed, ".1%")
+        return f"{mean} of heads (with uniform attention {if_known(self.uniform[key])})"
 
     def findings(self) -> tuple[Sentence, ...]:
         """Which positions are sinks in common, and how many were not judged."""
@@ -174,13 +175,14 @@ def find(
     *,
     epsilon: float = SINK_EPSILON,
     normalise: Normalise = "visible",
+    seed: Seed = 0,
 ) -> SinkKeys:
     """The keys that heads park their attention on, `alpha_k > epsilon`; `.profile`: every position.
 
     Keys behind the first that fewer than 16 queries see are not judged.
 
     Args:
-        traces, epsilon, normalise: as for `lens.sinks.rate`.
+        traces, epsilon, normalise, seed: as for `lens.sinks.rate`.
 
     Raises:
         LensError: as `lens.sinks.rate`.
@@ -190,6 +192,7 @@ def find(
         >>> found.table().head(), found.profile.common()
     """
     several = given_traces(traces)
+    check_counts(0, seed=seed)
     samples = samples_of(several)
     check_epsilon(epsilon, max(least_alpha(trace, normalise) for trace in several))
     alpha = np.stack([alpha_of(trace, normalise) for trace in several])
@@ -221,5 +224,6 @@ def find(
         epsilon=epsilon,
         normalise=normalise,
         samples=samples,
+        seed=seed,
     )
     return SinkKeys(rows, profile)

@@ -13,7 +13,7 @@ from lens.common.choices import Seed
 from lens.common.errors import LensError
 from lens.common.given import given_traces
 from lens.common.head_ids import all_heads, head_columns
-from lens.common.results import Result, Sentence, ends, few
+from lens.common.results import Result, Sentence, ends, few, if_known
 from lens.sinks.detection.alphas import (
     DIVIDED,
     Normalise,
@@ -134,7 +134,7 @@ class SinkRate(Result):
             else ""
         )
         interval = ends(self.low, self.high, ".1%")
-        even = _percent(self.uniform)
+        even = if_known(self.uniform)
         place = "The first token" if self.key == 0 else f"Key {self.key}"
         return (
             Sentence(
@@ -178,7 +178,7 @@ class SinkCurve(Result):
         count = len(self.epsilons)
         points = [
             f"{self.values[place]:.1%}{ends(self.low[place], self.high[place], '.1%')} at ε = {self.epsilons[place]:g} "
-            f"(with uniform attention {_percent(self.uniform[place])})"
+            f"(with uniform attention {if_known(self.uniform[place])})"
             for place in dict.fromkeys((0, count // 2, count - 1))
         ]
         text = (
@@ -246,10 +246,6 @@ def rate(
 def _uniform(even: np.ndarray, epsilon: float) -> float:
     """Share of the layers [layers] whose alpha passes epsilon with uniform attention; NaN where one is not known."""
     return np.nan if np.isnan(even).any() else float((even > epsilon).mean())
-
-
-def _percent(uniform: float) -> str:
-    return "not known" if np.isnan(uniform) else f"{uniform:.1%}"
 
 
 def _rate(
