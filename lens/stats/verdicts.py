@@ -36,6 +36,17 @@ def verdict(low: float, high: float, beside: float = 0.0) -> Verdict:
     return "below" if high < beside else "not told apart"
 
 
+def leave_out_0(low: Any, high: Any) -> Any:
+    """Whether intervals leave out 0, of each of many; those that are NaN do not.
+
+    Example:
+        >>> from lens.stats.verdicts import leave_out_0
+        >>> leave_out_0(np.array([0.1, -0.1, np.nan]), np.array([0.3, 0.3, np.nan])).tolist()
+        [True, False, False]
+    """
+    return (low > 0) | (high < 0)
+
+
 def of_many(
     value: float, low: float, high: float, many: int, *, least: float = -inf, most: float = inf
 ) -> tuple[float, float]:
@@ -123,3 +134,14 @@ def mean_told(values: Shaped[np.ndarray, " units"], seed: int, form: str = ".3g"
     """
     (mean,), (low,), (high,) = columns("", values[None], seed).values()
     return f"{mean:{form}}{ends(low, high, form)}"
+
+
+def clear_told(many: int) -> str:
+    """What is said behind the number of those of so many whose intervals leave out 0.
+
+    Example:
+        >>> from lens.stats.verdicts import clear_told
+        >>> f"3 of 24 heads {clear_told(24)}"
+        '3 of 24 heads have a 95 % interval that leaves out 0 (1.2 by chance)'
+    """
+    return f"have a 95 % interval that leaves out 0 ({by_chance(many):.1f} by chance)"

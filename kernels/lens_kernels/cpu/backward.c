@@ -146,7 +146,7 @@ INLINE void probabilities(State *t, const Strip *strip, const int extra, float *
       largest = choose(grows, e, largest);
       largest_key = (grows & splat_int((int32_t)(strip->start + k))) | (~grows & largest_key);
       if (extra) {
-        logarithm = choose(logarithm < low, low, logarithm);
+        logarithm = at_least(low, logarithm);
         a += load(of_block + r) - load(t->of_entropy + r) * (logarithm + splat(1.0f));
         if (received) a += splat(received[k]);
         store(x.first + k * x.step, a);

@@ -122,15 +122,15 @@ static void alter(const Unit *u, int64_t r, float *s) {
 /* p = exp(s - pivot) in place, with the sums that need nothing else. */
 static void exponentials_of(const Unit *u, int64_t r, float pivot, float *p, float *sums) {
   const Inputs *in = &u->plan->a->in;
-  const vec low = splat(-87.33f), at = splat(pivot);
+  const vec at = splat(pivot);
   vec sum = splat(0.0f), log_part = sum, squares = sum, moment = sum, number;
   for (int i = 0; i < LANES; i++) number[i] = (float)i;
   for (int64_t k = 0; k < u->keys; k += LANES) {
     vec x = load(p + k) - at;
-    vec e = exponential(x);
+    vec e = exponential_of(&x);
     store(p + k, e);
     sum += e;
-    log_part += e * choose(x < low, low, x); /* -inf is where e is 0: keep 0 * -inf away */
+    log_part += e * x;
     squares += e * e;
     moment += e * (number + splat((float)k));
   }

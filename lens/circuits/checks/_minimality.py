@@ -18,6 +18,7 @@ from lens.common.given import given_as
 from lens.common.results import Result, Sentence
 from lens.models.loaded import LoadedModel
 from lens.stats.intervals import columns
+from lens.stats.verdicts import leave_out_0
 from lens.tasks.task import Task
 
 
@@ -87,7 +88,7 @@ class Minimality(Result):
         """How many parts are needed, and which do most by size, beside parts of random circuits."""
         rows = self.table()
         needed = rows["node"].isin(self.needed())
-        clear = int((needed & ((rows["low"] > 0) | (rows["high"] < 0))).sum())
+        clear = int((needed & leave_out_0(rows["low"], rows["high"])).sum())
         apart = (
             ""
             if rows["low"].isna().all()

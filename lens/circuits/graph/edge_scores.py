@@ -16,7 +16,7 @@ from lens.common.choices import check_choice, check_counts, is_whole
 from lens.common.errors import LensError
 from lens.common.results import Result, Sentence
 from lens.stats.intervals import columns
-from lens.stats.verdicts import by_chance, of_many_told
+from lens.stats.verdicts import clear_told, leave_out_0, of_many_told
 
 Selection = Literal["top", "greedy", "bootstrap"]
 _NAMED = 4  # edges that a sentence names
@@ -192,8 +192,8 @@ class EdgeScores(Result):
         ]
         if several and signed:
             largest = rows.loc[order[:seen]]
-            clear = int(((largest["low"] > 0) | (largest["high"] < 0)).sum())
-            text = f"{clear:,} of {known:,} edges have a 95 % interval that leaves out 0 ({by_chance(known):.1f} by chance)."
+            clear = int(leave_out_0(largest["low"], largest["high"]).sum())
+            text = f"{clear:,} of {known:,} edges {clear_told(known)}."
             said.append(Sentence(text, kind="chance"))
         if self.residual is not None and self.total:
             share = abs(self.residual / self.total)

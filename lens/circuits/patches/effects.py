@@ -14,7 +14,7 @@ from lens.circuits.graph.spans import EACH
 from lens.common.errors import LensError
 from lens.common.results import Result, Sentence, ends
 from lens.stats.intervals import columns
-from lens.stats.verdicts import by_chance, of_many
+from lens.stats.verdicts import clear_told, leave_out_0, of_many
 from lens.tasks.task import Task
 
 Direction = Literal["noising", "denoising"]
@@ -111,7 +111,7 @@ class PatchEffects(Result):
         rows = self.table()
         best = rows.iloc[0]
         moved = rows["change"].abs() > ROUNDING * largest
-        clear = int((moved & ((rows["low"] > 0) | (rows["high"] < 0))).sum())
+        clear = int((moved & leave_out_0(rows["low"], rows["high"])).sum())
         away = bool(best["effect"] < 0)
         text = (
             f"Of {len(rows)} places {_place(best)} moves most{', away from the other run' * away}: "
@@ -122,10 +122,7 @@ class PatchEffects(Result):
         towards = rows.iloc[most]
         if away and towards["effect"] > 0 and moved.iloc[most]:
             text += f"; towards it {_place(towards)} most, {_change(towards, len(rows))}"
-        many = (
-            f"{clear} of {len(rows)} places have a 95 % interval that leaves out 0 "
-            f"({by_chance(len(rows)):.1f} by chance)."
-        )
+        many = f"{clear} of {len(rows)} places {clear_told(len(rows))}."
         said = Sentence(f"{text}.", kind="most")
         return (said, Sentence(many, kind="chance")) if len(self.base) > 1 else (said,)
 

@@ -12,7 +12,7 @@ from lens.common.errors import LensError
 from lens.common.head_ids import HeadId, head_columns
 from lens.common.results import Result, Sentence, ends
 from lens.stats.intervals import columns
-from lens.stats.verdicts import by_chance
+from lens.stats.verdicts import clear_told, leave_out_0
 
 _MANY_PROMPTS = 10  # of fewer, each is more than a tenth of their mean
 _ESTIMATE = "It is an estimate to first order; method='ablation' measures it."
@@ -165,8 +165,8 @@ class HeadScores(Result):
         of = f"{self.label}, in units of {self.metric}, n = {self.n}"
         said = [Sentence(f"Worth most to {self.task}: {best} ({of}).", kind="top")]
         if self.n > 1 and not self.absolute:
-            apart = int(((table["low"] > 0) | (table["high"] < 0)).sum())
-            text = f"{apart} of {len(table)} heads have a 95 % interval that leaves out 0 ({by_chance(len(table)):.1f} by chance)."
+            apart = int(leave_out_0(table["low"], table["high"]).sum())
+            text = f"{apart} of {len(table)} heads {clear_told(len(table))}."
             said.append(Sentence(text, kind="told"))
         limits = _LIMITS.get(self.method, ""), self.intervention.own_share(self.n)
         return (*said, *(Sentence(limit, kind="limit") for limit in limits if limit))

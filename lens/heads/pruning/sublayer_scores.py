@@ -9,7 +9,14 @@ import pandas as pd
 
 from lens.common.results import Result, Sentence, few, with_ends
 from lens.stats.intervals import columns
-from lens.stats.verdicts import by_chance, mean_told, of_many, of_many_told, rivals
+from lens.stats.verdicts import (
+    clear_told,
+    leave_out_0,
+    mean_told,
+    of_many,
+    of_many_told,
+    rivals,
+)
 
 _ROUNDING = 1e-5  # of the metric: what single precision makes of nothing
 
@@ -57,14 +64,11 @@ class SkipSweep(Result):
             return (Sentence(text, kind="none"),)
         alike = [self.names[at] for at in rivals(self.drops, worst, seed)]
         beside = f"; not told apart from {few(alike)}" if alike else ""
-        clear = (table["drop_low"] > 0) | (table["drop_high"] < 0)
+        clear = leave_out_0(table["drop_low"], table["drop_high"])
         apart = int((clear & (table["drop"].abs() > rounding)).sum())
         return (
             Sentence(f"Without {told}{beside}.", kind="most"),
-            Sentence(
-                f"{apart} of {many} sub-layers have a 95 % interval that leaves out 0 ({by_chance(many):.1f} by chance).",
-                kind="chance",
-            ),
+            Sentence(f"{apart} of {many} sub-layers {clear_told(many)}.", kind="chance"),
         )
 
     def __repr__(self) -> str:

@@ -17,6 +17,7 @@ from lens.figures.heads import label
 from lens.figures.rows import bars, classes
 from lens.figures.style import Look, escaped, grid_axes, grid_height, named_below, style
 from lens.runs.schema import KIND_WORDS
+from lens.stats.verdicts import leave_out_0
 from lens.traces.metrics import METRICS
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def comparison_scatter(
     """
     rows, kind = _select(comparison, metric, variant, prompts)
     names = rows["name"].to_numpy()
-    differs = ((rows["low"] > 0) | (rows["high"] < 0)).to_numpy()
+    differs = leave_out_0(rows["low"], rows["high"]).to_numpy()
     farthest = set(np.argsort(-np.abs(rows["difference"].fillna(0).to_numpy()))[:_NAMED].tolist())
     ends = _ends(rows)
     figure = go.Figure(

@@ -22,6 +22,7 @@ from lens.runs.comparison.pairing import SEEN, SHARES
 from lens.runs.comparison.two_runs import compare_runs
 from lens.runs.folders import Run
 from lens.runs.schema import KIND_WORDS
+from lens.stats.verdicts import leave_out_0
 from lens.traces.findings import findings
 from lens.traces.metrics import METRICS
 from lens.traces.profiles import POSITIONS
@@ -84,7 +85,7 @@ class RunSeries(Result):
         rows = rows.dropna(subset=["since_last"])
         if rows.empty:
             return []
-        sure = rows[(rows["since_last_low"] > 0) | (rows["since_last_high"] < 0)]
+        sure = rows[leave_out_0(rows["since_last_low"], rows["since_last_high"])]
         sure = sure[sure["since_last"].abs() >= SEEN]
         if sure.empty:
             words = f"No head's share of attention changes by {SEEN:g} and beyond its interval between neighbours"

@@ -13,6 +13,7 @@ from lens.common.results import Sentence
 from lens.runs.comparison.pairing import SEEN, SHARES
 from lens.runs.folders import Run
 from lens.runs.schema import KIND_WORDS
+from lens.stats.verdicts import leave_out_0
 from lens.traces.findings import Finding, findings
 from lens.traces.metrics import METRICS
 
@@ -180,7 +181,7 @@ def _changes(heads: pd.DataFrame, shared: Mapping[str, int]) -> list[str]:
     if rows.empty:
         return [f"No head's share of attention{only} differs by {SEEN:g} or more."]
     if heads["low"].notna().any():
-        rows = rows[(rows["low"] > 0) | (rows["high"] < 0)]
+        rows = rows[leave_out_0(rows["low"], rows["high"])]
     if rows.empty:
         return [f"No head's share of attention{only} differs beyond its interval."]
     rows = rows.reindex(rows["difference"].abs().sort_values(ascending=False, kind="stable").index)
