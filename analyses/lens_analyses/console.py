@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from lens.common.errors import LensError, in_words
 from lens.common.files import printable
@@ -68,8 +68,7 @@ class Output:
             sys.stdout.write(printable(to_json(data) if self.json else text.rstrip("\n") + "\n"))
             sys.stdout.flush()
         except OSError:
-            with suppress(OSError, ValueError):  # so that Python does not try again at the end
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            _give_up(sys.stdout)
             raise
 
     @cached_property
@@ -81,6 +80,7 @@ class Output:
             def on_broken_pipe(self) -> None:
                 """Nobody reads: the work goes on, in silence."""
                 self.quiet = True
+                _give_up(sys.stderr)
 
         return Unheard(stderr=True, highlight=False, quiet=self.quiet)
 
@@ -137,6 +137,12 @@ class _Handler(logging.Handler):
             self._console.print(printable(record.getMessage()), markup=False, soft_wrap=True)
         except (OSError, ValueError):  # a full disk or a closed file takes no log: the work goes on
             self._console.quiet = True
+
+
+def _give_up(stream: TextIO) -> None:
+    """What it still holds goes nowhere, so that Python does not try again at the end and fail."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 class LogFile(logging.FileHandler):
@@ -219,9 +225,14 @@ def told_each_minute(
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """SIGTERM stops a run as Ctrl-C does: in order, to be completed later."""
+    """SIGTERM stops a run as Ctrl-C does: in order, to be completed later.
+
+    Once: the system sends one for each thread of a worker that dies, and the later ones come
+    while the run is saved.
+    """
 
     def stop(*_: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise KeyboardInterrupt
 
     try:

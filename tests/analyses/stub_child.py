@@ -13,18 +13,13 @@ import sys
 import tomllib
 from pathlib import Path
 
-from lens_analyses.console import ERROR, OK, PARTIAL
+from lens_analyses.console import ERROR, OK, PARTIAL, stoppable
 from lens_analyses.jobs.child import end_with
 
 from lens.runs.writer import RunWriter
 from tests.lens.made_runs import meta
 
 META = meta(title="stub", model={"name": "stub"})
-
-
-def stop(*_):
-    """As `lens run` does."""
-    raise KeyboardInterrupt
 
 
 def tell_and_wait(fifo):
@@ -52,7 +47,6 @@ def compute(config, runs):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, stop)
     end_with(int(sys.argv[1]))
     words = sys.argv[2:]
     given = tomllib.loads(Path(words[words.index("-c") + 1]).read_text())
@@ -62,4 +56,5 @@ if __name__ == "__main__":
     if "--dry-run" in words:
         print(json.dumps({"prompts": 2, "seconds": 1.5}))
         raise SystemExit(OK)
-    raise SystemExit(compute(given, words[words.index("--out") + 1]))
+    with stoppable():
+        raise SystemExit(compute(given, words[words.index("--out") + 1]))

@@ -2,6 +2,10 @@
 
 import json
 import math
+import os
+import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -11,6 +15,7 @@ from lens_analyses.console import (
     finite,
     log,
     progress_bar,
+    stoppable,
     to_json,
     told_each_minute,
 )
@@ -125,3 +130,40 @@ def test_what_is_left_follows_the_speed_that_was_seen():
     assert pace.left() == pytest.approx(3 * 90)
     pace.took("layers", 1.0)
     assert (pace.left(), pace.words()) == (0.0, "")
+
+
+def test_what_stops_a_run_a_second_time_leaves_it_to_end_in_order():
+    """A worker that is killed dies thread by thread, and the system tells its child of each."""
+    before = signal.getsignal(signal.SIGTERM)
+    closed = False
+    with stoppable():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except KeyboardInterrupt:
+            os.kill(os.getpid(), signal.SIGTERM)
+            closed = True
+    assert closed
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+NOT_READ = """
+from lens_analyses.console import Output, log
+output = Output()
+with output.session():
+    log.warning("nobody reads this")
+    log.warning("nor this")
+print("done")
+"""
+
+
+def test_a_command_whose_log_nobody_reads_ends_as_if_it_were_read():
+    """Python holds back what was not taken, unless it is told not to, and fails on it at the end."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+    done = subprocess.run(
+        [sys.executable, "-c", NOT_READ], stdout=subprocess.PIPE, stderr=writing, env=environment
+    )
+    os.close(writing)
+    assert (done.returncode, done.stdout) == (0, b"done\n")
