@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
@@ -42,8 +42,9 @@ class ChoosesBlocks(Protocol):
 class Sparse(OfHeads):
     """Heads attend only to the blocks of keys that a policy keeps; rows are normalised over these.
 
-    A head of a call of which every visible block is kept keeps its bits. A row that is left without a key
-    gives 0, and is counted in `skipped_rows`.
+    The policy sees the whole layer, and the chosen heads follow what it keeps for them. A head of a call of
+    which every visible block is kept keeps its bits. A row that is left without a key gives 0, and is counted
+    in `skipped_rows`.
 
     Attributes:
         policy: of `lens.policies`.
@@ -141,11 +142,17 @@ class SparseEdit(AttentionEdit):
             self.empty_calls += 1
             return None
         chosen = heads.nonzero()[:, 0]
-        view = BlockView(part_of(call, chosen, row), *self._sizes, self._backend)
-        blocks = self._policy.choose(view).blocks & view.visible
+        whole = torch.arange(len(heads), device=heads.device)
+        layer = BlockView(part_of(call, whole, row), *self._sizes, self._backend)
+        blocks = self._policy.choose(layer).blocks.expand(layer.shape)[:, chosen]
+        visible = layer.visible[:, chosen]
+        view = (
+            layer if len(chosen) == len(heads) else replace(layer, call=part_of(call, chosen, row))
+        )
+        blocks = blocks & visible
         self._kept += int(blocks.sum())
-        self._visible += int(view.visible.sum())
-        sparse = (blocks != view.visible).flatten(2).any(-1).any(0)  # [heads chosen]
+        self._visible += int(visible.sum())
+        sparse = (blocks != visible).flatten(2).any(-1).any(0)  # [heads chosen]
         if not bool(sparse.any()):
             self.empty_calls += 1
             return None

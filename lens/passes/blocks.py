@@ -106,6 +106,22 @@ class BlockView:
             seen = torch.cat(parts, 2)
         return seen.expand(batch, heads, rows, columns)
 
+    @cached_property
+    def looks_ahead(self) -> bool:
+        """Whether some row sees a key after its own position."""
+        plan = self._plan
+        if plan.causal:
+            return False
+        place = torch.arange(self.offset, self.keys, device=plan.high.device)
+        if plan.keep is None and plan.allowed is None:
+            return bool((plan.high > place + 1).any())
+        key = torch.arange(self.keys, device=place.device)
+        step = self.query_block
+        return any(
+            bool((self.sees(at, at + step) & (key > place[at : at + step, None])).any())
+            for at in range(0, self.queries, step)
+        )
+
     def any_pair(
         self, pairs: Bool[Tensor, "*rest rows keys"]
     ) -> Bool[Tensor, "*rest query_blocks key_blocks"]:

@@ -14,6 +14,8 @@ from lens.policies.base import Kept, Policy, by_distance, by_key, check_counts
 class AShape(Policy):
     """Keys j with `j < first`, and those with `i - j < last`, the query's own among them.
 
+    Where rows see later keys, near ones are those on both sides: `|i - j| < last`.
+
     A block is kept where one pair of it is, so with blocks of 1 token the policy is exact, and with
     larger ones it keeps a little more, as a block-sparse kernel does.
 

@@ -109,17 +109,41 @@ def by_distance(view: BlockView, kept: Tensor) -> Tensor:
     """bool [..., query_blocks, key_blocks] with one pair at a kept distance.
 
     Args:
-        kept: bool [..., keys], by query position less key position.
+        kept: bool [..., keys], by query position less key position; by its size where rows see later keys.
     """
-    _, _, rows, columns = view.shape
-    row = torch.arange(rows, device=kept.device)[:, None] * view.query_block + view.offset
-    column = torch.arange(columns, device=kept.device) * view.key_block
-    last = (row + view.query_block).clamp(max=view.keys) - 1
-    low = row - (column + view.key_block - 1)  # smallest distance of a pair of the block
-    high = last - column
-    before = torch.nn.functional.pad(kept.cumsum(-1), (1, 0))  # [..., keys + 1]
-    found = before[..., (high + 1).clamp(0, view.keys)] - before[..., low.clamp(0, view.keys)]
-    return (found > 0) & (high >= 0)
+    row, last = _rows(view)
+    column = torch.arange(view.shape[3], device=kept.device) * view.key_block
+    return _between(view, kept, row - (column + view.key_block - 1), last - column)
+
+
+def by_band(view: BlockView, kept: Tensor) -> Tensor:
+    """bool [..., query_blocks, key_blocks] that lie a kept number of key blocks before the own one of some row.
+
+    Args:
+        kept: bool [..., key_blocks], by that number; also after it where rows see later keys.
+    """
+    row, last = _rows(view)
+    column = torch.arange(view.shape[3], device=kept.device)
+    return _between(view, kept, row // view.key_block - column, last // view.key_block - column)
+
+
+def _rows(view: BlockView) -> tuple[Tensor, Tensor]:
+    """[query_blocks, 1]: positions of the first and the last row of each block."""
+    row = torch.arange(view.shape[2], device=view.query.device)[:, None] * view.query_block
+    row = row + view.offset
+    return row, (row + view.query_block).clamp(max=view.keys) - 1
+
+
+def _between(view: BlockView, kept: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """bool [..., query_blocks, key_blocks]: a number from `low` to `high` is kept, or from -`high` to -`low` where
+    rows see later keys."""
+    count = kept.shape[-1]
+    before = torch.nn.functional.pad(kept.cumsum(-1), (1, 0))  # [..., count + 1]
+    ways = [(low, high), (-high, -low)] if view.looks_ahead else [(low, high)]
+    found = [
+        before[..., (to + 1).clamp(0, count)] > before[..., of.clamp(0, count)] for of, to in ways
+    ]
+    return found[0] | found[-1]
 
 
 def by_key(view: BlockView, kept: Tensor) -> Tensor:
@@ -129,10 +153,8 @@ def by_key(view: BlockView, kept: Tensor) -> Tensor:
 
 def ends(view: BlockView, *, before: int = 0, first: int = 1) -> Tensor:
     """The first blocks, those of the query block itself, and so many before them; visible ones only."""
-    _, _, rows, blocks = view.shape
-    at = torch.arange(blocks, device=view.query.device)
-    start = torch.arange(rows, device=view.query.device)[:, None] * view.query_block + view.offset
-    end = (start + view.query_block).clamp(max=view.keys) - 1
+    at = torch.arange(view.shape[3], device=view.query.device)
+    start, end = _rows(view)
     own = (at >= start // view.key_block - before) & (at <= end // view.key_block)
     return ((at < first) | own) & view.visible
 

@@ -11,6 +11,7 @@ from lens.passes.blocks import BlockView, in_blocks
 from lens.policies.base import (
     Kept,
     Policy,
+    by_band,
     check_counts,
     check_shares,
     covering,
@@ -31,7 +32,7 @@ class FlexPrefill(Policy):
     at most 0.833). Query-aware: of the whole pooled map the largest entries that make no more than `gamma` of it.
     Otherwise the fewest columns that hold `gamma` of the last rows, and the fewest diagonals, counted in
     blocks as if they lay side by side: the recall that comes out is not gamma.
-    The first column, the main diagonal and at least `least` tokens of both kinds are always kept.
+    Where rows see later keys, a diagonal is that of both sides. The first column, the main diagonal and at least `least` tokens of both kinds are always kept.
 
     Attributes:
         gamma: 0.9; 0.95 in its scripts for Llama 3.1 and GLM.
@@ -111,7 +112,4 @@ def _lines(
         sums = in_blocks(mass, view.key_block).sum(-1)
         sums[..., 0] = torch.inf
         kept.append(largest(sums, count, torch.ones_like(sums, dtype=torch.bool)))
-    _, _, rows, blocks = view.shape
-    place = (torch.arange(rows, device=slash.device) * view.query_block + view.offset)[:, None]
-    back = place // view.key_block - torch.arange(blocks, device=slash.device)
-    return kept[0][..., None, :] | (kept[1][..., back.clamp(min=0)] & (back >= 0))
+    return kept[0][..., None, :] | by_band(view, kept[1])

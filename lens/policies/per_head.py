@@ -10,7 +10,6 @@ import torch
 
 from lens.common.errors import LensError
 from lens.common.head_ids import AnyHead, HeadId, head_id
-from lens.edits.base import part_of
 from lens.models.loaded import LoadedModel
 from lens.passes.blocks import BlockView
 from lens.policies.base import Full, Kept, Policy
@@ -57,23 +56,20 @@ class PerHead(Policy):
         return self.policies.get(head_id(head), self.default)
 
     def keep(self, view: BlockView) -> Kept:
-        """See `Policy`; heads that share a policy are asked together."""
+        """See `Policy`; each policy sees the whole layer, as where all heads have it, and its heads are taken."""
         blocks = torch.zeros(view.shape, dtype=torch.bool, device=view.query.device)
         predicted = torch.full(view.shape[:2], torch.nan, device=view.query.device)
         for policy, heads in self._groups(view):
-            found = policy.choose(_of_heads(view, heads))
-            blocks[:, heads] = found.blocks
+            found = policy.choose(view)
+            blocks[:, heads] = found.blocks[:, heads]
             if found.predicted is not None:
-                predicted[:, heads] = found.predicted.float()
+                predicted[:, heads] = found.predicted[:, heads].float()
         return Kept(blocks, predicted)
 
     def cost(self, view: BlockView) -> float:
         """See `Policy`: mean over the heads."""
-        costs = [
-            (policy.cost(_of_heads(view, heads)), len(heads))
-            for policy, heads in self._groups(view)
-        ]
-        return sum(cost * count for cost, count in costs) / view.shape[1]
+        costs = [policy.cost(view) * len(heads) for policy, heads in self._groups(view)]
+        return sum(costs) / view.shape[1]
 
     def _groups(self, view: BlockView) -> list[tuple[Policy, torch.Tensor]]:
         found: list[tuple[Policy, list[int]]] = []
@@ -94,9 +90,3 @@ class PerHead(Policy):
             {type(policy).__name__ for policy in (*self.policies.values(), self.default)}
         )
         return f"PerHead({len(self.policies)} heads: {', '.join(kinds)})"
-
-
-def _of_heads(view: BlockView, heads: torch.Tensor) -> BlockView:
-    if len(heads) == view.shape[1]:
-        return view
-    return BlockView(part_of(view.call, heads), view.query_block, view.key_block, view.backend)

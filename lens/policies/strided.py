@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from lens.passes.blocks import BlockView
-from lens.policies.base import Kept, Policy, check_counts
+from lens.policies.base import Kept, Policy, by_band, check_counts
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,8 @@ class Strided(Policy):
     """Near blocks, and every `stride`-th block of keys, shifted from head to head.
 
     Block J is kept for block I where `I - J < last`, or `(J + head * step + offset) mod stride == 0` with
-    `step = max(1, stride // heads)`.
+    `step = max(1, stride // heads)`; I is the key block of any row of the query block. Where rows see later keys, near
+    blocks are those on both sides.
 
     Attributes:
         last: near blocks, the query's own among them.
@@ -42,12 +43,10 @@ class Strided(Policy):
 
     def keep(self, view: BlockView) -> Kept:
         """See `Policy`."""
-        _, heads, rows, blocks = view.shape
+        _, heads, _, blocks = view.shape
         device = view.query.device
         step = max(1, self.stride // heads)
         at = torch.arange(blocks, device=device)
         shift = torch.arange(heads, device=device)[:, None] * step + self.offset
         stripes = ((at + shift) % self.stride == 0)[:, None]  # [heads, 1, blocks]
-        row = (torch.arange(rows, device=device) * view.query_block + view.offset) // view.key_block
-        back = row[:, None] - at
-        return Kept((((back >= 0) & (back < self.last)) | stripes).expand(view.shape))
+        return Kept((by_band(view, at < self.last) | stripes).expand(view.shape))

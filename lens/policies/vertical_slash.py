@@ -15,7 +15,7 @@ class Probe:
 
     Attributes:
         rows: P [batch, heads, rows, keys] of the last rows.
-        distance: [rows, keys], query position less key; negative after the query, where P is 0.
+        distance: [rows, keys], query position less key, without its sign: rows that see later keys have both sides.
         vertical: sums of P over the rows of each key column, [batch, heads, keys].
         slash: of each distance, the same shape.
     """
@@ -24,9 +24,9 @@ class Probe:
         count = min(rows, view.queries)
         self.rows = found = view.probabilities(view.queries - count)
         place = torch.arange(view.keys, device=found.device)
-        self.distance = place[view.keys - count :, None] - place
+        self.distance = (place[view.keys - count :, None] - place).abs()
         self.vertical = found.sum(-2)
-        flat = self.distance.clamp(min=0).flatten().expand(*found.shape[:2], -1)
+        flat = self.distance.flatten().expand(*found.shape[:2], -1)
         self.slash = torch.zeros_like(self.vertical).scatter_add_(-1, flat, found.flatten(-2))
 
 
@@ -34,7 +34,7 @@ class Probe:
 class VerticalSlash(Policy):
     """The `verticals` key columns and the `slashes` diagonals that hold most in the last `probe` rows.
 
-    The first `first` columns and the last `last` diagonals are always among them. A block is kept where
+    Where rows see later keys, a diagonal is that of both sides. The first `first` columns and the last `last` diagonals are always among them. A block is kept where
     a kept line crosses it; published kernels gather columns one by one: `block_size=(64, 1)` counts so.
 
     Attributes:
@@ -76,7 +76,7 @@ class VerticalSlash(Policy):
         slash[..., : self.last] = torch.inf
         columns = largest(vertical, max(self.verticals, self.first), every)
         diagonals = largest(slash, max(self.slashes, self.last), every)
-        on = diagonals[..., probe.distance.clamp(min=0)] & (probe.distance >= 0)
+        on = diagonals[..., probe.distance]
         held = torch.where(on | columns[:, :, None], probe.rows, 0).sum((-1, -2))
         expected = held / probe.vertical.sum(-1).clamp(min=1e-30)
         return Kept(by_key(view, columns) | by_distance(view, diagonals), expected)

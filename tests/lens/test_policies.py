@@ -230,6 +230,65 @@ def test_strided_heads_keep_their_own_stripes_and_all_together_everything():
     assert not (kept[:, :, 1:] & ~kept[:, :, :-1] & far).any()
 
 
+@pytest.mark.parametrize("size", [(8, 4), (4, 8), (8, 3)])
+def test_rows_keep_their_own_keys_in_blocks_of_any_shape(size):
+    view = BlockView(call(53), *size)
+    rows, keys = (torch.arange(53) // one for one in size)
+    own = torch.zeros(view.shape[2:], dtype=torch.bool)
+    own[rows, keys] = True
+    for policy in (policies.FlexPrefill(gamma=0.1, tau=0.0, least=0), policies.Strided(1, 1000)):
+        assert not (own & ~policy.keep(view).blocks).any(), str(policy)
+    near = torch.zeros_like(own)
+    for row in range(53):
+        block = row // size[1]
+        near[row // size[0], max(0, block - 1) : block + 1] = True
+    kept = policies.Strided(2, 1000, offset=1).keep(view).blocks & view.visible
+    assert torch.equal(kept[0, 0], near & view.visible[0, 0])
+
+
+@pytest.mark.parametrize("size", [(1, 1), (4, 8)])
+def test_near_keys_lie_on_both_sides_where_rows_see_later_ones(size):
+    both = replace(call(24), mask=MaskStructure(causal=False))
+    view = BlockView(both, *size)
+    assert view.looks_ahead
+    assert not BlockView(call(24), *size).looks_ahead
+    apart = (torch.arange(24)[:, None] - torch.arange(24)).abs()
+    kept = policies.AShape(1, 5).keep(view).blocks
+    expected = view.any_pair(((apart < 5) | (torch.arange(24) < 1))[None, None])
+    assert torch.equal(kept, expected.expand(view.shape))
+    assert policies.AShape(0, 1000).keep(view).blocks.all()
+    # lines: of each distance the mass of both sides
+    lines = policies.VerticalSlash(2, 3, first=0, last=0, probe=6)
+    dense = view.probabilities()[..., -6:, :]
+    for head in range(4):
+        held = torch.stack([dense[0, head][apart[-6:] == one].sum() for one in range(24)])
+        by_key = dense[0, head].sum(0)
+        pairs = torch.isin(apart, held.topk(3).indices)
+        pairs[:, by_key.topk(2).indices] = True
+        expected = view.any_pair(pairs[None, None])
+        assert torch.equal(lines.keep(view).blocks[0, head], expected[0, 0])
+    # a mask that is spelled out sees as far as its entries do
+    ahead = torch.ones(1, 1, 24, 24, dtype=torch.bool).tril(2)
+    spelled = MaskStructure(causal=False).with_allowed(ahead)
+    assert BlockView(replace(both, mask=spelled), 4, 4).looks_ahead
+    spelled = MaskStructure(causal=False).with_allowed(ahead.tril())
+    assert not BlockView(replace(both, mask=spelled), 4, 4).looks_ahead
+
+
+@pytest.mark.parametrize("policy", [*EVERY, policies.Oracle(top=2, shared=True)], ids=str)
+def test_a_policy_of_one_head_keeps_what_it_keeps_where_all_have_it(policy):
+    view = BlockView(call(53), 8, 8)
+    mixed = policies.PerHead({"L0H3": policy})
+    alone = policy.keep(view)
+    found = mixed.keep(view)
+    assert torch.equal(
+        found.blocks[:, 3] & view.visible[:, 3],
+        alone.blocks.expand(view.shape)[:, 3] & view.visible[:, 3],
+    )
+    assert found.blocks[:, :3].all()
+    assert mixed.cost(view) == pytest.approx(policy.cost(view) / 4)
+
+
 @pytest.mark.parametrize("policy", EVERY, ids=str)
 def test_recall_error_and_budgets_hold_for_every_policy(policy):
     """r in [0, 1]; the oracle of each row keeps no less; |o' - o| = (1 - r) |o_dropped - o_kept|."""

@@ -154,7 +154,12 @@ def test_single_heads_and_their_own_policies(model, prompts):
         first = model.logits(prompts[0])
     with lens.edit(model, mixed) as (_,):
         second = model.logits(prompts[0])
-    assert one.calls == 1
+    named = lens.edits.Sparse(mixed.policy, 4, heads=["L2H3", "L0H1"])
+    with lens.edit(model, named) as (two,):
+        third = model.logits(prompts[0])
+    assert one.calls == two.calls == 1
+    assert two.edited_rows == one.edited_rows > 0
+    assert torch.equal(third, first)
     assert torch.allclose(first, second, atol=1e-5)
     assert not torch.allclose(first, model.logits(prompts[0]), atol=1e-3)
 
