@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -279,10 +280,18 @@ class LoadedModel:
         Example:
             >>> model.generate("It was the best", max_new_tokens=5)
         """
+        ids, name = self._ids(prompt), self.info.class_name
+        if not callable(getattr(self.model, "generate", None)):
+            raise LensError(
+                f"{name} does not write: it has no `generate` (a model of transformers with its head has)"
+            )
         if not self.is_bridge:
             options = {"do_sample": False, "pad_token_id": self.bos_id or 0} | options
-        ids = self._ids(prompt)
-        with told(lambda why: f"{self.info.class_name} cannot write after this prompt: {why}"):
+            if (
+                "attention_mask" in signature(self.model.forward).parameters
+            ):  # else BOS as padding is hidden
+                options = {"attention_mask": torch.ones_like(ids)} | options
+        with told(lambda why: f"{name} cannot write after this prompt: {why}"):
             return self.model.generate(ids, **options)
 
     def _each(self, prompts: Any, run: Any) -> Any:
@@ -313,11 +322,9 @@ class LoadedModel:
                 f"{name} cannot run on token ids alone ({why}); give it all that it reads: model.model(**inputs)"
             )
         ):
-            return (
-                self.model(ids, **options)
-                if self.is_bridge
-                else self.model(input_ids=ids, **options)
-            )
+            if self.is_bridge:
+                return self.model(ids, **options)
+            return self.model(input_ids=ids, **options)
 
     def _logits(self, prompt: Any) -> torch.Tensor:
         result = self._run(prompt)

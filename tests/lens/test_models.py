@@ -417,6 +417,19 @@ def test_one_prompt_or_several_rows_of_ids_are_run():
     assert model.logits(ids[0]).shape == model.logits([3, 4, 5]).shape == (3, model.info.vocab)
     with pytest.raises(LensError, match=r"cannot write after this prompt: .*max_new_token"):
         model.generate([3, 4], max_new_token=2)
+    with pytest.raises(LensError, match="AttentionOnlyModel does not write: it has no `generate`"):
+        lens.load("induction-2l").generate([3, 4], max_new_tokens=2)
+
+
+@pytest.mark.parametrize("prompt", ["It was the best of times", [1, 0, 359, 1, 0, 413]])
+def test_what_a_model_writes_after_bos_and_padding_is_what_follows_the_whole_prompt(prompt):
+    """A tokenizer without padding pads with BOS: transformers would hide it, and every other token of its number."""
+    model = lens.load("stories260k")
+    expected = model.encode(prompt) if isinstance(prompt, str) else list(prompt)
+    found = model.generate(prompt, max_new_tokens=8)[0].tolist()
+    for _ in range(8):
+        expected.append(int(model.logits(expected)[-1].argmax()))
+    assert found == expected
 
 
 def test_what_is_no_text_token_or_tokenizer_is_refused():
