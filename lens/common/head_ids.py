@@ -85,6 +85,15 @@ def head_of_node(node: str) -> HeadId | None:
     return HeadId(int(match[1]), int(match[2])) if match else None
 
 
+def node_of_head(named: Any) -> Any:
+    """The node of a circuit that a head is by any of its names, `a3.h5` of `L3H5`; what is no head, as it is."""
+    try:
+        head = head_id(named)
+    except LensError:
+        return named
+    return f"a{head.layer}.h{head.head}"
+
+
 def one_or_more(name: str, given: Any) -> tuple[Any, ...]:
     """What is given as one head, by name or as (layer, head), or as a list of them, as a list.
 

@@ -204,7 +204,7 @@ _COLUMNS = {
     "layer": "Layer, by the model's own number.",
     "head": "Head of the layer, from 0.",
     "position": "Where it is patched: number of the token, and the token in the first prompt; all: everywhere.",
-    "change": "Metric with the patch minus without it, mean over prompts, larger is better.",
+    "change": "Metric with the patch minus without it, mean over prompts, in units of the metric: of a loss, up is worse.",
     "effect": "change / (metric of the other run - metric of this one): 1 moves all of it.",
     "n": "Prompts.",
 }

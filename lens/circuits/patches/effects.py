@@ -29,7 +29,7 @@ class PatchEffects(Result):
     Attributes:
         nodes: writers that were patched; of path patching, senders.
         positions: where: "all", the name of a mark, or the number of a token.
-        patched: [nodes, positions, prompts] metric, larger is better.
+        patched: [nodes, positions, prompts] metric.
         base: [prompts] of the run that is patched.
         source: [prompts] of the run that the patches come from.
         direction: "noising" or "denoising".
@@ -70,7 +70,7 @@ class PatchEffects(Result):
     def relative(self) -> np.ndarray:
         """[nodes, positions], patched / base - 1, ratio of means, as in Wang et al.
 
-        NaN where the base is not positive, as of metrics of which less is better: it would be turned round.
+        NaN where the base is not positive: it would be turned round.
         """
         base = self.base.mean()
         return self.patched.mean(2) / (base if base > 0 else np.nan) - 1
@@ -78,7 +78,7 @@ class PatchEffects(Result):
     def table(self) -> pd.DataFrame:
         """One row per node and position, largest effect by size first.
 
-        Columns: `node`, `position`, `change` (patched - base, in units of the metric) with `low` and
+        Columns: `node`, `position`, `change` (patched - base, in units of the metric: of a loss, up is worse) with `low` and
         `high` (95 % bootstrap interval over prompts), `effect`, `relative`, `n`.
         """
         rows = pd.DataFrame(
@@ -168,5 +168,5 @@ def places_of(task: Task, positions: str | None) -> list[tuple[str, Tensor]]:
 
 
 def measured(task: Task, logits: Tensor, rows: Tensor) -> Tensor:
-    """[rows] of the metric, larger is better."""
-    return task.sign * task.measure(logits, rows).double().cpu()
+    """[rows] of the metric."""
+    return task.measure(logits, rows).double().cpu()

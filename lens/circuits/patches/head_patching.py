@@ -75,7 +75,7 @@ def _effects(
     logits = edited_logits(model, task.clean[rows], [(head,)] * _RUNS, sources)
     full, pattern, value, kept, lost = (measured(task, run, rows) for run in logits)
     full, pattern, value = (clean - patched for patched in (full, pattern, value))
-    return torch.stack([full, pattern, value, full - pattern - value, kept - lost])
+    return task.sign * torch.stack([full, pattern, value, full - pattern - value, kept - lost])
 
 
 def _outputs(clean: LayerCall, corrupt: LayerCall) -> list[Tensor]:

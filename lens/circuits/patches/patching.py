@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import cast
+from typing import cast, get_args
 
 import numpy as np
 import torch
@@ -22,8 +22,9 @@ from lens.circuits.graph.nodes import Nodes, find_nodes, visit
 from lens.circuits.graph.spans import EACH
 from lens.circuits.patches.effects import Direction, PatchEffects, measured, places_of
 from lens.circuits.patches.streams import Run, Sublayers, check_noise, pairs, patch_streams
-from lens.common.choices import Seed, check_choice, check_lists
+from lens.common.choices import Seed, check_choice
 from lens.common.errors import LensError
+from lens.common.head_ids import AnyHead, node_of_head, one_or_more
 from lens.common.progress import advancing
 from lens.models.loaded import LoadedModel
 from lens.tasks.task import Task
@@ -35,9 +36,9 @@ _Pair = tuple[Tensor, Run, Activations, Activations, Tensor]
 def patch(
     model: LoadedModel,
     task: Task,
-    nodes: Iterable[str] | Sublayers | None = None,
+    nodes: Iterable[AnyHead] | Sublayers | None = None,
     *,
-    receivers: Iterable[str] | None = None,
+    receivers: Iterable[AnyHead] | None = None,
     freeze_mlps: bool = False,
     direction: Direction = "noising",
     positions: str | None = None,
@@ -59,9 +60,9 @@ def patch(
     Args:
         model: as `lens.load` returns it.
         task: with corrupt prompts.
-        nodes: such as "a9.h6", "m0" and "input"; all heads and MLPs if not given. Or a word for every layer
-            in turn: "residual" (the stream that enters it), "attention" (all its heads) or "mlp".
-        receivers: "logits", MLPs, heads ("a9.h9" reads by all three) or parts of them ("a9.h9<q>"); None:
+        nodes: such as "L9H6" ("a9.h6" of a circuit), "m0" and "input"; all heads and MLPs if not given. Or a
+            word for every layer in turn: "residual" (the stream that enters it), "attention" (all its heads) or "mlp".
+        receivers: "logits", MLPs, heads ("L9H9" reads by all three) or parts of them ("a9.h9<q>"); None:
             everything that reads the node.
         freeze_mlps: with receivers: whether paths through MLPs do not count as direct.
         direction: "noising" or "denoising".
@@ -88,7 +89,7 @@ def patch(
         >>> lens.circuits.patch(small, copying, ["a0.h1"], receivers=["logits"], progress=False).table()
         >>> lens.circuits.patch(small, copying, "residual", positions="each", direction="denoising").plot()
     """
-    if isinstance(nodes, str):
+    if isinstance(nodes, str) and nodes in get_args(Sublayers):
         if receivers is not None or freeze_mlps:
             raise LensError("receivers and freeze_mlps are for nodes that are named one by one")
         return patch_streams(
@@ -142,7 +143,7 @@ def patch(
 def _patch_paths(
     found: Nodes,
     task: Task,
-    receivers: Iterable[str],
+    receivers: Iterable[AnyHead],
     names: tuple[str, ...],
     freeze_mlps: bool,
     direction: Direction,
@@ -205,7 +206,7 @@ def _with_mlps(nodes: Nodes, ids: Tensor, given: Activations, sender: str) -> Ac
 def _begin(
     model: LoadedModel,
     task: Task,
-    nodes: Iterable[str] | None,
+    nodes: Iterable[AnyHead] | None,
     direction: Direction,
     noise: float | None,
 ) -> tuple[Nodes, Graph, tuple[str, ...]]:
@@ -214,22 +215,21 @@ def _begin(
         task.corrupt_or_refuse()
     task.check(model)
     found = find_nodes(model)
-    if nodes is not None:
-        check_lists(nodes=nodes)
-    names = found.graph.writers[1:] if nodes is None else tuple(dict.fromkeys(nodes))
+    named = () if nodes is None else one_or_more("nodes", nodes)
+    names = tuple(dict.fromkeys(map(node_of_head, named)))
+    names = found.graph.writers[1:] if nodes is None else names
     known = set(found.graph.writers)
     if not names or (unknown := [name for name in names if name not in known]):
         raise LensError(
-            f"nodes must be writers of the graph, such as {found.graph.writers[1]!r} or 'input'; got "
-            f"{unknown[0] if names else 'none'!r}"
+            f"nodes must be writers of the graph, such as {found.graph.writers[1]!r} or 'input', or one of "
+            f"{', '.join(map(repr, get_args(Sublayers)))}; got {unknown[0] if names else 'none'!r}"
         )
     return found, found.graph, names
 
 
-def _receivers(graph: Graph, names: Iterable[str]) -> tuple[str, ...]:
-    check_lists(receivers=names)
+def _receivers(graph: Graph, names: Iterable[AnyHead]) -> tuple[str, ...]:
     found: list[str] = []
-    for name in names:
+    for name in map(node_of_head, one_or_more("receivers", names)):
         parts = [reader for reader in graph.readers if reader.partition("<")[0] == name]
         parts = parts or [reader for reader in graph.readers if reader == name]
         if not parts:
