@@ -146,8 +146,10 @@ def _estimate(config: RunConfig, model: "LoadedModel", sources: list[Source]) ->
     with refused_as_usage():
         refuse_excess(config, model)
         planned = plan(model, config, sources)
-        if not model.info.attending:  # of mixers alone, which read texts and have no profile
-            planned = [one for one in planned if one.kind == "text"]
+        if (
+            not model.info.attending
+        ):  # of mixers alone, which have no profile; `lens mixers` reads texts
+            planned = [one for one in planned if one.kind == "text" and config.what == "mixers"]
         asked = analysed(config, model, planned)
     return expect(config, model, planned, *asked)
 
@@ -196,10 +198,10 @@ def expect(
         what=config.what,
         prompts=len(planned),
         tokens=sum(lengths),
-        longest=max(lengths),
+        longest=max(lengths, default=0),
         seconds=sum(steps.values()),
         steps=steps,
-        memory=_memory(model, config, max(lengths)),
+        memory=_memory(model, config, max(lengths, default=0)),
         disk=sum(
             len(model.info.attending) * layer_bytes(model, config, length) for length in lengths
         ),

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 OF_PARTS = ("profile", "heads", "sinks", "generate")
 """What a command does that takes encoder-decoders, one attention at a time."""
+OF_MIXERS = ("mixers", "circuit")
+"""What a command does that takes models without any softmax attention."""
 _READ = {
     "input_ids": "text",
     "input_features": "audio",
@@ -111,7 +113,6 @@ def load_model(config: RunConfig) -> "LoadedModel":
     import torch
 
     import lens
-    from lens.models.sizes import NoHeadsError
     from lens.passes.inputs import accepted
 
     if (known := KNOWN.get(config.model.name)) is not None and known.context is not None:
@@ -124,15 +125,12 @@ def load_model(config: RunConfig) -> "LoadedModel":
             f"device {name!r} cannot be used ({first_line(error)}); use cpu, or see `lens doctor`"
         ) from None
     asked = config.model
-    try:
-        model = lens.load(asked.name, revision=asked.revision, dtype=asked.dtype, device=name)
-    except NoHeadsError as error:
-        if config.what != "mixers":
-            raise UsageError(
-                f"{asked.name} has no attention heads in its configuration, and this command profiles these first; a model of "
-                "mixers alone (Mamba, RWKV) is for `lens mixers`, in Python lens.mixers.capture(model, ids)"
-            ) from None
-        model = error.model
+    model = lens.load(asked.name, revision=asked.revision, dtype=asked.dtype, device=name)
+    if not model.info.attending and config.what not in OF_MIXERS:
+        raise UsageError(
+            f"{asked.name} has no softmax attention, and this command profiles its heads first; a model of mixers alone "
+            "(Mamba, RWKV) is for `lens mixers` and `lens circuit`, in Python lens.mixers and lens.circuits"
+        )
     of_pictures = reads_pictures(config)
     if not model.parts and not {*map(_READ.get, accepted(model))} - {"text", None}:
         check_reads_text(config, f"{model.name} ({model.info.class_name})")

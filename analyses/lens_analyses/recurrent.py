@@ -1,4 +1,4 @@
-"""`lens mixers` of a model of mixers alone: a run with its section and report, without traces, since nothing attends."""
+"""`lens mixers` and `lens circuit` of a model of mixers alone: a run with its sections and report, without traces, since nothing attends."""
 
 import time
 from collections.abc import Sequence
@@ -10,25 +10,64 @@ from lens.models.vocabulary import around
 from lens.runs import open_run
 from lens.runs.opening import empty_table
 from lens.runs.schema import HEADS, PROMPTS
+from lens_analyses.analysing import analyse
 from lens_analyses.config import RunConfig
-from lens_analyses.console import log, refused_as_usage
+from lens_analyses.console import Output, log, refused_as_usage
+from lens_analyses.estimate import Pace
 from lens_analyses.making import Making, making
 from lens_analyses.planned import Source
 from lens_analyses.provenance import versions
 from lens_analyses.report import render
+from lens_analyses.steps.subject import Subject
 
 if TYPE_CHECKING:
     from lens.models.loaded import LoadedModel
 
 
 def execute(
-    config: RunConfig, model: "LoadedModel", sources: Sequence[Source], runs: Path, again: bool
+    config: RunConfig,
+    model: "LoadedModel",
+    sources: Sequence[Source],
+    runs: Path,
+    output: Output,
+    again: bool,
 ) -> Making:
     """The run of a model none of whose layers has softmax attention.
 
     Raises:
-        UsageError: no mixer that is known, or texts that are too short.
+        UsageError: no mixer that is known, or texts that are too short; a circuit of text, which is a profile's.
     """
+    if config.what == "circuit":
+        return _circuit(config, model, sources, runs, output, again)
+    return _mixers(config, model, sources, runs, again)
+
+
+def _circuit(
+    config: RunConfig,
+    model: "LoadedModel",
+    sources: Sequence[Source],
+    runs: Path,
+    output: Output,
+    again: bool,
+) -> Making:
+    from lens_analyses.inputs import plan
+    from lens_analyses.steps.subject import analysed
+
+    settings: Any = config.analysis
+    with refused_as_usage():
+        analysed(config, model, plan(model, config, list(sources)))
+    about = f"a circuit of {settings.task}"
+    with making(runs, config.as_mapping(), _meta(config, model, about), again=again) as made:
+        _without_heads(made)
+        subject = Subject(model, open_run(made.writer.path), config, output)
+        made.error = analyse(subject, made.writer, Pace({}))
+        _report(made)
+    return made
+
+
+def _mixers(
+    config: RunConfig, model: "LoadedModel", sources: Sequence[Source], runs: Path, again: bool
+) -> Making:
     from lens_analyses.inputs import plan
     from lens_analyses.steps.mixers import measured
     from lens_analyses.steps.subject import window_length, windows_of
@@ -40,23 +79,34 @@ def execute(
         length = window_length(texts, pair, settings)
         windows = windows_of(texts, pair, settings)
         lens.mixers.capture(model, windows[0][:2], progress=False)  # whether it has one
-    with making(runs, config.as_mapping(), _meta(config, model, len(windows)), again=again) as made:
+    about = f"{len(windows)} windows of text"
+    with making(runs, config.as_mapping(), _meta(config, model, about), again=again) as made:
         start = time.monotonic()
         section = measured(model, windows, length, settings.block, config.seed)
         log.debug("%d windows in %.1f s", len(windows), time.monotonic() - start)
-        made.writer.table("prompts", empty_table(PROMPTS))
-        made.writer.table("heads", empty_table(HEADS))
+        _without_heads(made)
         made.writer.record(*section.save(made.writer.path))
-        report = render(open_run(made.writer.path), status="success")
-        report.write(made.writer)
-        made.headline = report.headline
+        _report(made)
     return made
 
 
-def _meta(config: RunConfig, model: "LoadedModel", windows: int) -> dict[str, Any]:
+def _without_heads(made: Making) -> None:
+    made.writer.table("prompts", empty_table(PROMPTS))
+    made.writer.table("heads", empty_table(HEADS))
+
+
+def _report(made: Making) -> None:
+    status = "success" if made.error is None else "partial"
+    report = render(open_run(made.writer.path), status=status)
+    report.write(made.writer)
+    made.headline = report.headline
+
+
+def _meta(config: RunConfig, model: "LoadedModel", about: str) -> dict[str, Any]:
     return {
-        "title": f"{model.name} on {windows} windows of text, mixers alone",
+        "title": f"{model.name} on {about}, mixers alone",
         "what": config.what,
+        "task": getattr(config.analysis, "task", None),
         "command": config.command(),
         "model": model.describe(),
         "device": str(model.device),

@@ -138,10 +138,10 @@ def execute(
     if model is None:
         log.info("loading %s", config.model.name)
         model = load_model(config)
-    if config.what == "mixers" and not model.info.attending:
+    if not model.info.attending:
         with refused_as_usage():
             refuse_excess(config, model)
-        alone = recurrent.execute(config, model, sources, runs, again)
+        alone = recurrent.execute(config, model, sources, runs, output, again)
         return Finished(alone.run, alone.headline)
     if model.parts and config.model.part is None:
         return _every_part(config, model, runs, output, again)

@@ -33,6 +33,7 @@ def selected_heads(
         LensError: both are given, or the model has not got them.
     """
     info = model.info
+    info.check_attends()
     chosen = torch.zeros(info.layers, info.heads, dtype=torch.bool)
     if heads is not None:
         if layers is not None:

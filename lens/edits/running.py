@@ -61,9 +61,10 @@ def edit(model: LoadedModel, *edits: Edit, backend: str = "auto") -> Iterator[tu
     with ExitStack() as stack:
         for one in running:
             stack.enter_context(one.hooks)
-        stack.enter_context(
-            listening(model, together.on_layer, exclusive=bool(attention), parts=True)
-        )
+        if attention or model.info.attending:
+            stack.enter_context(
+                listening(model, together.on_layer, exclusive=bool(attention), parts=True)
+            )
         yield tuple(one.done for one in running)
 
 

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 
 _HEAD = re.compile(r"a(?P<layer>\d+)\.(h|kv)(?P<head>\d+)")
-_BESIDE = re.compile(r"a\d+\.s(\d+)")
-"""A head of a mixer beside softmax heads of its layer."""
+_BESIDE = re.compile(r"a(?P<layer>\d+)\.s(?P<head>\d+)")
+"""A head of a mixer beside softmax heads of its layer, or a pair of them (DiffLlama)."""
 _LINES = 300  # edges that a layered graph draws
 _WIDTHS = (0.6, 1.2, 2.2, 3.6, 6.0)  # pixels, by size of the score
 _POSITIVE, _NEGATIVE = DIVERGING[-2], DIVERGING[1]
@@ -206,10 +206,10 @@ def head_map(circuit: Circuit, scores: EdgeScores, **look: Unpack[Look]) -> go.F
     writer = graph.ends[1]
     sums = np.bincount(writer, np.where(circuit.kept, scores.values, 0.0), len(graph.writers))
     counts = np.bincount(writer, circuit.kept, len(graph.writers))
-    at = _heads(graph)
+    at, letter = _heads(graph)
     inside = (at >= 0) & (counts[at] > 0)
     values = np.where(inside, sums[at], np.nan)
-    return grid(
+    figure = grid(
         values,
         f"{inside.sum()} of {(at >= 0).sum()} heads are in the circuit: score of what they write",
         unit=scores.metric,
@@ -217,33 +217,37 @@ def head_map(circuit: Circuit, scores: EdgeScores, **look: Unpack[Look]) -> go.F
         meta={"task": circuit.task, "model": circuit.model, "edges": circuit.n},
         **look,
     )
+    if letter != "H":
+        shown = f"L%{{y}}{letter}%{{x}}: %{{z:.4g}}%{{text}}<extra></extra>"
+        figure.update_traces(hovertemplate=shown)
+    return figure
 
 
-def _heads(graph: Graph) -> np.ndarray:
-    """[layers, heads] where each head stands among the writers; -1 where a layer has fewer (a hybrid), or none."""
-    found = {}
-    for number, name in enumerate(graph.writers):
-        if match := _HEAD.fullmatch(name):
-            found[int(match["layer"]), int(match["head"])] = number
+def _heads(graph: Graph) -> tuple[np.ndarray, str]:
+    """[layers, heads] where each head stands among the writers, -1 where a layer has fewer (a hybrid) or none; "H" or "S"."""
     size = sizes_of_parts(graph.writers)
-    return np.array(
-        [
-            [found.get((layer, head), -1) for head in range(size["heads"])]
-            for layer in range(size["layers"])
-        ]
-    )
+    found, letter = _named(graph.writers, _HEAD), "H"
+    if not found:  # pairs of heads alone
+        found, letter = _named(graph.writers, _BESIDE), "S"
+    heads = 1 + max((head for _, head in found), default=0)
+    at = [[found.get((n, head), -1) for head in range(heads)] for n in range(size["layers"])]
+    return np.array(at), letter
+
+
+def _named(writers: Sequence[str], pattern: re.Pattern[str]) -> dict[tuple[int, int], int]:
+    """(layer, head) -> number of the writer, of those that a pattern names."""
+    matches = map(pattern.fullmatch, writers)
+    return {(int(m["layer"]), int(m["head"])): number for number, m in enumerate(matches) if m}
 
 
 def sizes_of_parts(writers: Sequence[str]) -> dict[str, Any]:
     """`layers`, `heads`, `kv_heads` (as many), `mixers` and `mlps` of a graph with these writers, of a hybrid the largest layer's."""
-    matches = filter(None, map(_HEAD.fullmatch, writers))
-    heads = 1 + max((int(match["head"]) for match in matches), default=0)
+    heads = 1 + max((head for _, head in _named(writers, _HEAD)), default=0)
     return {
         "layers": 1 + max(int(node[1:].partition(".")[0]) for node in writers if node != "input"),
         "heads": heads,
         "kv_heads": heads,
-        "mixers": 1
-        + max((int(one[1]) for one in map(_BESIDE.fullmatch, writers) if one), default=-1),
+        "mixers": 1 + max((head for _, head in _named(writers, _BESIDE)), default=-1),
         "mlps": any(node.startswith("m") for node in writers),
     }
 

@@ -21,8 +21,10 @@ from lens.common.errors import LensError
 from lens.common.head_ids import AnyHead, HeadId, head_id, one_or_more
 from lens.edits.controls import Case, Control, Kind, Trial
 from lens.edits.language import Edit, Running
-from lens.mixers.reading import mixers_of, recorded, scan_function, standing_in
-from lens.models.loaded import LoadedModel, ModelInfo
+from lens.mixers.reading import mixers_of, recorded, standing_in
+from lens.models.info import ModelInfo
+from lens.models.loaded import LoadedModel
+from lens.models.recurrent import scan_function
 from lens.passes.inputs import read_prompts
 from lens.passes.sessions import base, transformer
 from lens.stats.controls import others

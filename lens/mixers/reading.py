@@ -12,7 +12,6 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from lens.mixers import kinds, recurrences
 from lens.mixers.differential import record_differential
 from lens.mixers.phi import Phi
 from lens.models.loaded import LoadedModel
+from lens.models.recurrent import has_mixers, scan_class, scan_function
 from lens.passes.sessions import transformer
 
 _LAYER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
@@ -97,10 +97,8 @@ def mixers_of(root: nn.Module) -> list[tuple[int, nn.Module]]:
 
 
 def has_mixer_heads(model: LoadedModel) -> bool:
-    """Whether layers have a mixer in the place of softmax attention, or beside it; a difference of softmaxes is none."""
-    return bool(model.info.without_attention) or any(
-        _recipe(one) not in (None, record_differential) for one in transformer(model).modules()
-    )
+    """Whether layers have a mixer in the place of softmax attention, or beside it."""
+    return bool(model.info.without_attention) or has_mixers(transformer(model))
 
 
 Keep = Callable[[str, Phi, Tensor], None]
@@ -117,28 +115,9 @@ def _number(name: str, module: nn.Module) -> int:
 
 def _recipe(module: nn.Module) -> _Recipe | None:
     """How the scans of a module are recorded; None of one that has none."""
-    kind = type(module).__name__
-    for ending, recipe in _BY_CLASS.items():
-        if kind.endswith(ending) and type(module).__module__.startswith("transformers."):
-            return recipe
+    if (ending := scan_class(module)) is not None:
+        return _BY_CLASS[ending]
     return None if scan_function(module) is None else _recorded_function
-
-
-def scan_function(module: nn.Module) -> str | None:
-    """Name of the function that the module looks up in its file and scans with; None of one that has none."""
-    home = sys.modules[type(module).__module__]
-    return next(
-        (one for one in _BY_FUNCTION if hasattr(home, one) and _calls(type(module), one)), None
-    )
-
-
-@cache  # inspect parses the whole file for each class
-def _calls(kind: type[nn.Module], function: str) -> bool:
-    """Whether the source of a class's methods names a function."""
-    try:
-        return function in inspect.getsource(kind)
-    except (OSError, TypeError):
-        return False
 
 
 def standing_in(

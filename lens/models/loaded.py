@@ -7,91 +7,15 @@ from dataclasses import dataclass, field, replace
 from inspect import signature
 from typing import Any
 
-import numpy as np
 import torch
 
 from lens.common.choices import check_choice
 from lens.common.errors import LensError, told
 from lens.common.given import not_loaded
-from lens.common.head_ids import AnyHead, HeadId, Part, all_heads, head_id, layers_in_words
+from lens.common.head_ids import Part, layers_in_words
 from lens.models.ids import check_ids, check_text, is_ids, numbers_of
+from lens.models.info import ModelInfo
 from lens.models.tokens import readable
-
-
-@dataclass(frozen=True)
-class ModelInfo:
-    """Sizes and origin of a model; None where the model has no such thing (a vision model has no vocabulary).
-
-    Attributes:
-        layers: of the model, with attention or without.
-        heads, kv_heads, head_dim: of the attention; `kv_heads < heads` is grouped-query attention.
-        vocab: size of the vocabulary.
-        context: most tokens that it takes.
-        parameters: number of weights.
-        licence: of the weights, "unknown" where nothing says it.
-        class_name: Python class of the model.
-        attending: layers with softmax attention, by the model's own number; the others (linear
-            attention, recurrence, convolution) have no heads here.
-        twice: those of them that attend twice, with two parts of the values (DiffLlama).
-        sees_later: whether some token of a tiny prompt saw a later one; None where it was not run.
-    """
-
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vocab: int | None
-    context: int | None
-    parameters: int
-    licence: str
-    class_name: str
-    attending: tuple[int, ...]
-    twice: tuple[int, ...] = ()
-    sees_later: bool | None = None
-
-    @property
-    def without_attention(self) -> tuple[int, ...]:
-        """Layers without softmax attention."""
-        return tuple(sorted(set(range(self.layers)) - set(self.attending)))
-
-    @property
-    def every_head(self) -> list[HeadId]:
-        """Every head of every layer that has softmax attention."""
-        return all_heads(self.attending, self.heads)
-
-    def head(self, head: AnyHead) -> HeadId:
-        """The head that is meant: `"L3H5"`, `"3.5"` or `(3, 5)`.
-
-        Raises:
-            LensError: not a head, or not one of this model.
-        """
-        found = head_id(head, layers=self.layers, heads=self.heads)
-        self.check_layer(found.layer, str(found))
-        return found
-
-    def check_layer(self, layer: int, what: str) -> None:
-        """Raises LensError, which says what was asked for, where a layer has no softmax attention."""
-        if layer not in self.attending:
-            raise LensError(
-                f"there is no {what}: layer {layer} of {self.class_name} has no softmax attention; "
-                f"{layers_in_words(self.attending)} have"
-            )
-
-    def check_all_attend(self, what: str) -> None:
-        """Raises LensError, which says what was asked for, where some layer has no softmax attention."""
-        if self.without_attention:
-            raise LensError(
-                f"{what} takes models with softmax attention in every layer; "
-                f"{layers_in_words(self.without_attention)} of {self.class_name} have none"
-            )
-
-    def by_layer(self, found: np.ndarray) -> np.ndarray:
-        """[attending layers, ...] as [layers, ...], with NaN where a layer has no softmax attention."""
-        if len(self.attending) == self.layers:
-            return found
-        whole = np.full((self.layers, *found.shape[1:]), np.nan)
-        whole[list(self.attending)] = found
-        return whole
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -364,31 +288,24 @@ class LoadedModel:
         info = self.info
         kv_heads = f" ({info.kv_heads} KV)" if info.kv_heads != info.heads else ""
         context = f", context {info.context}" if info.context else ""
-        attention = (
-            f", softmax attention in {layers_in_words(info.attending)}"
-            if info.without_attention
-            else ""
-        )
-        check = (
-            "not self-checked"
-            if self.check is None
-            else f"self-check passed: captured output within {self.check:.0e} of its own, rows sum to 1"
-        )
+        check = "not self-checked"
+        if self.check is not None:
+            check = f"self-check passed: captured output within {self.check:.0e} of its own, rows sum to 1"
         sizes = f"{info.layers} layers × {info.heads} heads{kv_heads} of {info.head_dim}"
-        if self.parts and not self.chosen:
+        if not info.attending:
+            sizes = f"{info.layers} layers of recurrent mixers alone"
+        elif info.without_attention:
+            sizes += f", softmax attention in {layers_in_words(info.attending)}"
+        several = {name: tower.info for name, tower in self.towers.items()}
+        several |= self.parts if not self.chosen else {}
+        if several:
             sizes = "; ".join(
-                f"{n}: {i.layers} layers × {i.heads} heads" for n, i in self.parts.items()
+                f"{n}: {i.layers} layers × {i.heads} heads" for n, i in several.items()
             )
-        if self.towers:
-            sizes = "; ".join(
-                f"{n}: {t.info.layers} layers × {t.info.heads} heads"
-                for n, t in self.towers.items()
-            )
-            attention = ""
         part = f" ({self.chosen})" if self.chosen else ""
         return (
             f"LoadedModel({self.name}: {info.class_name}{part}, {sizes}"
-            f"{attention}{context}, {info.parameters:,} weights, {info.licence}; {check})"
+            f"{context}, {info.parameters:,} weights, {info.licence}; {check})"
         )
 
 

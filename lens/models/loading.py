@@ -21,7 +21,8 @@ from lens.models.adapters import CONFIG, adapted, adapter_base, unwrapped
 from lens.models.attention_only import AttentionOnlyConfig, AttentionOnlyModel
 from lens.models.catalogue import DEFAULT_MODEL, KNOWN, is_hub_id, unknown_model
 from lens.models.checkpoints import check_layers, trained
-from lens.models.loaded import LoadedModel, ModelInfo, is_bridge
+from lens.models.info import ModelInfo
+from lens.models.loaded import LoadedModel, is_bridge
 from lens.models.processors import check_given, read_processor
 from lens.models.quantised import (
     class_of,
@@ -31,13 +32,11 @@ from lens.models.quantised import (
     tell_rounding_once,
 )
 from lens.models.sizes import (
-    NoHeadsError,
     describe,
     describe_bridge,
     in_stages,
     reads_picture_first,
     reads_pictured_text,
-    without_heads,
 )
 from lens.models.stacks import stacks
 from lens.models.stages import stages
@@ -326,11 +325,7 @@ def _described(
         return LoadedModel(
             model, tokenizer, name, revision, info, parts=dict.fromkeys(staged, info)
         )
-    try:
-        return LoadedModel(model, tokenizer, name, revision, describe(model))
-    except NoHeadsError as error:
-        error.model = LoadedModel(model, tokenizer, name, revision, without_heads(model))
-        raise
+    return LoadedModel(model, tokenizer, name, revision, describe(model))
 
 
 def _refuse_absent_weights(model: PreTrainedModel) -> None:

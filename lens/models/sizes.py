@@ -6,26 +6,18 @@ from typing import Any
 from torch import nn
 
 from lens.common.errors import LensError
-from lens.models.loaded import ModelInfo
+from lens.models.info import ModelInfo
+from lens.models.recurrent import has_mixers
 
 _SIZES = ("num_hidden_layers", "num_attention_heads", "hidden_size")
 
 
-class NoHeadsError(LensError):
-    """A model whose configuration has no attention heads: of recurrent mixers alone, or of other things.
-
-    Attributes:
-        model: a `LoadedModel` none of whose layers attend, for `lens mixers`; None until it is known.
-    """
-
-    model: Any = None
-
-
 def describe(model: Any, licence: str = "unknown") -> ModelInfo:
-    """Sizes of a transformers model.
+    """Sizes of a transformers model; one of recurrent mixers alone counts as one head of its whole width, and no layer attends.
 
     Raises:
-        LensError: the configuration does not say how many layers and heads there are; `NoHeadsError` where it only lacks heads.
+        LensError: the configuration does not say how many layers and heads there are, and it is no model of recurrent
+            mixers alone.
     """
     try:
         config = model.config.get_text_config()
@@ -36,41 +28,25 @@ def describe(model: Any, licence: str = "unknown") -> ModelInfo:
         ) from error
     sizes = [_setting(config, name) for name in _SIZES]
     layers, heads, hidden = (size if isinstance(size, int) else 0 for size in sizes)
-    if missing := [n for n, size in zip(_SIZES, (layers, heads, hidden), strict=True) if not size]:
-        raise (NoHeadsError if missing == ["num_attention_heads"] else LensError)(
+    missing = [n for n, size in zip(_SIZES, (layers, heads, hidden), strict=True) if not size]
+    recurrent = missing == ["num_attention_heads"] and has_mixers(model)
+    if missing and not recurrent:
+        raise LensError(
             f"cannot read the sizes of {type(model).__name__}: its {type(config).__name__} has no integer "
-            f"{', '.join(missing)}; recurrent mixers alone (Mamba, RWKV) go to `lens mixers` and lens.mixers.capture(model, ids), attention to "
-            "lens.passes.wrap(model, inputs)"
+            f"{', '.join(missing)}; attention of any module goes to lens.passes.wrap(model, inputs)"
         )
+    heads = 1 if recurrent else heads
     return ModelInfo(
         layers=layers,
         heads=heads,
         kv_heads=_setting(config, "num_key_value_heads") or heads,
-        head_dim=_setting(config, "head_dim") or hidden // heads,
+        head_dim=hidden if recurrent else _setting(config, "head_dim") or hidden // heads,
         vocab=_setting(config, "vocab_size") if reads_tokens(model) else None,
         context=_context(model, config),
         parameters=_parameters(model),
         licence=licence,
         class_name=type(model).__name__,
-        attending=tuple(range(layers)),
-    )
-
-
-def without_heads(model: Any) -> ModelInfo:
-    """Of a model without any softmax attention: none of its layers attends, and it counts as one head of its whole width."""
-    config = model.config.get_text_config()
-    layers = _setting(config, "num_hidden_layers") or _setting(config, "num_blocks") or 1
-    return ModelInfo(
-        layers=layers,
-        heads=1,
-        kv_heads=1,
-        head_dim=_setting(config, "hidden_size") or 1,
-        vocab=_setting(config, "vocab_size") if reads_tokens(model) else None,
-        context=_context(model, config),
-        parameters=_parameters(model),
-        licence="unknown",
-        class_name=type(model).__name__,
-        attending=(),
+        attending=() if recurrent else tuple(range(layers)),
     )
 
 

@@ -8,7 +8,8 @@ import torch
 from lens_kernels import AttentionResult
 
 from lens.common.errors import LensError
-from lens.models.loaded import LoadedModel, ModelInfo
+from lens.models.info import ModelInfo
+from lens.models.loaded import LoadedModel
 from lens.models.wrapped import Wrapped
 from lens.passes.calls import LayerCall, attend
 from lens.passes.interface import foreign_functions, switched

@@ -40,7 +40,9 @@ def load(
 
     Returns:
         The model with its tokenizer, sizes and the result of the self-check: one tiny prompt through the
-        model's own `eager` attention and through capture must agree, and captured rows must sum to 1.
+        model's own `eager` attention and through capture must agree, and captured rows must sum to 1. A model of
+        recurrent mixers alone (Mamba, RWKV-4, xLSTM) has no attention to check: what needs softmax attention
+        refuses it; `lens.mixers` and `lens.circuits` take it.
 
     Raises:
         LensError: unknown name, missing package, unreachable hub, weights that are damaged or not all there, or
@@ -75,7 +77,9 @@ def _tower(loaded: LoadedModel, name: str) -> LoadedModel:
 
 
 def _proved(loaded: LoadedModel) -> LoadedModel:
-    """After its self-check, with what that saw."""
+    """After its self-check, with what that saw; of a model of recurrent mixers alone there is nothing to capture."""
+    if not loaded.info.attending:
+        return loaded
     checked = self_check(loaded)
     if loaded.parts:
         return _with_parts(loaded, checked)

@@ -67,18 +67,22 @@ def predicts_next(model: LoadedModel) -> bool:
     return labels_of(model) is None and not fills_masks(model)
 
 
-def logits_of(model: LoadedModel, ids: Given) -> Float[Tensor, "batch tokens vocab"]:
+def logits_of(
+    model: LoadedModel, ids: Given, **options: Any
+) -> Float[Tensor, "batch tokens vocab"]:
     """Logits of token ids or pixel values; of a classifier [batch, 1, labels], of an encoder-decoder of the target.
+
+    `options` are the model's own, such as `use_cache=False`.
 
     Raises:
         LensError: the model returns none, or cannot run them.
     """
     with told(lambda why: f"{model.info.class_name} cannot run these prompts: {why}"):
         if isinstance(ids, Mapping):
-            result: Any = model.model(**ids)
+            result: Any = model.model(**ids, **options)
         else:
             dtype = model.dtype if ids.is_floating_point() else None
-            result = model.model(ids.to(model.device, dtype))
+            result = model.model(ids.to(model.device, dtype), **options)
     logits = result if isinstance(result, Tensor) else getattr(result, "logits", None)
     if isinstance(logits, Tensor) and logits.dim() == 2 and labels_of(model) is not None:
         logits = logits[:, None]

@@ -215,9 +215,11 @@ def listening(
         on_cut: told of tokens that are cut from the cache after a pass, before the next one.
 
     Raises:
-        LensError: layers that attend twice or in other rows, and a function that does not know.
+        LensError: a model without softmax attention; layers that attend twice or in other rows, and a function that
+            does not know.
     """
     check_loaded(model)
+    model.info.check_attends()
     if not parts:
         model.check_part()
     if model.info.twice and not parts:

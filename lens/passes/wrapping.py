@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from lens.common.choices import check_counts, check_lists
 from lens.common.errors import LensError
 from lens.common.head_ids import PARTS
-from lens.models.loaded import LoadedModel, ModelInfo
+from lens.models.info import ModelInfo
+from lens.models.loaded import LoadedModel
 from lens.models.quantised import refuse_torch_quantised
 from lens.models.wrapped import Wrapped, first_argument
 from lens.passes.calls import LayerCall, attend

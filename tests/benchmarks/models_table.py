@@ -22,7 +22,7 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -299,11 +299,19 @@ def examine(kind: str, double: bool = False) -> dict[str, Any]:
         # the sizes above make no model of this class
         if re.match(r"\w+ cannot run a tiny prompt \(", str(error)):
             return {**row, "unbuilt": str(error)}
-        return {**row, "refused": str(error)}
+        row["refused"] = str(error)
+        alone = step == "capture" and not loaded.info.attending  # of recurrent mixers
+        return _analysed(row, ("circuits",), loaded, None) if alone else row
     except Exception as error:
         return {**row, "raw": f"{step}: {type(error).__name__}: {error}"[:300]}
-    trace = traces[name]
-    for name in ANALYSES:
+    return _analysed(row, ANALYSES, loaded, traces[name])
+
+
+def _analysed(row: dict[str, Any], names: Iterable[str], loaded: Any, trace: Any) -> dict[str, Any]:
+    """A row with what came of these analyses."""
+    from lens.common.errors import LensError
+
+    for name in names:
         try:
             _analyse(name, loaded, trace)
             row[name] = "yes"
@@ -501,7 +509,8 @@ def _page(rows: list[str]) -> str:
         f"their probabilities and output equal `eager` to {EXACT:.0e} (of the largest; most to 1e-6); "
         f"{len(rows) - len(exact)} are refused by `lens.load` or `lens.capture` with the reason that stands here. "
         "Analyses: `heads.importance` by ablation, `heads.weights.composition`, direct attribution, "
-        "`circuits.score_edges`, `sinks.rate`. A bare model has no logits, so those that need them refuse it.",
+        "`circuits.score_edges`, `sinks.rate`. A bare model has no logits, so those that need them refuse it. "
+        "Models of recurrent mixers alone have no attention to capture; their circuits are analysed.",
         "",
         "Made by `make models-table` (tests/benchmarks/models_table.py).",
         "",
@@ -516,11 +525,16 @@ def line_of(row: dict[str, Any]) -> str:
     name = f"{row['class']} ({row['type']})"
     if "error" not in row:
         reason = re.sub(r"[|<>]", "", row["refused"])
-        return f"| {name} | refused: {reason} | | | | | |"
-    cells = " | ".join("yes" if row[a] == "yes" else "refused" for a in ANALYSES)
+        cells = [f" {_told(row[one])}" if one in row else "" for one in ANALYSES]
+        return f"| {name} | refused: {reason} |{' |'.join(cells)} |"
+    cells = " | ".join(_told(row[one]) for one in ANALYSES)
     notes = ["wrapped"] * row.get("wrapped", False) + ["output"] * (not row["compared"])
     how = f"exact ({', '.join(notes)})" if notes else "exact"
     return f"| {name} | {how} | {cells} |"
+
+
+def _told(found: str) -> str:
+    return "yes" if found == "yes" else "refused"
 
 
 def wrong(row: dict[str, Any]) -> bool:

@@ -251,9 +251,9 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         _random,
         "_Random is random: run twice on a tiny prompt it gives two different outputs",
     ),
-    "mamba": (
-        lambda: hf.MambaModel(hf.MambaConfig(hidden_size=48, num_hidden_layers=2, vocab_size=97)),
-        "cannot read the sizes of MambaModel",
+    "no attention": (
+        lambda: hf.FNetModel(hf.FNetConfig(hidden_size=48, num_hidden_layers=2, vocab_size=97)),
+        "cannot read the sizes of FNetModel: its FNetConfig has no integer num_attention_heads",
     ),
     "on the meta device": (_on_meta, "weights of LlamaForCausalLM are not in memory"),
     "offloaded": (_offloaded, "weights of LlamaForCausalLM are not in memory"),

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from lens.models.loaded import ModelInfo
+from lens.models.info import ModelInfo
 from lens.traces.trace import AttentionTrace, TraceWriter
 from tests.lens.naive import statistics
 

@@ -34,7 +34,12 @@ def limits(run: Run, config: Mapping[str, Any], sections: Collection[str]) -> li
     if run.meta["model"].get("attending") == []:
         return [
             "What a head makes of its values is not what the model would do without it; lens.mixers.Ablate takes one out.",
-            "Brackets are 95 % bootstrap intervals over windows. They do not cover the choice of the text.",
+            "Brackets are 95 % bootstrap intervals over "
+            + (
+                "prompts."
+                if "edges" in sections
+                else "windows. They do not cover the choice of the text."
+            ),
         ]
     return [
         ("Scores of attention are not about cause: they say" if sections else _UNTOUCHED)

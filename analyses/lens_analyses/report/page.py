@@ -101,7 +101,7 @@ def page(
 
 def _called(data: dict[str, Any]) -> str:
     """What the page is called, without the name of the model."""
-    if data["setup"]["model"].get("attending") == []:
+    if data["what"] == "mixers" and data["setup"]["model"].get("attending") == []:
         return "The mixers of"
     return TITLES.get(data["what"], "The attention heads of")
 

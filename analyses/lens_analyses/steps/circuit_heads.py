@@ -65,7 +65,8 @@ def joined(subject: Subject) -> Section:
     beside = sum(".s" in name for name in chosen.nodes)  # heads of a mixer beside softmax heads
     if not of_softmax:
         raise LensError(
-            f"the {len(whole) + beside} heads of this circuit are of mixers, which look at no keys; `lens mixers` measures them"
+            f"the {len(whole) + beside} heads of this circuit are of mixers, which look at no keys, or pairs of heads; "
+            "`lens mixers` measures them"
         )
     heads = _largest_heads(largest(chosen, scores), attending)
     check = circuits.checks.sink_check(

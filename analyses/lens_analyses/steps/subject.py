@@ -175,6 +175,10 @@ def analysed(
     if settings is None or what in ("vision", "examples", "generate"):
         return [], []
     if isinstance(settings, CircuitSettings):
+        if settings.task == "text" and not model.info.attending:
+            raise LensError(
+                f"the run of {model.name} has no profile, whose text --task text is; name a task, or a file of pairs"
+            )
         if settings.compare is not None:
             other_run(settings.compare, model.name)
         if settings.edges:

@@ -1,18 +1,17 @@
-"""Graphs of hybrids: heads of softmax attention and of mixers (Mamba-2, delta rules, convolutions) write alike.
+"""Graphs of hybrids and of models of mixers alone: heads of softmax attention and of mixers (Mamba-2, RWKV-4) write alike.
 
 What a head writes is its part of what the output projection reads, times its rows of that projection: of a mixer behind
 gate and norm, which belong to the node. Heads of a layer read as one, since projections, convolution and the keys of a
 group are theirs together; where softmax attention and a mixer read one norm side by side (Falcon-H1) they are one reader
-too, and the heads of the mixer are `a0.s1`. That each sub-layer reads the sum of what was written before, through its
-norm, is proved on the model's own pass before anything is scored; numbers that outputs are multiplied by before they are
-added are measured there. Where a norm comes between heads and the stream (softmax layers of OLMo-hybrid) a replaced
-head goes through it with the others, as in `lens.circuits.graph.nodes`, and the norm behind an MLP belongs to its node.
+too, and the heads of the mixer are `a0.s1`; so are those of DiffLlama, each a pair of softmax heads. That each sub-layer
+reads the sum of what was written before, through its norm, is proved on the model's own pass before anything is scored;
+numbers that outputs are multiplied by before they are added are measured there. Where a norm comes between heads and the
+stream (softmax layers of OLMo-hybrid) a replaced head goes through it with the others, as in `lens.circuits.graph.nodes`,
+and the norm behind an MLP belongs to its node.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -24,48 +23,18 @@ from torch import Tensor, nn
 from lens.circuits.graph.activations import Activations
 from lens.circuits.graph.graph import StreamGraph
 from lens.circuits.graph.nodes import find_nodes
+from lens.circuits.graph.sublayers import NO_STATE, ends, sublayers
 from lens.common.errors import LensError
-from lens.mixers.ablating import heads_of
-from lens.mixers.reading import has_mixer_heads, mixers_of
-from lens.models.layout import blocks
+from lens.mixers.reading import has_mixer_heads
 from lens.models.loaded import LoadedModel
 from lens.models.weights import matrix
 from lens.passes.calls import first_of
 from lens.passes.logits import logits_of
-from lens.passes.sessions import transformer
 from lens.passes.visit import Hooks
 
 _TOLERANCE = 1e-4
 Change = Callable[[int, Tensor], Tensor]
 """(number of a reader, what it reads) -> what it reads instead."""
-
-
-@dataclass(eq=False)
-class _Part:
-    """Heads that write through one projection, or an MLP.
-
-    Attributes:
-        names: of its writers.
-        modules: of an MLP those whose outputs are added (experts, and those that all share).
-        output: of heads the projection that they write through, else None.
-        after: the norm that the sum of the heads goes through before it is added, or None.
-        scale: what is written is multiplied by it.
-    """
-
-    names: list[str]
-    modules: list[nn.Module]
-    output: nn.Module | None
-    after: nn.Module | None = None
-    scale: float = 1.0
-
-
-@dataclass(frozen=True, eq=False)
-class _SubLayer:
-    """What reads the stream as one, as `a0` or `m0`: the norm that it reads through, or what reads without one."""
-
-    name: str
-    reader: nn.Module
-    parts: list[_Part]
 
 
 @dataclass(eq=False)
@@ -85,7 +54,7 @@ class Written(Activations):
 
 
 class Mixed:
-    """A hybrid with its graph.
+    """A model with mixers, and its graph.
 
     Raises:
         LensError: a model whose sub-layers are not in a row, each behind a norm, or whose heads cannot be told apart.
@@ -93,8 +62,8 @@ class Mixed:
 
     def __init__(self, model: LoadedModel) -> None:
         self.model = model
-        self._first, self._last = _ends(model)
-        self._layers = _sublayers(model)
+        self._first, self._last = ends(model)
+        self._opening, self._layers = sublayers(model)
         writers, readers, before, feeds = ["input"], [], [], []
         self._parts = [part for one in self._layers for part in one.parts]
         for one in self._layers:
@@ -113,7 +82,7 @@ class Mixed:
         """One pass; readers get what `change` makes of what they would read, the first layer gets `entered`."""
         found = Written(torch.empty(0))
         with self._listening(found, change, entered):
-            found.logits = logits_of(self.model, ids)
+            found.logits = logits_of(self.model, ids, **NO_STATE)
         return found
 
     @torch.no_grad()
@@ -153,7 +122,7 @@ class Mixed:
             return read
 
         with self._listening(found, change, None):
-            logits = logits_of(self.model, ids.repeat(copies, 1))
+            logits = logits_of(self.model, ids.repeat(copies, 1), **NO_STATE)
         return logits.unflatten(0, (copies, rows))
 
     def written(self, number: int, heads: Tensor) -> Tensor:
@@ -198,12 +167,16 @@ class Mixed:
 
                 return read
 
-            hooks.before(self._first, "enter", enter)
+            if self._opening is None:
+                hooks.before(self._first, "enter", enter)
+            else:
+                hooks.after(self._opening, "enter", lambda _, __, hidden: enter(hidden))
             for number, one in enumerate(self._layers):
                 hooks.before(one.reader, "read", reads(number))
                 for part in one.parts:
                     if part.output is not None:
-                        hooks.before(part.output, "write", _keeping(found, len(part.names)))
+                        keep = _keeping(found, len(part.names), len(self._parts))
+                        hooks.before(part.output, "write", keep)
                     for is_more, module in enumerate(part.modules if part.output is None else ()):
                         hooks.after(module, "write", _adding_up(found, bool(is_more)))
             hooks.before(self._last, "read", reads(len(self._layers)))
@@ -259,7 +232,7 @@ def _scales(parts: list[Tensor], added: Tensor) -> list[float]:
 
 
 def mixed_of(model: LoadedModel) -> Mixed | None:
-    """The graph of a hybrid, proved; None of a model of softmax attention alone."""
+    """The graph of a model with mixers, proved; None of a model of softmax attention alone."""
     return Mixed(model) if has_mixer_heads(model) and not model.parts else None
 
 
@@ -270,8 +243,13 @@ def check_edges(model: LoadedModel, edges: int) -> None:
         raise LensError(f"edges must be 1 to {total:,}, as many as {model.name} has; got {edges:,}")
 
 
-def _keeping(found: Written, heads: int) -> Callable[[Tensor], None]:
+def _keeping(found: Written, heads: int, parts: int) -> Callable[[Tensor], None]:
     def keep(z: Tensor) -> None:
+        if len(found.heads) == parts:
+            raise LensError(
+                "this pass runs its layers on one piece of the prompt after another (max_inference_chunksize of xLSTM), and "
+                "edges are of whole prompts; raise it above their length"
+            )
         found.heads.append(z.unflatten(-1, (heads, -1)).transpose(1, 2))
 
     return keep
@@ -286,101 +264,3 @@ def _adding_up(found: Written, is_more: bool) -> Callable[[nn.Module, Any, Any],
             found.heads.append(own)
 
     return keep
-
-
-def _ends(model: LoadedModel) -> tuple[nn.Module, nn.Module]:
-    """The first layer, and the norm behind the last one."""
-    layers = blocks(model)
-    root: Any = transformer(model)
-    inside = {id(one) for layer in layers for one in layer.modules()}
-    norms = [one for one in root.modules() if _is_norm(one) and id(one) not in inside]
-    if len(norms) != 1:
-        raise LensError(
-            f"{model.info.class_name} has {len(norms)} norms outside of its layers, and one must come before its logits; "
-            "its edges are not known here"
-        )
-    return layers[0], norms[0]
-
-
-def _is_norm(module: nn.Module) -> bool:
-    return type(module).__name__.endswith("Norm")
-
-
-def _has_a_say(module: nn.Module) -> bool:
-    """Whether a module is a norm or has weights."""
-    return _is_norm(module) or any(True for _ in module.parameters())
-
-
-def _sublayers(model: LoadedModel) -> list[_SubLayer]:
-    """Norms of the layers with what runs behind each, in the order of a pass."""
-    mixers = {id(module) for _, module in mixers_of(transformer(model))}
-    counts = Counter(head.layer for head in heads_of(model))
-    layers = blocks(model)
-    found: list[_SubLayer] = []
-    for number, (layer, ran) in enumerate(zip(layers, _ran(model, layers), strict=True)):
-        children = set(layer.children())
-        steps = [one for one in ran if one in children and _has_a_say(one)]
-        for reader, modules, after in _read_as_one(steps):
-            mixing = [one for one in modules if any(id(part) in mixers for part in one.modules())]
-            first = all(one.name != f"a{number}" for one in found)
-            attends = number in model.info.attending and first
-            softmax = [one for one in modules if one not in mixing][:1] if attends else []
-            name = f"{'a' if mixing or softmax else 'm'}{number}"
-            parts = []
-            for module in [one for one in modules if one in mixing or one in softmax]:
-                heads = counts[number] if module in mixing else model.info.heads
-                letter = "s" if module in mixing and softmax else "h"
-                names = [f"{name}.{letter}{head}" for head in range(heads)]
-                parts.append(_Part(names, [module], _output(module, heads, ran), after))
-            if not parts:
-                parts = [_Part([name], modules if after is None else [after], None)]
-            found.append(_SubLayer(name, reader, parts))
-    return found
-
-
-def _read_as_one(
-    steps: list[nn.Module],
-) -> list[tuple[nn.Module, list[nn.Module], nn.Module | None]]:
-    """Of the modules of a layer in their order: what reads the stream, what runs behind it, and a norm behind that."""
-    found: list[tuple[nn.Module, list[nn.Module], nn.Module | None]] = []
-    if steps and not _is_norm(steps[0]):  # each module, then its norm
-        for module, norm in itertools.pairwise(steps):
-            if _is_norm(norm) and not _is_norm(module):
-                found.append((module, [module], norm))
-        return found
-    for one in steps:
-        if _is_norm(one):
-            found.append((one, [], None))
-        else:
-            found[-1][1].append(one)
-    return [one for one in found if one[1]]
-
-
-def _ran(model: LoadedModel, layers: list[nn.Module]) -> list[list[nn.Module]]:
-    """Of each layer its children and all its linear modules, in the order in which they run."""
-    found: list[list[nn.Module]] = [[] for _ in layers]
-    with ExitStack() as stack, torch.no_grad():
-        for layer, own in zip(layers, found, strict=True):
-            linear = (one for one in layer.modules() if isinstance(one, nn.Linear))
-            for one in {*layer.children(), *linear}:
-                stack.callback(one.register_forward_pre_hook(_adding(own)).remove)
-        logits_of(model, torch.zeros(1, 3, dtype=torch.long, device=model.device))
-    return found
-
-
-def _adding(found: list[nn.Module]) -> Callable[[nn.Module, Any], None]:
-    def add(module: nn.Module, _: Any) -> None:
-        found.append(module)
-
-    return add
-
-
-def _output(module: nn.Module, heads: int, ran: list[nn.Module]) -> nn.Module:
-    """The projection that the heads of a sub-layer write through: its linear module that runs last."""
-    inside = set(module.modules())
-    linear = [one for one in ran if one in inside and isinstance(one, nn.Linear)]
-    if not linear or linear[-1].in_features % heads:
-        raise LensError(
-            f"where the {heads} heads of {type(module).__name__} write is not known here, so their edges cannot be replaced"
-        )
-    return linear[-1]
