@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+import lens
 from lens.circuits import score_edges
 from lens.circuits.graph.activations import read_activations
 from lens.circuits.graph.masked_forward import masked_logits
@@ -16,6 +17,7 @@ from lens.circuits.graph.nodes import find_nodes
 from lens.circuits.known import induction_transformer
 from lens.circuits.scores.attribution import _Meeting
 from lens.circuits.scores.methods import EapIg
+from lens.circuits.scores.scoring import METHODS
 from lens.common.errors import LensError
 from tests.lens.circuit_models import KINDS, ROWS, error, small_model, small_task, stepped
 
@@ -266,3 +268,21 @@ def test_nothing_of_a_backward_pass_stays_in_memory(method):
     score_edges(small_model(KINDS[0]), small_task(), method=method)
     gc.collect()
     assert not [one for one in gc.get_objects() if type(one) is _Meeting]
+
+
+@pytest.fixture(scope="module")
+def rounded():
+    """The same small model and task in both precisions."""
+    pair = [lens.load("induction-2l", dtype=dtype) for dtype in ("float32", "bfloat16")]
+    return pair, lens.tasks.induction(pair[0], n=2, length=8)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_edges_of_a_model_in_bfloat16_are_scored(rounded, method):
+    """Numpy has no bfloat16: most methods ended with its TypeError."""
+    (exact, half), task = rounded
+    full, found = (
+        score_edges(one, task, method=method, progress=False).values for one in (exact, half)
+    )
+    assert found.dtype == full.dtype
+    assert np.corrcoef(full, found)[0, 1] > 0.9

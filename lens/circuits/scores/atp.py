@@ -29,7 +29,7 @@ from torch import Tensor
 
 from lens.circuits.graph.activations import Activations, PlainVisitor
 from lens.circuits.graph.nodes import Nodes, visit
-from lens.circuits.scores.attribution import edge_products, head_slopes, written
+from lens.circuits.scores.attribution import edge_products, for_numpy, head_slopes, written
 from lens.circuits.scores.batch import Batch
 from lens.common.errors import LensError
 from lens.passes.calls import LayerCall, attend, kernel_options
@@ -124,7 +124,7 @@ def _scores(batch: Batch, *, together: bool, blocked: int | None = None) -> np.n
                 ):  # queries, then keys: [writers, rows, readers]
                     first = readers.start + number * graph.heads
                     columns = slice(first, first + effect.shape[-1])
-                    found[:, columns, start : writers[-1] + 1] = -effect.permute(1, 2, 0).cpu()
+                    found[:, columns, start : writers[-1] + 1] = -for_numpy(effect.permute(1, 2, 0))
     return found[:, graph.allowed]
 
 

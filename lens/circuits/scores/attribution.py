@@ -74,8 +74,13 @@ def edge_products(
             torch.autograd.grad(logits, meeting.entered, slope, materialize_grads=True)
     finally:
         meeting.remove_hooks()
-    found = meeting.finish().cpu().numpy()[..., nodes.graph.allowed]
+    found = for_numpy(meeting.finish())[..., nodes.graph.allowed]
     return found[0] if where is None else found.swapaxes(0, 1)
+
+
+def for_numpy(values: Tensor) -> np.ndarray:
+    """On the CPU and of 32 bits at least: numpy has no bfloat16."""
+    return values.to(torch.promote_types(values.dtype, torch.float32)).cpu().numpy()
 
 
 @dataclass(frozen=True, eq=False)

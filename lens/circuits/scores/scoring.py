@@ -22,7 +22,7 @@ from lens.circuits.graph.mixed import mixed_of
 from lens.circuits.graph.nodes import Nodes, find_nodes
 from lens.circuits.graph.references import References
 from lens.circuits.scores.atp import atp_star, atp_star_grad_drop, atp_star_together
-from lens.circuits.scores.attribution import Stage, edge_products
+from lens.circuits.scores.attribution import Stage, edge_products, for_numpy
 from lens.circuits.scores.batch import Batch, fractions_of
 from lens.circuits.scores.methods import EapIg, Hybrid, Method, named
 from lens.circuits.scores.mixed import score_mixed
@@ -289,7 +289,7 @@ def _over_stages(
         if graph.mlps:
             pair = reference.mlps[layer], differences.mlps[layer]
             stages.append((("mlp", layer), graph.mlp_writer(layer), *pair))
-    found = np.zeros((len(batch.ids), graph.n), differences.input.cpu().numpy().dtype)
+    found = np.zeros((len(batch.ids), graph.n), for_numpy(differences.input).dtype)
     for stage, writer, since, change in stages:
         counted = seen(stage, writer)
         for fraction in fractions:
