@@ -16,12 +16,13 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
 from lens.common.errors import LensError
-from lens.common.head_ids import AnyHead
+from lens.common.files import on_disk, write_text
+from lens.common.head_ids import AnyHead, one_or_more
 from lens.common.results import few
 from lens.traces.trace import AttentionTrace
 from lens_dashboards.raster import MOST_CELLS, Raster, cell_sides, header, of_head, pool, raster
@@ -62,8 +63,37 @@ window.lensBlockMap.open(held, document.querySelectorAll(".map"));
 """
 
 
+class _Page:
+    """Maps with their tokens as one page."""
+
+    maps: Any
+    _title: Any
+
+    @overload
+    def to_html(self, path: None = None, *, cells: int | None = None) -> str: ...
+    @overload
+    def to_html(self, path: str | Path, *, cells: int | None = None) -> None: ...
+    def to_html(self, path: str | Path | None = None, *, cells: int | None = None) -> str | None:
+        """A page that needs nothing but itself; where a `path` is given it is written there and None returned.
+
+        Args:
+            path: of the file.
+            cells: most cells a side of each map; what is finer is pooled (the largest), and the page says so.
+                None: as many as open quickly, fewer where several maps share a page.
+
+        Raises:
+            LensError: fewer than 8 cells, or a file that cannot be written.
+        """
+        most = MOST_CELLS if isinstance(self, AttentionMap) else _LINKED_CELLS
+        page = _page(self._title, self.maps, most if cells is None else cells)
+        if path is None:
+            return page
+        write_text(on_disk(path), page)
+        return None
+
+
 @dataclass(frozen=True, repr=False, eq=False)
-class AttentionMap:
+class AttentionMap(_Page):
     """One head of one trace.
 
     Attributes:
@@ -81,18 +111,6 @@ class AttentionMap:
     def maps(self) -> list[AttentionMap]:
         """This one alone."""
         return [self]
-
-    def to_html(self, path: str | Path | None = None, *, cells: int = MOST_CELLS) -> str:
-        """A page that needs nothing but itself; written to `path` if given.
-
-        Args:
-            path: of the file.
-            cells: most cells a side; what is finer is pooled (the largest), and the page says so.
-
-        Raises:
-            LensError: fewer than 8 cells.
-        """
-        return _page(self._title, [self], path, cells)
 
     def plot(self) -> go.Figure:
         """The block map as a plotly figure; see `lens.figures.block_map`."""
@@ -161,7 +179,7 @@ class AttentionMap:
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class AttentionMaps:
+class AttentionMaps(_Page):
     """Several heads of one trace, with one zoom, one cursor and one query.
 
     Attributes:
@@ -169,18 +187,6 @@ class AttentionMaps:
     """
 
     maps: list[AttentionMap]
-
-    def to_html(self, path: str | Path | None = None, *, cells: int = _LINKED_CELLS) -> str:
-        """A page that needs nothing but itself; written to `path` if given.
-
-        Args:
-            path: of the file.
-            cells: most cells a side of each map; what is finer is pooled (the largest), and the page says so.
-
-        Raises:
-            LensError: fewer than 8 cells.
-        """
-        return _page(self._title, self.maps, path, cells)
 
     @property
     def _title(self) -> str:
@@ -216,8 +222,10 @@ def view(
     if layer is not None:
         asked: list[Any] = [(layer, number) for number in range(trace.heads)]
     else:
-        asked = [*head] if isinstance(head, list) else [head]
-    if not 0 < len(asked) <= MOST_MAPS:
+        asked = [*one_or_more("head", head)]
+    if not asked:
+        raise LensError("no head was named; name some: trace.view(['L1H0', 'L1H1'])")
+    if len(asked) > MOST_MAPS:
         raise LensError(
             f"at most {MOST_MAPS} heads are shown at once, got {len(asked)}; name some: "
             "trace.view(['L1H0', 'L1H1'])"
@@ -227,8 +235,7 @@ def view(
     return maps[0] if len(maps) == 1 else AttentionMaps(maps)
 
 
-def _page(title: str, maps: list[AttentionMap], path: str | Path | None, cells: int) -> str:
-    """Maps with their tokens as one page, written to `path` if given."""
+def _page(title: str, maps: list[AttentionMap], cells: int) -> str:
     drawn = [one._raster(cells) for one in maps]
     held = {
         "tokens": maps[0].trace.tokens,
@@ -236,7 +243,7 @@ def _page(title: str, maps: list[AttentionMap], path: str | Path | None, cells: 
         "maps": [one._held(found) for one, found in zip(maps, drawn, strict=True)],
     }
     places = ['<div id="map" class="map"></div>', *['<div class="map"></div>'] * (len(maps) - 1)]
-    page = _PAGE.format(
+    return _PAGE.format(
         title=html.escape(title),
         caption=html.escape(maps[0]._caption(drawn[0])),
         layout="map-wall" if len(maps) > 1 else "map-alone",
@@ -245,9 +252,6 @@ def _page(title: str, maps: list[AttentionMap], path: str | Path | None, cells: 
         script=(ASSETS / "blockmap.js").read_text(encoding="utf-8"),
         held=json.dumps(held).replace("<", "\\u003c"),
     )
-    if path is not None:
-        Path(path).write_text(page, encoding="utf-8")
-    return page
 
 
 def _framed(page: str, title: str, height: int) -> str:

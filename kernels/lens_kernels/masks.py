@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -156,13 +157,13 @@ def _window(window: int | None, longest: int) -> int | None:
     """The window, at most twice `longest`: no distance is larger, and 32 bits hold the sums."""
     if window is None:
         return None
-    if isinstance(window, bool) or not isinstance(window, int):
+    if isinstance(window, bool) or not isinstance(window, Integral):
         raise TypeError(f"window must be an integer or None, got {window!r}")
     if window < 1:
         raise ValueError(
             f"window must be at least 1 (a query's own key), got {window}; use None for no window"
         )
-    return min(window, 2 * longest)
+    return min(int(window), 2 * longest)
 
 
 def _integers(

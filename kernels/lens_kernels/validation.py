@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from numbers import Integral
 from typing import TYPE_CHECKING
 
 import torch
@@ -173,11 +174,11 @@ def _any_gradient(*tensors: Tensor | None) -> bool:
 
 
 def _positive(name: str, value: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be an integer, got {value!r}")
     if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")
-    return value
+    return int(value)
 
 
 def _block_size(block_size: int | tuple[int, int], queries: int, keys: int) -> tuple[int, int]:
@@ -192,7 +193,8 @@ def _block_size(block_size: int | tuple[int, int], queries: int, keys: int) -> t
 
 def _block_side(size: int, length: int) -> int:
     """The side; of one block for the whole sequence no more than backends can fill up to."""
-    if _positive("block_size", size) > LARGEST:
+    size = _positive("block_size", size)
+    if size > LARGEST:
         raise ValueError(
             f"block_size must be at most {LARGEST}, got {size}; one of the length of the sequence "
             "makes a single block"

@@ -124,7 +124,8 @@ def _check(name: str, value: Any, kinds: tuple[Any, ...], error: Exception | Non
         raise LensError(f"{name} must fit in 64 bits, got {shown(value)}") from error
     if all(typing.get_origin(kind) is typing.Literal for kind in kinds):
         check_choice(name, value, [word for kind in kinds for word in typing.get_args(kind)])
-    said = dict.fromkeys(map(_said, kinds))
+    several = isinstance(value, list | tuple)
+    said = dict.fromkeys(_said(kind, several) for kind in kinds)
     raise LensError(f"{name} must be {' or '.join(said)}, got {shown(value)}") from error
 
 
@@ -205,7 +206,8 @@ def _each(inner: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
         yield from itertools.repeat(kinds)
 
 
-def _said(kind: Any) -> str:
+def _said(kind: Any, several: bool) -> str:
+    """In an error; of a list that has something else in it also what it should have."""
     if isinstance(kind, str):
         return described(kind)
     if kind in _PLAIN:
@@ -215,13 +217,12 @@ def _said(kind: Any) -> str:
         return f"one of {', '.join(map(repr, inner))}"
     if origin is typing.Annotated:
         return whole_of(inner[1])
-    return (
-        "a function"
-        if origin is Callable
-        else "a mapping"
-        if issubclass(origin, Mapping)
-        else "a list"
-    )
+    if origin is Callable:
+        return "a function"
+    if issubclass(origin, Mapping):
+        return "a mapping"
+    of = [one for one in _kinds(inner[0], {}) if isinstance(one, str)] if several and inner else []
+    return f"a list, each {' or '.join(map(described, of))}" if of else "a list"
 
 
 def _is_of_numbers(kind: Any) -> bool:

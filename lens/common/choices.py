@@ -98,6 +98,21 @@ def is_whole(value: Any) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
+def check_range(name: str, asked: Any, length: int) -> tuple[int, int]:
+    """(first, past the last) of positions within 0 to `length`.
+
+    Raises:
+        LensError: `keys must be a range within 0..8, got (0, 9)`
+    """
+    row = isinstance(asked, tuple | list) or len(getattr(asked, "shape", ())) == 1
+    ends = [*asked] if row else []
+    if len(ends) != 2 or not all(map(is_whole, ends)) or not 0 <= ends[0] < ends[1] <= length:
+        got = repr(asked) if isinstance(asked, slice | range) else shown(asked)
+        how = "" if len(ends) == 2 else "; write (first, past the last)"
+        raise LensError(f"{name} must be a range within 0..{length}, got {got}{how}")
+    return int(ends[0]), int(ends[1])
+
+
 def check_lists(**lists: Any) -> None:
     """Refuse what is no list, and a text, which would be read letter by letter.
 

@@ -22,6 +22,7 @@ MADE_BY = {
     "PositionScores": "lens.circuits.scores.positions(model, task) makes them",
     "Tensor": "torch.tensor(numbers) makes one",
     "Overlay": "trace.overlay() makes one",
+    "Trial": "lens.tasks.needles.text makes some",
     "Run": "lens.runs.open_run(folder) reads one",
 }
 _FOUND, _PART = "FoundCircuit", {"Circuit": "circuit", "EdgeScores": "scores"}

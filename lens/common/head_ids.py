@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
-from lens.common.choices import check_lists, is_whole
+from lens.common.choices import check_lists, shown
 from lens.common.errors import LensError
 
 Part = Literal["encoder", "decoder", "cross"]
@@ -36,7 +36,7 @@ def head_id(head: AnyHead, *, layers: int | None = None, heads: int | None = Non
     """The head that is meant.
 
     Args:
-        head: `"L3H5"` (case does not matter), `"3.5"` or `(3, 5)`. The float 3.5 is refused, since
+        head: `"L3H5"` (case does not matter), `"3.5"` or `(3, 5)`, also a row of an array. The float 3.5 is refused, since
             3.1 and 3.10 are one float and two heads.
         layers, heads: sizes of the model, to check against.
 
@@ -95,16 +95,16 @@ def node_of_head(named: Any) -> Any:
 
 
 def one_or_more(name: str, given: Any) -> tuple[Any, ...]:
-    """What is given as one head, by name or as (layer, head), or as a list of them, as a list.
+    """What is given as one head, by name or as (layer, head), or as a list or table of them, as a list.
 
     Raises:
         LensError: `heads must be a list, got 3`
     """
-    pair = isinstance(given, Sequence) and len(given) == 2 and all(map(is_whole, given))
-    if pair or isinstance(given, str):
+    if isinstance(given, str) or _pair(given) is not None:
         return (given,)
-    check_lists(**{name: given})
-    return tuple(given)
+    named = "name" in getattr(given, "columns", ())  # of a table of heads
+    check_lists(**{name: given["name"] if named else given})
+    return tuple(given["name"] if named else given)
 
 
 def _parse(head: AnyHead) -> HeadId:
@@ -112,12 +112,24 @@ def _parse(head: AnyHead) -> HeadId:
         match = _NAMED.fullmatch(head) or _DOTTED.fullmatch(head)
         if match:
             return HeadId(int(match[1]), int(match[2]))
-    elif isinstance(head, Sequence) and not isinstance(head, bytes) and len(head) == 2:
-        try:
-            layer, number = (part.__index__() for part in head)
-        except AttributeError:
-            pass
-        else:
-            if not any(isinstance(part, bool) for part in head) and layer >= 0 and number >= 0:
-                return HeadId(layer, number)
-    raise LensError(f"a head is written 'L3H5', '3.5' or (3, 5), counted from 0; got {head!r}")
+    elif (pair := _pair(head)) and min(pair) >= 0:
+        return HeadId(*pair)
+    got = repr(head) if isinstance(head, str | bytes | tuple) else shown(head)
+    raise LensError(f"a head is written 'L3H5', '3.5' or (3, 5), counted from 0; got {got}")
+
+
+def _pair(given: Any) -> tuple[int, int] | None:
+    """Two whole numbers in a list, a tuple, a row of an array or tensor; None of anything else."""
+    if isinstance(given, bytes) or len(getattr(given, "shape", (0,))) != 1:
+        return None
+    plain = getattr(given, "tolist", None)
+    if plain is None and not isinstance(given, Sequence):
+        return None
+    parts = [*given] if plain is None else plain()
+    if len(parts) != 2 or any(isinstance(one, bool | float | str | bytes) for one in parts):
+        return None
+    try:
+        layer, head = (one.__index__() for one in parts)
+    except (AttributeError, TypeError):  # of no number, or a tensor of several
+        return None
+    return layer, head

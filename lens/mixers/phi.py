@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lens.common.choices import check_counts
-from lens.common.errors import LensError
+from lens.common.choices import check_counts, check_range
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -88,11 +87,8 @@ class Phi(ABC):
         Raises:
             LensError: a range that leaves the tokens.
         """
-        for name, (first, last) in (("rows", rows), ("columns", columns)):
-            if not 0 <= first < last <= self.length:
-                raise LensError(
-                    f"{name} must be a range within 0..{self.length}, got {(first, last)}"
-                )
+        rows = check_range("rows", rows, self.length)
+        columns = check_range("columns", columns, self.length)
         found = self.value.new_zeros(self.heads, rows[1] - rows[0], columns[1] - columns[0])
         for start, end, tile in self.strip(*columns):
             low, high = max(start, rows[0]), min(end, rows[1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -40,7 +41,7 @@ def add(
         run: a finished run of the model that they are of.
         name: of the section and of the column: small letters, digits and underscores.
         values: [layer, head], or [layer, head, prompt] for means with 95 % intervals over prompts; a row for each
-            layer with heads; NaN: not known. Or by head, such as {"L1H3": 0.4}; what is not named is not known.
+            layer with heads; NaN: not known. Or by head, such as {"L1H3": 0.4} or a Series with such an index; what is not named is not known.
         definition: what the number says, in a sentence with its unit.
         title: heading of its page; made of the name if "".
         unit: such as "nats".
@@ -68,8 +69,8 @@ def add(
             raise LensError(f"{word} must be a text, got {text!r}")
     run = open_run(run.path)  # what was added since it was opened counts
     layers = attending(run) or list(range(run.meta["model"]["layers"]))  # mixers have heads too
-    if isinstance(values, Mapping):
-        values = _by_head(values, layers, run.meta["model"]["heads"])
+    if isinstance(values, Mapping | pd.Series):
+        values = _by_head(cast("Mapping[Any, float]", values), layers, run.meta["model"]["heads"])
     numbers = _checked(run, name, values, definition, len(layers))
     heads = head_columns(all_heads(layers, numbers.shape[1]))
     table = pd.DataFrame({**heads, **columns(name, numbers, seed), "n": numbers.shape[2]})
@@ -104,7 +105,7 @@ def attending(run: Run) -> list[int]:
     return list(map(int, range(model["layers"]) if known is None else known))
 
 
-def _by_head(values: Mapping[AnyHead, float], layers: list[int], heads: int) -> np.ndarray:
+def _by_head(values: Mapping[Any, float], layers: list[int], heads: int) -> np.ndarray:
     """[layer, head] of numbers by head.
 
     Raises:

@@ -160,15 +160,15 @@ def token_losses(model: "LoadedModel", tokens: Sequence[int]) -> "torch.Tensor":
     return torch.cat(losses).cpu()
 
 
-def loss(model: "LoadedModel", tokens: Sequence[int]) -> float:
-    """Mean next-token cross-entropy in nats; errors as in `token_losses`.
+def loss(model: "LoadedModel", tokens: str | Sequence[int]) -> float:
+    """Mean next-token cross-entropy in nats of a text or token ids; errors as in `token_losses`.
 
     Example:
         >>> round(lens.tasks.loss(model, lens.tasks.take(model, lens.tasks.text("lily"), 24)), 1)
         2.9
     """
 
-    losses = token_losses(model, tokens)
+    losses = token_losses(model, model.encode(tokens) if isinstance(tokens, str) else tokens)
     if not len(losses):
         raise LensError("a prompt of one token predicts no other; pass at least two")
     return float(losses.mean())

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import xarray as xr
 
-from lens.common.choices import is_whole
+from lens.common.choices import check_range
 from lens.common.errors import LensError
 from lens.common.files import as_path
 from lens.common.head_ids import AnyHead, HeadId, all_heads, head_id, layers_in_words
@@ -64,6 +64,9 @@ class AttentionTrace:
             hint = "keep_qk=True" if name in ("q", "k") else f"statistics including {name!r}"
             raise AttributeError(f"this trace has no {name}; capture it with {hint}; it has {have}")
         raise AttributeError(f"AttentionTrace has no attribute {name!r}")
+
+    def __dir__(self) -> list[str]:
+        return [*super().__dir__(), *map(str, self.dataset.data_vars)]
 
     @property
     def attrs(self) -> dict[str, Any]:
@@ -228,12 +231,8 @@ class AttentionTrace:
         """
         if why := self.tile_refusal(layer, head):
             raise LensError(why)
-        sizes = {"queries": self.queries, "keys": self.length}
-        for name, (first, last) in (("queries", queries), ("keys", keys)):
-            if not (is_whole(first) and is_whole(last) and 0 <= first < last <= sizes[name]):
-                raise LensError(
-                    f"{name} must be a range within 0..{sizes[name]}, got {(first, last)}"
-                )
+        queries = check_range("queries", queries, self.queries)
+        keys = check_range("keys", keys, self.length)
         return exact_tile(self.dataset, self.head_id((layer, head)), queries, keys)
 
     def tile_refusal(self, layer: int, head: int) -> str:
@@ -253,7 +252,7 @@ class AttentionTrace:
         """The dashboard's map with its tokens; `.to_html(path)` writes it.
 
         Args:
-            head: "L1H3", or a list of heads, which then share zoom, cursor and query.
+            head: "L1H3", or several (a list, rows of an array, a table of heads), which then share zoom, cursor and query.
             layer: all heads of it instead.
             query: token whose row is shown below; the last one if None.
 

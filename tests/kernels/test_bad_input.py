@@ -1,5 +1,6 @@
 """Each refusal: its type, and a text that says what was expected, what came and what to do."""
 
+import numpy as np
 import pytest
 import torch
 from lens_kernels import AttentionMask, attention, tile
@@ -497,3 +498,20 @@ def test_the_smallest_label_matches_nothing():
     query, key, value = tensors(2, 4, 2, 7, 11)
     result = attention(query, key, value, match=[labels], statistics=("match_mass",))
     assert result.statistics.match_mass.abs().max() == 0
+
+
+def test_whole_numbers_of_numpy_are_whole_numbers():
+    """`block_size=np.int64(8)` was no integer, as a loop over an array of sizes gives it."""
+    query, key, value = rand(1, 2, 20, 8), rand(1, 2, 20, 8), rand(1, 2, 20, 8)
+    plain, numpys = (
+        attention(
+            *(query, key, value),
+            mask=M(causal=True, window=whole(5)),
+            statistics=("block_mass", "prefix_mass"),
+            block_size=whole(8),
+            prefix=whole(2),
+        )
+        for whole in (int, np.int64)
+    )
+    assert torch.equal(plain.statistics.block_mass, numpys.statistics.block_mass)
+    assert torch.equal(plain.output, numpys.output)

@@ -1,6 +1,7 @@
 """A user's own numbers in a run: table, intervals, headline, and what is refused."""
 
 import numpy as np
+import pandas as pd
 import pytest
 
 import lens
@@ -68,10 +69,12 @@ def test_one_number_a_head_has_no_interval_and_replaces_what_was_added_before(ru
 
 
 def test_numbers_may_be_given_by_head_and_the_others_are_not_known(run):
-    table = add(run, "doubt", {"L2H3": 0.5, "0.1": 2, (0, 4): 1.5}, "Doubt.").tables["heads"]
-    known = table.dropna(subset=["doubt"]).set_index("name")["doubt"]
-    assert known.to_dict() == {"L0H1": 2.0, "L0H4": 1.5, "L2H3": 0.5}
-    assert len(table) == 2 * HEADS
+    mapping = {"L2H3": 0.5, "0.1": 2, (0, 4): 1.5}
+    for values in (mapping, pd.Series({"L2H3": 0.5, "L0H1": 2, "L0H4": 1.5})):
+        table = add(run, "doubt", values, "Doubt.").tables["heads"]
+        known = table.dropna(subset=["doubt"]).set_index("name")["doubt"]
+        assert known.to_dict() == {"L0H1": 2.0, "L0H4": 1.5, "L2H3": 0.5}
+        assert len(table) == 2 * HEADS
 
 
 @pytest.mark.parametrize(

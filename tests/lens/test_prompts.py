@@ -92,6 +92,11 @@ def test_losses_in_pieces_equal_the_whole(name, monkeypatch):
     assert prompts.loss(model, ids) == pytest.approx(float(expected.mean()), abs=1e-5)
 
 
+def test_the_loss_of_a_text_is_that_of_its_tokens():
+    model, text = lens.load("text-lm-3l"), "It was the best of times"
+    assert prompts.loss(model, text) == prompts.loss(model, model.encode(text))
+
+
 def test_a_head_that_does_more_is_refused_in_pieces(monkeypatch):
     config = transformers.CohereConfig(
         vocab_size=97,

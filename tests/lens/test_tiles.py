@@ -131,7 +131,11 @@ def test_a_mask_without_compact_form_is_refused():
 
 
 @pytest.mark.parametrize(
-    "ends", [(0.0, 5), (0, 5.5), (True, 3), ("0", 3), (None, 3), (3, 3), (-3, 5)]
+    "ends",
+    [
+        *((0.0, 5), (0, 5.5), (True, 3), ("0", 3), (None, 3), (3, 3), (-3, 5)),
+        *(5, None, "01", slice(0, 8), range(8), (1, 2, 3), np.array(5)),
+    ],
 )
 def test_ends_that_are_no_positions_are_refused(ends):
     trace = trace_of(attention())

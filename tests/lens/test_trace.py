@@ -72,6 +72,10 @@ def test_visible_queries_counts_the_mask(causal, window):
     np.testing.assert_array_equal(visible_queries(11, causal=causal, window=window), seen.sum(0))
 
 
+def test_tab_completion_knows_what_it_holds(p):
+    assert {"received", "block_mass", "tile"} <= {*dir(trace_of(p))}
+
+
 def test_repr_says_what_it_is(p):
     text = repr(trace_of(p))
     assert "analytic: 67 tokens, 3 layers × 2 heads" in text
