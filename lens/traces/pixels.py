@@ -13,7 +13,7 @@ import numpy as np
 import xarray as xr
 
 from lens.common.head_ids import HeadId
-from lens.traces.tiles import noted_bias, noted_mask, notes_mask, position_of, read
+from lens.traces.tiles import key_head, noted_bias, noted_mask, notes_mask, position_of, read
 
 _STRIP = 128  # queries of which scores are held at once
 
@@ -43,7 +43,7 @@ def pooled(
         without_first: key 0 is left out, and each row is divided by what is left.
     """
     layer, number = position_of(dataset, head.layer), head.head
-    kv_head = number // (dataset.sizes["head"] // dataset.sizes["kv_head"])
+    kv_head = key_head(dataset, number)
     first, last = keys
     key = _padded(
         read(dataset, "k", np.float32, layer=layer, kv_head=kv_head, key=slice(*keys)), cell

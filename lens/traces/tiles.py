@@ -21,6 +21,17 @@ _TOLERANCE = 1e-2
 _arrays: deque[tuple[Any, np.ndarray]] = deque(maxlen=8)
 
 
+def key_head(dataset: xr.Dataset, head: int) -> int:
+    """Which of the heads of k a head reads."""
+    return head // (dataset.sizes["head"] // dataset.sizes["kv_head"])
+
+
+def of_head(dataset: xr.Dataset, head: HeadId) -> xr.Dataset:
+    """Every variable of one head, with the k that it reads."""
+    found = dataset.sel(layer=head.layer, head=head.head)
+    return found.isel(kv_head=key_head(dataset, head.head)) if "kv_head" in dataset.sizes else found
+
+
 def exact_tile(
     dataset: xr.Dataset,
     head: HeadId,
@@ -30,7 +41,7 @@ def exact_tile(
     """[queries, keys] float64 probabilities; only the rectangle's q, k and LSE are read."""
     rows, columns = slice(*queries), slice(*keys)
     layer, number = head
-    kv_head = number // (dataset.sizes["head"] // dataset.sizes["kv_head"])
+    kv_head = key_head(dataset, number)
     position = position_of(dataset, layer)
     at, places = np.arange(*queries), np.arange(*keys)
     if (allowed := noted_mask(dataset.attrs, position, at, places)) is not None:

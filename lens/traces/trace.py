@@ -32,7 +32,7 @@ from lens.traces.store import (
     write_index,
     write_layer,
 )
-from lens.traces.tiles import exact_tile, notes_mask, refusal
+from lens.traces.tiles import exact_tile, notes_mask, of_head, refusal
 from lens.traces.uniform import visible_queries
 
 if TYPE_CHECKING:
@@ -153,9 +153,8 @@ class AttentionTrace:
         return f"; {layers_in_words(without)}: no softmax attention" if without else ""
 
     def select(self, head: AnyHead) -> xr.Dataset:
-        """Every variable of one head, named as in `head_id`; read when it is used."""
-        layer, number = self.head_id(head)
-        return self.dataset.sel(layer=layer, head=number)
+        """Every variable of one head, named as in `head_id`, with the k that it reads; read when it is used."""
+        return of_head(self.dataset, self.head_id(head))
 
     def window(self, layer: int) -> int | None:
         """Sliding window of a layer: keys at a distance below it are seen; None for all."""

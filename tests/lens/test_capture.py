@@ -544,3 +544,15 @@ def test_a_layer_of_a_wider_type_than_the_first_keeps_it():
     for value, kind in ((1.0, np.float16), (1e5, np.float32), (2.0, np.float16)):
         arrays.add({"q": np.full(2, value, kind)})
     assert arrays.in_order([0, 1, 2])["q"].tolist() == [[1.0] * 2, [1e5] * 2, [2.0] * 2]
+
+
+def test_a_head_is_chosen_with_the_key_that_it_reads():
+    """Of grouped queries `trace.k.sel(kv_head=head)` is another head's, or nobody's."""
+    trace = lens.capture(lens.load("stories260k"), "Once upon a time", keep_qk=True, progress=False)
+    assert trace.k.sizes["kv_head"] == 4
+    for name in ("L0H1", "L3H7"):
+        head, row = trace.select(name), trace.length - 1
+        logits = (head.q[row] * head.k).sum("dim") * trace.attrs["scale"][trace.head_id(name).layer]
+        weights = np.exp(logits.values - logits.values.max())
+        found = trace.tile(*trace.head_id(name), (row, row + 1), (0, trace.length))[0]
+        np.testing.assert_allclose(weights / weights.sum(), found, atol=1e-5)

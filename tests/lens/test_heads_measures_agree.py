@@ -123,6 +123,19 @@ def test_measures_stand_side_by_side():
     ]
 
 
+def test_one_measure_of_two_checkpoints_stands_side_by_side_under_names():
+    random = np.random.default_rng(0)
+    old, new = (scores(random.normal(size=(2, 3, 7)), model=name) for name in ("step 1", "step 2"))
+    third = scores(random.normal(size=(2, 3, 7)), "mean")
+    table = join(third, before=old, after=new)
+    for label, score in (("before", old), ("after", new), (third.label, third)):
+        assert table[label].tolist() == score.values.ravel().tolist()
+        own = score.table().set_index("name").loc[table["name"], "low"]
+        assert table[f"{label}_low"].tolist() == own.tolist()
+    with pytest.raises(LensError, match="only models of one size can be joined head by head"):
+        join(before=old, after=scores(np.zeros((3, 5, 3))))
+
+
 def test_tables_of_heads_join_by_layer_and_head(small):
     """Importance, roles, sinks, streaming and retrieval: three lines, and a row of L1H3 is a row of L1H3."""
     copied = lens.tasks.copied(small, 25)

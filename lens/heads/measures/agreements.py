@@ -105,10 +105,12 @@ def join(
     Args:
         tables: results with one row per head, or such tables.
         seed: of the intervals of importance; other results have their own.
-        named: the same, under a name of your own.
+        named: the same, under a name of your own, which importance then has as its label: `before=..., after=...`
+            lays one measure of two checkpoints side by side.
 
     Raises:
-        LensError: none, of differing models, one given twice, or a table that has not one row per head.
+        LensError: none, of models of other sizes (without names of other models), one given twice, or a table that
+            has not one row per head.
 
     Example:
         >>> scores = lens.heads.importance(small, lens.tasks.induction(small, n=8), method="gradient")
@@ -116,11 +118,16 @@ def join(
         >>> table.nlargest(1, "induction")["name"].item()
         'L1H0'
     """
-    scores = tuple(one for one in (*tables, *named.values()) if isinstance(one, HeadScores))
+    scores = tuple(one for one in tables if isinstance(one, HeadScores))
+    own = tuple(one for one in named.values() if isinstance(one, HeadScores))
     if not tables and not named:
         raise LensError("too few measures: at least 1 must be given, got 0")
     _check_models(scores, least=0)
-    labels = iter(_labels(scores))
+    if len({one.values.shape for one in (*scores, *own)}) > 1:
+        raise LensError("only models of one size can be joined head by head")
+    labels = iter(
+        [*_labels(scores), *(name for name in named if isinstance(named[name], HeadScores))]
+    )
     words = [*map(_word, tables, range(1, len(tables) + 1)), *named]
     parts: list[pd.DataFrame] = []
     for one, word in zip((*tables, *named.values()), words, strict=True):
@@ -259,7 +266,10 @@ def _labels(scores: tuple[HeadScores, ...]) -> list[str]:
     several = len({score.task for score in scores}) > 1
     labels = [f"{score.label} on {score.task}" if several else score.label for score in scores]
     if twice := sorted({label for label in labels if labels.count(label) > 1}):
-        raise LensError(f"{', '.join(twice)} is given twice; compare different measures")
+        raise LensError(
+            f"{', '.join(twice)} is given twice; compare different measures (of two checkpoints: "
+            "lens.heads.join(before=..., after=...))"
+        )
     return labels
 
 
