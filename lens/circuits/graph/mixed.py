@@ -204,7 +204,7 @@ class Mixed:
             if not (off := _off(read, stream)) <= _TOLERANCE:
                 if self.model.precision not in (torch.float32, torch.float64):
                     raise LensError(
-                        f"edges of a hybrid are proved to {_TOLERANCE:.0e}, and {self.model.name} rounds to "
+                        f"edges of models with mixers are proved to {_TOLERANCE:.0e}, and {self.model.name} rounds to "
                         f"{str(self.model.precision).removeprefix('torch.')}; load it in float32"
                     )
                 raise LensError(
