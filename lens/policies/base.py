@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -209,17 +209,29 @@ def several(name: str, given: Any) -> list[Policy]:
     return found
 
 
+def names_of(policies: Sequence[Policy]) -> tuple[str, ...]:
+    """As they write themselves; where several write themselves alike, the later ones with a number."""
+    found: list[str] = []
+    for policy in policies:
+        name, count = str(policy), 1
+        while name in found:
+            count += 1
+            name = f"{policy} ({count})"
+        found.append(name)
+    return tuple(found)
+
+
 def check_counts(policy: Policy, *names: str, least: int = 0) -> None:
     """Raises LensError unless these fields are integers of `least` or more."""
     kind = type(policy).__name__
     choices.check_counts(least, **{f"{name} of {kind}": getattr(policy, name) for name in names})
 
 
-def check_shares(policy: Policy, *names: str) -> None:
-    """Raises LensError unless these fields are numbers above 0 and at most 1."""
+def check_shares(policy: Policy, *names: str, zero: bool = False) -> None:
+    """Raises LensError unless these fields are numbers above 0 (`zero`: from 0 on) and at most 1."""
     for name in names:
         value = getattr(policy, name)
-        if not is_number(value) or not 0 < value <= 1:
+        if not is_number(value) or not 0 <= value <= 1 or (value == 0 and not zero):
             raise LensError(
-                f"{name} of {type(policy).__name__} must be above 0 and at most 1, got {value!r}"
+                f"{name} of {type(policy).__name__} must be {'from 0 on' if zero else 'above 0'} and at most 1, got {value!r}"
             )

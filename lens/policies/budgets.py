@@ -21,7 +21,7 @@ def check_budget(policy: Policy, *names: str) -> None:
             f"{' and '.join(given) or 'none'}"
         )
     if given[0] in _SHARES:
-        check_shares(policy, given[0])
+        check_shares(policy, given[0], zero=given[0] == "threshold")
     elif given[0] == "top":
         check_counts(policy, "top", least=1)
     elif not isinstance(getattr(policy, "like", None), Policy):

@@ -21,7 +21,7 @@ from lens.passes.calls import LayerCall
 from lens.passes.inputs import Prompt, read_prompts
 from lens.passes.replay import proved
 from lens.passes.sessions import base, listening
-from lens.policies.base import Policy, several
+from lens.policies.base import Policy, names_of, several
 from lens.policies.measures import Dense, measure, ranked
 from lens.policies.scores import COLUMNS, PolicyScores
 from lens.tasks.prompts import token_losses
@@ -79,16 +79,16 @@ def evaluate(
     for one in policies:
         one.check(model)
     check_counts(0, first_row=first_row)
-    if first_row and min(map(_length, read)) <= first_row:
-        raise LensError(
-            f"first_row is {first_row}, and a prompt has {min(map(_length, read))} tokens: give longer prompts"
-        )
+    for prompt in read:
+        if prompt.ids is not None:
+            _check_first(first_row, len(prompt.ids))
     layers = model.info.attending
     projections, reason = _projections(model)
     values = np.full(
         (len(policies), len(COLUMNS), len(layers), model.info.heads, len(read)), np.nan
     )
     losses = np.full((len(policies) + 1, len(read)), np.nan)
+    lengths = []
     with advancing(f"{model.name}: prompts", len(read), progress) as advance:
         for place, prompt in enumerate(read):
             measuring = _Measuring(
@@ -96,6 +96,7 @@ def evaluate(
             )
             with torch.no_grad(), listening(model, measuring.on_layer):
                 base(model)(**prompt.inputs)
+            lengths.append(measuring.positions if prompt.ids is None else len(prompt.ids))
             if loss:
                 losses[:, place] = _losses(model, prompt, policies, sizes)
             advance(1)
@@ -103,11 +104,11 @@ def evaluate(
         values=values,
         dense_loss=losses[0],
         sparse_loss=losses[1:],
-        policies=tuple(map(str, policies)),
+        policies=names_of(policies),
         references=tuple(one.is_reference for one in policies),
         layers=layers,
         block_sizes=tuple(sizes),
-        tokens=tuple(_length(prompt) for prompt in read),
+        tokens=tuple(lengths),
         unprojected=reason,
         seed=seed,
         model=model.name,
@@ -129,10 +130,13 @@ class _Measuring:
         self._layers, self._first_row = layers, first_row
         self._policies, self._sizes, self._projections = policies, sizes, projections
         self._values = values  # [policies, columns, layers, heads], filled here
+        self.positions = 0  # of the longest call so far
 
     def on_layer(self, call: LayerCall) -> Tensor:
         """See `lens.passes.sessions.listening`."""
         layer = self._layers.index(call.layer)
+        self.positions = max(self.positions, call.query.shape[2])
+        _check_first(self._first_row, call.query.shape[2])
         projection = None if self._projections is None else self._projections[layer]
         dense = None
         for size in dict.fromkeys(self._sizes):
@@ -190,5 +194,8 @@ def losses_under(
         return [token_losses(model, ids).double().numpy() for ids in prompts]
 
 
-def _length(prompt: Prompt) -> int:
-    return len(prompt.ids) if prompt.ids is not None else 0
+def _check_first(first_row: int, length: int) -> None:
+    if first_row and length <= first_row:
+        raise LensError(
+            f"first_row is {first_row}, and a prompt has {length} tokens: give longer prompts"
+        )

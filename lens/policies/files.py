@@ -55,11 +55,12 @@ def write(
         model: whose heads they are.
         format: "lens"; "minference", a list of layers of `{head: [pattern, a, b, score]}`, which knows
             A-shape, vertical-slash and block-sparse by count (the score is the recall where `search` knows
-            it, else 1; full heads are vertical-slash lines of the whole context); "duo", 1 for a full and 0
+            it, else 1; full heads are vertical-slash lines of the whole context, and layers without attention have no
+            heads); "duo", 1 for a full and 0
             for a streaming KV head, one row a layer.
 
     Raises:
-        LensError: a policy that the format has no words for; in "duo" streaming heads of several sizes.
+        LensError: a policy or a number of one that the format has no words for; in "duo" streaming heads of several sizes.
 
     Reference: microsoft/MInference, minference/configs; mit-han-lab/duo-attention, attn_patterns.
 
@@ -79,7 +80,7 @@ def write(
                 str(head): _minference(
                     heads.of(HeadId(layer, head)), model, recall.get((layer, head), 1.0)
                 )
-                for head in range(model.info.heads)
+                for head in range(model.info.heads if layer in model.info.attending else 0)
             }
             for layer in range(model.info.layers)
         ]
@@ -179,8 +180,8 @@ def as_json(found: PerHead | PolicySearch, model: LoadedModel) -> dict[str, Any]
         promise = {
             "block_size": list(found.block_size),
             "loss_change": found.row("chosen")["loss_change"],
-            "loss_change_low": None if math.isnan(low) else low,
-            "loss_change_high": None if math.isnan(high) else high,
+            "promise_low": None if math.isnan(low) else low,
+            "promise_high": None if math.isnan(high) else high,
             "prompts": len(found.tokens),
             "tokens": max(found.tokens),
         }
@@ -205,6 +206,11 @@ def _minference(policy: Policy, model: LoadedModel, score: float) -> list[Any]:
     if isinstance(policy, AShape):
         return ["stream_llm", policy.first, policy.last, score]
     if isinstance(policy, VerticalSlash):
+        if policy != (run := VerticalSlash(policy.verticals, policy.slashes)):
+            raise LensError(
+                f"MInference's files have no words for first, last and probe of {policy}: it runs with {run.first}, "
+                f"{run.last} and {run.probe}; search with these"
+            )
         return ["vertical_and_slash", policy.verticals, policy.slashes, score]
     if isinstance(policy, BlockSparse) and policy.share is None:
         return ["block_sparse", policy.top or 100, 0, score]
@@ -275,4 +281,6 @@ def _read_duo(folder: Path, heads: int | None, full: float | None) -> PerHead:
             "heads of a layer, a multiple of it"
         )
     alpha = np.array(rows)
-    return by_gates(alpha > 0.5 if full is None else most_open(alpha, full), heads, streaming)
+    found = by_gates(alpha > 0.5 if full is None else most_open(alpha, full), heads, streaming)
+    # full is what heads are that are not named: so are those of layers without attention
+    return PerHead({head: one for head, one in found.policies.items() if one != Full()})

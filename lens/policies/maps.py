@@ -18,7 +18,7 @@ from lens.passes.blocks import BlockView, check_block_size
 from lens.passes.calls import LayerCall
 from lens.passes.inputs import read_prompts
 from lens.passes.sessions import base, listening
-from lens.policies.base import Policy, several
+from lens.policies.base import Policy, names_of, several
 
 MOST_POLICIES = 62
 """Whose choices fit one number of the table."""
@@ -125,6 +125,7 @@ def maps(
     if len(read) != 1:
         raise LensError(f"maps are of one prompt, got {len(read)}")
     found: dict[int, tuple[np.ndarray, ...]] = {}
+    positions: list[int] = []
 
     def on_layer(call: LayerCall) -> torch.Tensor:
         view = BlockView(call, *size)
@@ -135,6 +136,7 @@ def maps(
             view.visible[0].cpu().numpy(),
         )
         found[call.layer] = parts
+        positions.append(view.queries)
         return view.attended().output
 
     with torch.no_grad(), listening(model, on_layer):
@@ -147,9 +149,9 @@ def maps(
         kept=np.moveaxis(kept, 1, 0),
         masses=np.where(visible, masses, 0),
         visible=visible,
-        policies=tuple(map(str, policies)),
+        policies=names_of(policies),
         layers=layers,
         block_size=size,
-        tokens=0 if read[0].ids is None else len(read[0].ids),
+        tokens=max(positions) if read[0].ids is None else len(read[0].ids),
         model=model.name,
     )

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from lens.passes.blocks import BlockView
 from lens.policies.base import Kept, Policy, check_shares, ends
 from lens.policies.budgets import check_budget, expected, within
+from lens.stats.controls import drawing
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,7 @@ class LargestEntry(Policy):
     is_reference = True
 
     def __post_init__(self) -> None:
-        check_shares(self, "threshold")
+        check_shares(self, "threshold", zero=True)
 
     def keep(self, view: BlockView) -> Kept:
         """See `Policy`."""
@@ -98,7 +102,7 @@ class RandomBlocks(Policy):
         like: or as many, row by row, as another policy keeps.
         ends: the first block and those of the query itself are among them, so that no row loses its sink
             or its own key: the harder baseline.
-        seed: of the draw; every layer and step draws anew.
+        seed: of the draw; every prompt, layer and step draws anew.
 
     Raises:
         LensError: not exactly one of share and like.
@@ -118,9 +122,21 @@ class RandomBlocks(Policy):
 
     def keep(self, view: BlockView) -> Kept:
         """See `Policy`."""
-        number = (self.seed * 1_000_003 + view.call.layer) * 1_000_003 + view.call.step
-        generator = torch.Generator().manual_seed(number % 2**63)
-        scores = torch.rand(view.shape, generator=generator).to(view.query.device)
+        call = view.call
+        shown = view.key if call.tokens is None else call.tokens  # by which a prompt is known
+        scores = np.stack(
+            [
+                drawing(self.seed, call.layer, call.step, _digest(prompt)).random(
+                    view.shape[1:], np.float32
+                )
+                for prompt in shown
+            ]
+        )
+        scores = torch.from_numpy(scores).to(view.query.device)
         if self.ends:
             scores = scores + ends(view)
         return Kept(within(self, scores, view))
+
+
+def _digest(prompt: Tensor) -> str:
+    return hashlib.sha256(prompt.detach().double().cpu().numpy().tobytes()).hexdigest()

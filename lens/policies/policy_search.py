@@ -19,6 +19,9 @@ from lens.stats import draws, interval
 from lens.stats.prediction import prediction
 from lens.stats.verdicts import verdict
 
+TOLERANCES = (0.3, 0.1, 0.05, 0.02, 0.01, 0.005, 0.002)
+"""Errors of a head, as shares of what its layer writes, up to which a policy may serve it: one level each."""
+
 
 @dataclass(frozen=True, repr=False, eq=False)
 class PolicySearch(Result):
@@ -68,12 +71,13 @@ class PolicySearch(Result):
 
     def curve(self) -> pd.DataFrame:
         """One row per kind and level, on the held-out prompts: `kind` ("chosen", "oracle", "random": as many
-        blocks), `tolerance`, `density`, `loss_change` with its 95 % interval over blocks of tokens; several
+        blocks), `tolerance`, `density`, `loss_change` with its 95 % interval over blocks of tokens of a prompt; several
         random draws are one row."""
         rows = []
         for kind, tolerance in dict.fromkeys(one[:2] for one in self.curve_points):
-            changes = np.concatenate(self._by_prompt(kind, tolerance))
-            low, high = interval(_means(changes, self.seed))
+            by_prompt = self._by_prompt(kind, tolerance)
+            changes = np.concatenate(by_prompt)
+            low, high = interval(_means(by_prompt, self.seed))
             rows.append(
                 {
                     "kind": kind,
@@ -104,16 +108,16 @@ class PolicySearch(Result):
     def findings(self) -> tuple[Sentence, ...]:
         """What was chosen ("policy"), what it costs ("loss"), beside what ("controls"), and limits ("limit")."""
         table = self.table()
-        sparse = table[table["policy"] != "Full()"]
+        sparse = table[table["density"] < 1]
         row = {kind: self.row(kind) for kind in ("chosen", "oracle", "random")}
         low, high = self.promise()
         said = [
             Sentence(
                 f"{len(sparse)} of {len(table)} heads run sparse; over all heads {table['density'].mean():.1%} of "
-                f"the blocks are kept, and the loss on the prompts that chose grows by "
-                f"{self.calibration_change:+z.4f} of the {self.asked:g} nats that it may."
+                f"the blocks are kept, and the loss on the prompts that chose changes by "
+                f"{self.calibration_change:+z.4f} nats; it may grow by {self.asked:g}."
                 if len(sparse)
-                else f"No candidate keeps the loss within {self.asked:g} nats: every head stays full.",
+                else f"{self._why_full()}: every head stays full.",
                 kind="policy",
             )
         ]
@@ -123,7 +127,7 @@ class PolicySearch(Result):
                 Sentence(
                     f"On held-out prompts the loss changes by "
                     f"{with_ends(chosen, 'loss_change', '+z.4f')} nats per token from "
-                    f"{self.dense_loss:.4f}"
+                    f"{self.dense_loss:.4f} (interval over blocks of their tokens)"
                     + (
                         "; one prompt tells nothing of others."
                         if math.isnan(low)
@@ -157,6 +161,15 @@ class PolicySearch(Result):
             )
         )
         return tuple(said)
+
+    def _why_full(self) -> str:
+        """Why no candidate was taken."""
+        cheaper = self.scores.price[:-1] < self.scores.price[-1]
+        if not cheaper.any():
+            return "No candidate is cheaper than full in any head, its choosing counted"
+        if not (cheaper & (self.scores.error[:-1] <= TOLERANCES[0])).any():
+            return f"No candidate that is cheaper than full errs by at most {TOLERANCES[0]:.0%} of what a layer writes"
+        return f"No choice keeps the loss within {self.asked:g} nats"
 
     def beside(self, published: Any) -> pd.DataFrame:
         """Where a published table of heads and this search agree that a head streams, and where not.
@@ -210,15 +223,15 @@ class PolicySearch(Result):
     def __repr__(self) -> str:
         table = self.table()
         return (
-            f"PolicySearch({self.model}: {int((table['policy'] != 'Full()').sum())} of {len(table)} heads sparse, "
+            f"PolicySearch({self.model}: {int((table['density'] < 1).sum())} of {len(table)} heads sparse, "
             f"{table['density'].mean():.1%} of the blocks)"
         )
 
 
-def _means(values: np.ndarray, seed: int) -> np.ndarray:
-    """[draws]: mean of values whose contiguous blocks of about sqrt(n) are drawn again (Künsch 1989)."""
-    starts = np.arange(0, len(values), max(1, int(np.sqrt(len(values)))))
-    sums = np.add.reduceat(values, starts)
-    counts = np.diff(np.append(starts, len(values)))
-    drawn = draws(len(starts), seed)
+def _means(by_prompt: list[np.ndarray], seed: int) -> np.ndarray:
+    """[draws]: mean of all values, contiguous blocks of about sqrt(n) of one prompt drawn again (Künsch 1989)."""
+    step = max(1, int(np.sqrt(sum(map(len, by_prompt)))))
+    blocks = [one[at : at + step] for one in by_prompt for at in range(0, len(one), step)]
+    sums, counts = (np.array(list(map(of, blocks))) for of in (np.sum, len))
+    drawn = draws(len(blocks), seed)
     return drawn @ sums / (drawn @ counts)

@@ -26,7 +26,8 @@ class Quest(Policy):
         budget: tokens; at least 3 pages are kept.
         sub_pages: parts of a page with bounds of their own, of which the largest counts (LServe has 4 in
             pages of 64).
-        reuse: queries that share the choice of the first of them (LServe 4; Quest 1).
+        reuse: queries of a prompt that share the choice of the first of them (LServe 4; Quest 1). A decoding step is one
+            query and chooses anew: what an earlier step chose is not known to it.
         dense_layers: first layers that stay whole (Quest 2).
 
     Raises:
@@ -91,7 +92,7 @@ class Quest(Policy):
         if view.call.layer < self.dense_layers:
             return 0.0
         seen = float(_row_sees(view)[0, 0].sum())
-        return 2 * self.sub_pages * seen / self.reuse / pairs(view)
+        return 2 * self.sub_pages * seen / min(self.reuse, view.queries) / pairs(view)
 
 
 def _row_sees(view: BlockView) -> Tensor:

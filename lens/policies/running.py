@@ -20,7 +20,7 @@ from lens.edits.sparse import Sparse
 from lens.models.loaded import LoadedModel
 from lens.passes.blocks import check_block_size
 from lens.passes.logits import fills_masks
-from lens.policies.base import Full, Policy, several
+from lens.policies.base import Full, Policy, names_of, several
 from lens.stats.intervals import columns
 from lens.stats.verdicts import verdict
 from lens.tasks import Task
@@ -82,7 +82,7 @@ class PolicyRuns(Result):
                     f"Under {row['policy']}, with {row['density']:.1%} of the blocks, the {self.metric} goes from "
                     f"{row['dense']:.4f} to {row['sparse']:.4f}, {row['change']:+z.4f}"
                     f"{ends(row['change_low'], row['change_high'], '+z.4f')}"
-                    f" ({_CHANGE[verdict(low, high)]}){divergence}.",
+                    f" ({_told(low, high, len(self.dense))}){divergence}.",
                     kind="change",
                 )
             )
@@ -97,6 +97,12 @@ class PolicyRuns(Result):
 
     def __repr__(self) -> str:
         return f"PolicyRuns({self.model}: {self.metric}, {len(self.policies)} policies, {len(self.dense)} prompts)"
+
+
+def _told(low: float, high: float, prompts: int) -> str:
+    if np.isnan(low):
+        return f"{'one prompt tells' if prompts == 1 else f'{prompts} prompts tell'} nothing apart"
+    return _CHANGE[verdict(low, high)]
 
 
 def run(
@@ -183,7 +189,7 @@ def run(
         sparse=values[0, 1:],
         kl=values[1, 1:],
         density=density[1:],
-        policies=tuple(map(str, policies)),
+        policies=names_of(policies),
         metric=given.metric.replace("_", " ") if isinstance(given, Task) else NEEDLES,
         sign=given.sign if isinstance(given, Task) else 1,
         question=question,

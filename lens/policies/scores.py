@@ -9,9 +9,9 @@ import numpy as np
 import pandas as pd
 
 from lens.common.head_ids import HeadId, all_heads, head_columns
-from lens.common.results import Result, Sentence, ends, few
+from lens.common.results import Result, Sentence, ends, few, with_ends
 from lens.stats.intervals import columns
-from lens.stats.verdicts import rivals
+from lens.stats.verdicts import of_many_told, rivals
 
 COLUMNS = {
     "density": "kept blocks among those that are seen",
@@ -31,7 +31,7 @@ COLUMNS = {
 }
 """What is measured of each head and prompt, over the rows that see a key; all are shares."""
 POOR = 0.9
-"""Heads with a recall below this are named."""
+"""Heads whose whole interval of the recall lies below this are named."""
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -77,6 +77,17 @@ class PolicyScores(Result):
     def of(self, column: str) -> np.ndarray:
         """[policies, layers, heads, prompts] of a column."""
         return self.values[:, list(COLUMNS).index(column)]
+
+    @property
+    def price(self) -> np.ndarray:
+        """[policies, layers, heads]: density and cost of choosing together, mean over prompts; 1 is dense."""
+        return (self.of("density") + self.of("cost")).mean(-1)
+
+    @property
+    def error(self) -> np.ndarray:
+        """[policies, layers, heads]: `layer_error`, mean over prompts; `output_error` where that is not known."""
+        found = self.of("layer_error").mean(-1)
+        return self.of("output_error").mean(-1) if np.isnan(found).any() else found
 
     def table(self) -> pd.DataFrame:
         """One row per policy and head: `policy`, `layer`, `head`, `name`, `n`, every column as its mean over
@@ -131,8 +142,8 @@ class PolicyScores(Result):
         """Of several policies with a loss, the one that costs least, beside the references."""
         reference = np.array(self.references)
         own, others = rows[~reference], rows[reference]
-        if len(own) < 2 or rows["loss_change"].isna().any():
-            return []
+        if len(own) < 2 or rows["loss_change_low"].isna().any():
+            return []  # not measured, or of a single prompt, which tells nothing apart
         best = own.iloc[int(own["loss_change"].to_numpy().argmin())]
         which = np.flatnonzero(~reference)
         changes = (self.sparse_loss - self.dense_loss)[which]
@@ -165,17 +176,18 @@ class PolicyScores(Result):
                 kind="recall",
             )
         ]
-        recall = self.of("recall")[place].mean(-1)
-        by_head = dict(zip(self.heads, recall.ravel(), strict=True))
-        poor = sorted((head for head in by_head if by_head[head] < POOR), key=by_head.__getitem__)
-        if poor:
-            errors = self.of("output_error")[place].mean(-1).ravel()
-            error = dict(zip(self.heads, errors, strict=True))
+        heads = pd.DataFrame({"name": list(map(str, self.heads))})
+        for name in ("recall", "output_error"):
+            heads = heads.assign(**columns(name, self.of(name)[place], self.seed))
+        poor = heads[heads["recall_high"] < POOR].sort_values("recall", kind="stable")
+        if len(poor):
+            least = poor.iloc[0]
             said.append(
                 Sentence(
-                    f"{len(poor)} of {recall.size} heads keep less than {POOR:.0%} under {row['policy']}: "
-                    f"{few(poor)}; the poorest keeps {by_head[poor[0]]:.1%}, and its output is off by "
-                    f"{error[poor[0]]:.1%}.",
+                    f"{len(poor)} of {len(heads)} heads keep less than {POOR:.0%} under {row['policy']}, with the whole "
+                    f"interval: {few(poor['name'].tolist())}; the poorest keeps "
+                    f"{of_many_told(least, 'recall', '.1%', len(heads), least=0, most=1)}, and its output is off by "
+                    f"{with_ends(least, 'output_error', '.1%')}.",
                     kind="heads",
                 )
             )

@@ -19,12 +19,9 @@ from lens.policies.block_sparse import BlockSparse
 from lens.policies.evaluating import evaluate, losses_under
 from lens.policies.oracle import Oracle, RandomBlocks
 from lens.policies.per_head import PerHead
-from lens.policies.policy_search import PolicySearch
+from lens.policies.policy_search import TOLERANCES, PolicySearch
 from lens.policies.scores import PolicyScores
 from lens.policies.vertical_slash import VerticalSlash
-
-TOLERANCES = (0.3, 0.1, 0.05, 0.02, 0.01, 0.005, 0.002)
-"""Errors of a head, as shares of what its layer writes, up to which a policy may serve it: one level each."""
 
 
 def search(
@@ -43,8 +40,8 @@ def search(
     """A policy for each head, so cheap as a given loss allows.
 
     Each candidate is measured in each head (`evaluate`). At a tolerance t a head gets the cheapest
-    candidate (density and cost of choosing together) whose output error is at most t of what all heads of
-    its layer write, or stays full. The most tolerant level whose loss on `prompts` grows by no more than
+    candidate (density and cost of choosing together) that is cheaper than full and whose output error is at most t
+    of what all heads of its layer write, or stays full. The most tolerant level whose loss on `prompts` grows by no more than
     `loss` is taken. What it promises is measured on the other prompts, beside as many blocks drawn at
     random (the first block and the query's own among them) and the best ones by the exact masses.
 
@@ -63,7 +60,7 @@ def search(
         progress: show a bar, on stderr, if that is a terminal.
 
     Raises:
-        LensError: a single prompt without `held_out`, numbers that are none, prompts without loss.
+        LensError: a single prompt without `held_out`, numbers that are none, prompts without loss, or of one block.
 
     Reference: Jiang et al., MInference 1.0, arXiv 2407.02490, section 3.2, for the search over patterns.
 
@@ -77,8 +74,13 @@ def search(
         raise LensError(f"loss must be a number of nats from 0 on, got {loss!r}")
     check_counts(draws=draws, **({} if levels is None else {"levels": levels}))
     longest = max(map(len, chooses))
+    if longest <= size[1]:
+        raise LensError(
+            f"the longest prompt that chooses has {longest} tokens, one block of {size[1]} keys: nothing can be left out "
+            "of it; give longer prompts or a smaller block_size"
+        )
     asked = _candidates(longest) if candidates is None else several("candidates", candidates)
-    offered = [*asked, Full()]
+    offered = [*(one for one in asked if one != Full()), Full()]
     scores = evaluate(model, chooses, offered, block_size=size, progress=progress)
     steps = _levels(scores, offered)
     with advancing(f"{model.name}: levels", len(steps) * (3 + draws), progress) as advance:
@@ -137,13 +139,10 @@ class _Level:
 
 def _levels(scores: PolicyScores, offered: Sequence[Policy]) -> list[_Level]:
     """From the most tolerant to the least; those that choose alike are one."""
-    error = scores.of("layer_error").mean(-1)
-    if np.isnan(error).any():
-        error = scores.of("output_error").mean(-1)  # where the output projection is not known
-    price = scores.of("density").mean(-1) + scores.of("cost").mean(-1)
+    error, price = scores.error, scores.price
     found: list[_Level] = []
     for tolerance in TOLERANCES:
-        allowed = np.where(error <= tolerance, price, np.inf)
+        allowed = np.where((error <= tolerance) & (price < price[-1]), price, np.inf)
         allowed[-1] = price[-1]  # full
         choices = allowed.argmin(0)
         if not found or not np.array_equal(found[-1].choices, choices):

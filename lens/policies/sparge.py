@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lens.common.errors import LensError
 from lens.passes.blocks import BlockView, means
 from lens.policies.base import Kept, Policy, check_shares, covering, largest, pooling_cost
 
@@ -44,6 +45,10 @@ class Sparge(Policy):
     decodes = False
 
     def __post_init__(self) -> None:
+        if not -1 <= self.similarity <= 1:
+            raise LensError(
+                f"similarity of Sparge must be a cosine, -1 to 1, got {self.similarity!r}"
+            )
         check_shares(self, "mass", *(["share"] if self.share is not None else []))
 
     def keep(self, view: BlockView) -> Kept:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +26,8 @@ from lens.policies.transferring import (
     USABLE,
     best_blocks,
     best_of,
+    ordered_pairs,
+    paired_units,
     searched_efficiency,
     transfer_measures,
 )
@@ -241,7 +242,7 @@ def stability(
                 other = _maps(checkpoint, ids, size)
                 found.setdefault("checkpoint", []).append(_pair(whole, other, share))
             advance(1)
-    found["prompt"] = [_pair(maps[a], maps[b], share) for a, b in _ordered(len(maps))]
+    found["prompt"] = [_pair(maps[a], maps[b], share) for a, b in ordered_pairs(len(maps))]
     order = ["repeat", "prompt", "length", "layer", *(f"step {one}" for one in steps), "checkpoint"]
     return PolicyStability(
         values={name: np.moveaxis(np.array(found[name]), 0, 1) for name in order if name in found},
@@ -253,26 +254,8 @@ def stability(
 
 
 def _units(condition: str, values: np.ndarray) -> np.ndarray:
-    """Values [..., units] that are independent of each other, with the same mean.
-
-    Pairs share prompts: each prompt's unit is its pseudo-value of the jackknife, what the mean over pairs owes to it.
-    Two prompts, in two orders, are one unit.
-
-    Reference: Arvesen, Jackknifing U-statistics, 1969, Annals of Mathematical Statistics 40(6).
-    """
-    if condition != "prompt":
-        return values
-    n = math.isqrt(values.shape[-1]) + 1  # n (n - 1) pairs
-    mean = known_mean(values)
-    if n < 3:
-        return mean[..., None]
-    pairs = np.array(_ordered(n))
-    without = [known_mean(values[..., (pairs != one).all(1)]) for one in range(n)]
-    return np.stack([n * mean - (n - 1) * rest for rest in without], -1)
-
-
-def _ordered(n: int) -> list[tuple[int, int]]:
-    return [(a, b) for a in range(n) for b in range(n) if a != b]
+    """Values [..., units] that are independent of each other, with the same mean."""
+    return paired_units(values) if condition == "prompt" else values
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,8 +13,8 @@ from lens.common.choices import Seed, is_number
 from lens.common.errors import LensError
 from lens.common.given import given_traces
 from lens.common.head_ids import all_heads, head_columns
-from lens.common.results import Result, Sentence, few
-from lens.stats import over_units, quantile
+from lens.common.results import Result, Sentence, few, with_ends
+from lens.stats import quantile
 from lens.stats.intervals import columns, known_mean
 from lens.traces.trace import AttentionTrace
 
@@ -31,7 +32,7 @@ class PolicyTransfer(Result):
 
     Attributes:
         values: [measure, source, target, layer, head], NaN for a trace with itself. Measures are, in order:
-            jaccard: of the two sets of blocks, 0 as by chance, 1 the same;
+            jaccard: of the two sets of blocks, 0 as by chance, 1 the same; NaN where every block is chosen;
             recall: mass of the target on the blocks of the source;
             own_recall: on as many blocks of its own;
             efficiency: the one over the other;
@@ -52,28 +53,34 @@ class PolicyTransfer(Result):
     model: str
 
     def table(self) -> pd.DataFrame:
-        """One row per head: `layer`, `head`, `name`, `n` (targets), every measure as its mean over targets, each
-        the mean over sources, with the 95 % interval over targets (`_low`, `_high`)."""
+        """One row per head: `layer`, `head`, `name`, `n` (traces; two of them are one unit), every measure as its mean
+        over ordered pairs of traces with the 95 % interval over traces (`_low`, `_high`; NaN for two)."""
         table = head_columns(all_heads(self.layers, self.values.shape[-1]))
-        table["n"] = self.values.shape[2]
-        for name, values in zip(MEASURES, self.values, strict=True):
-            table |= columns(name, np.moveaxis(known_mean(values, 0), 0, -1), self.seed)
+        units = paired_units(np.moveaxis(self._pairs, 1, -1))
+        table["n"] = units.shape[-1]
+        for name, values in zip(MEASURES, units, strict=True):
+            table |= columns(name, values, self.seed)
         return pd.DataFrame(table)
+
+    @property
+    def _pairs(self) -> np.ndarray:
+        """[measure, ordered pair, layer, head]."""
+        source, target = np.array(ordered_pairs(self.values.shape[1])).T
+        return self.values[:, source, target]
 
     def findings(self) -> tuple[Sentence, ...]:
         """What carries over ("transfer"), where it does not ("heads"), and the LSE ("lse")."""
         table = self.table()
-        by_target = {
-            name: known_mean(values, 0).mean((1, 2))
-            for name, values in zip(MEASURES, self.values, strict=True)
+        units = paired_units(known_mean(self._pairs.reshape(*self._pairs.shape[:2], -1)))
+        mean = {
+            key: float(value[0])
+            for name, one in zip(MEASURES, units, strict=True)
+            for key, value in columns(name, one[None], self.seed).items()
         }
-        mean = {name: values.mean() for name, values in by_target.items()}
-        of = by_target["efficiency"]
-        low, high = over_units(of, np.ones_like(of), self.seed)
         said = [
             Sentence(
                 f"The best {self.share:.0%} of the blocks of one trace keep {mean['recall']:.1%} of the attention "
-                f"of another, {mean['efficiency']:.1%} [{low:.1%}, {high:.1%}] of what its own best keep "
+                f"of another, {with_ends(mean, 'efficiency', '.1%')} of what its own best keep "
                 f"({mean['own_recall']:.1%}); as many random ones {mean['random_recall']:.1%}. Overlap above "
                 f"chance {mean['jaccard']:.2f}.",
                 kind="transfer",
@@ -96,12 +103,10 @@ class PolicyTransfer(Result):
                 kind="lse",
             )
         )
-        cached = by_target["cached_efficiency"]
-        if not np.isnan(cached).any():
-            low, high = over_units(cached, np.ones_like(cached), self.seed)
+        if not np.isnan(mean["cached_efficiency"]):
             said.append(
                 Sentence(
-                    f"Blocks that are searched with the LSE of another trace keep {cached.mean():.1%} [{low:.1%}, {high:.1%}] "
+                    f"Blocks that are searched with the LSE of another trace keep {with_ends(mean, 'cached_efficiency', '.1%')} "
                     "of what as many of the best keep.",
                     kind="cached",
                 )
@@ -123,7 +128,8 @@ def transfer(
     other.
 
     In each row of blocks the best `share` of the visible blocks of the source are taken, by their mass, and
-    the target's mass on them counted. Chance overlap of two sets of density d is `d / (2 - d)`.
+    the target's mass on them counted. By chance, two sets of k of n blocks share k² / n and have 2 k - k² / n
+    together; the overlap of chance is the sum of the one over rows by that of the other.
 
     Args:
         traces: at least two of one length, with the same layers, heads and blocks: of several prompts, or of
@@ -146,8 +152,8 @@ def transfer(
     traces = given_traces(traces)
     if len(traces) < 2:
         raise LensError(f"transfer needs at least two traces, got {len(traces)}")
-    if not is_number(share) or not 0 < share <= 1:
-        raise LensError(f"share must be above 0 and at most 1, got {share!r}")
+    if not is_number(share) or not 0 < share < 1:
+        raise LensError(f"share must be between 0 and 1, got {share!r}")
     shapes = {(one.layers, one.heads, one.length, _masses(one).shape) for one in traces}
     if len(shapes) > 1:
         raise LensError(
@@ -184,17 +190,40 @@ def transfer_measures(
     after: np.ndarray,
 ) -> list[np.ndarray]:
     """The measures of `PolicyTransfer` for one source and target, [layers, heads] each, but for the cached one."""
-    density = source.sum((-1, -2)) / seen.sum((-1, -2))
-    chance = density / (2 - density)
+    taken, mine, there = (one.sum(-1) for one in (source, own, seen))
+    alike = (taken * mine / np.maximum(there, 1)).sum(-1)  # shared by chance, row by row
+    chance = alike / ((taken + mine).sum(-1) - alike)
     both, either = (source & own).sum((-1, -2)), (source | own).sum((-1, -2))
-    jaccard = (both / either - chance) / np.where(chance < 1, 1 - chance, 1)
+    jaccard = (both / either - chance) / np.where(chance < 1, 1 - chance, np.nan)
     whole = mass.sum((-1, -2))
     recall, mine = ((mass * one).sum((-1, -2)) / whole for one in (source, own))
-    rows = source.sum(-1) / np.maximum(seen.sum(-1), 1)
+    rows = taken / np.maximum(there, 1)
     weights = mass.sum(-1)
     random = (rows * weights).sum(-1) / weights.sum(-1)
     off = np.abs(np.expm1(np.where(np.isfinite(after) & np.isfinite(before), after - before, 0)))
     return [jaccard, recall, mine, recall / mine, random, np.asarray(quantile(off, 0.99))]
+
+
+def ordered_pairs(n: int) -> list[tuple[int, int]]:
+    """Every two of n, in both orders."""
+    return [(a, b) for a in range(n) for b in range(n) if a != b]
+
+
+def paired_units(values: np.ndarray) -> np.ndarray:
+    """[..., units] that are independent of each other, with the mean of `values` [..., ordered pairs].
+
+    Pairs share members: each member's unit is its pseudo-value of the jackknife, what the mean over pairs owes to it.
+    Two members, in two orders, are one unit.
+
+    Reference: Arvesen, Jackknifing U-statistics, 1969, Annals of Mathematical Statistics 40(6).
+    """
+    n = math.isqrt(values.shape[-1]) + 1  # n (n - 1) pairs
+    mean = known_mean(values)
+    if n < 3:
+        return mean[..., None]
+    pairs = np.array(ordered_pairs(n))
+    without = [known_mean(values[..., (pairs != one).all(1)]) for one in range(n)]
+    return np.stack([n * mean - (n - 1) * rest for rest in without], -1)
 
 
 def best_blocks(mass: np.ndarray, seen: np.ndarray, share: float) -> np.ndarray:

@@ -34,6 +34,7 @@ EVERY = [
     policies.Oracle(mass=0.7),
     policies.RandomBlocks(share=0.4),
     policies.LargestEntry(0.05),
+    policies.LargestEntry(0.0),
     policies.Landmark(2),
     policies.NativeSparse(4),
     policies.LongHeads(4),
@@ -383,6 +384,39 @@ def test_queries_that_reuse_a_choice_take_that_of_the_first_of_them():
         assert torch.equal(together[:, :, row], expected)
 
 
+def test_random_blocks_are_drawn_for_each_prompt_and_again_alike():
+    tokens = torch.tensor([[1, 2, 3], [1, 2, 4], [1, 2, 3]]).repeat_interleave(8, 1)
+    one = call(24)
+    three = replace(
+        one, query=one.query.expand(3, -1, -1, -1), key=one.key.expand(3, -1, -1, -1),
+        value=one.value.expand(3, -1, -1, -1), tokens=tokens,
+    )  # fmt: skip
+    policy = policies.RandomBlocks(share=0.5)
+    kept = policy.keep(BlockView(three, 2, 2)).blocks
+    assert torch.equal(kept[0], kept[2])
+    assert not torch.equal(kept[0], kept[1])
+    assert not torch.equal(kept[0, 0], kept[0, 1])
+    other = policy.keep(
+        BlockView(
+            replace(three, tokens=None, key=three.key * torch.tensor([1.0, 2, 1]).view(3, 1, 1, 1)),
+            2,
+            2,
+        )
+    ).blocks
+    assert torch.equal(other[0], other[2])
+    assert not torch.equal(other[0], other[1])
+
+
+def test_a_decoding_step_chooses_anew_and_costs_as_much():
+    one = call(64)
+    step = BlockView(replace(one, query=one.query[:, :, -1:]), 1, 4)
+    each, four = policies.Quest(12, dense_layers=0), policies.Quest(12, reuse=4, dense_layers=0)
+    own = torch.arange(16) == 15  # the page of the query itself is added to a choice that is shared
+    assert torch.equal(each.choose(step).blocks | own, four.choose(step).blocks)
+    assert four.cost(step) == each.cost(step) > 0
+    assert four.cost(BlockView(one, 1, 4)) == each.cost(BlockView(one, 1, 4)) / 4
+
+
 def planted(kind, tokens=64, dim=64):
     """A head of one kind, made of one-hot q and k."""
     place = torch.arange(tokens)
@@ -518,6 +552,8 @@ def test_hierarchical_misses_grow_with_the_levels_and_a_flat_search_by_means_is_
         (lambda: policies.BlockSparse(1, 0.5), "top or share"),
         (lambda: policies.XAttention(1.5), "threshold of XAttention"),
         (lambda: policies.FlexPrefill(gamma=0), "gamma of FlexPrefill"),
+        (lambda: policies.LargestEntry(-0.1), "threshold of LargestEntry must be from 0 on"),
+        (lambda: policies.Sparge(2.0), "similarity of Sparge must be a cosine"),
         (lambda: policies.PerHead(cast(Any, "L0H0")), "takes a mapping.*got str"),
         (lambda: policies.PerHead({"L0H0": cast(Any, "a")}), "takes policies"),
         (lambda: policies.Grid(cast(Any, "diagonal"), 2, 2), "pattern must be one of"),

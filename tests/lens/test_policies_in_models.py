@@ -232,15 +232,31 @@ def test_sentences_follow_the_numbers():
         "as many blocks keeps 97.5%, a random one 30.0%."
     )
     assert said["heads"].startswith(
-        "1 of 2 heads keep less than 90% under AShape(first=1): L3H0; the poorest"
+        "1 of 2 heads keep less than 90% under AShape(first=1), with the whole interval: L3H0; the poorest"
     )
-    assert "80.0%, and its output is off by 40.0%" in said["heads"]
+    assert "80.0% [80.0%, 80.0%], and its output is off by 40.0% [40.0%, 40.0%]" in said["heads"]
     assert "changes by +0.5000 [0.5000, 0.5000] nats per token from 2.5000" in said["loss"]
     assert said["limit"].startswith("Measured on 2 prompts of 64 to 96 tokens")
     better = dataclasses.replace(
         found, values=np.where(values == 0.8, 0.99, values), dense_loss=np.full(2, np.nan)
     )
     assert {sentence.kind for sentence in better.findings()} == {"recall", "limit"}
+    wide = values.copy()  # below on the mean alone
+    wide[0, list(COLUMNS).index("recall"), 0, 0] = 0.65, 0.95
+    assert not of_kind(dataclasses.replace(found, values=wide).findings(), "heads")
+    alone = dataclasses.replace(
+        found,
+        values=values[..., :1],
+        dense_loss=np.ones(1),
+        sparse_loss=np.full((1, 1), 3.0),
+        tokens=(64,),
+    )
+    assert {sentence.kind for sentence in alone.findings()} == {"recall", "loss", "limit"}
+    several = dataclasses.replace(
+        alone, values=np.repeat(alone.values, 2, 0), sparse_loss=np.full((2, 1), 3.0),
+        policies=("A", "B"), references=(False, False), block_sizes=((16, 16),) * 2,
+    )  # fmt: skip
+    assert not of_kind(several.findings(), "best")  # one prompt, the same loss: none is cheapest
 
 
 def test_the_cheapest_of_several_is_named_beside_bounds_and_draws(model, prompts):
@@ -268,6 +284,30 @@ def test_the_cheapest_of_several_is_named_beside_bounds_and_draws(model, prompts
     steady[0, 1] = found.dense_loss[1] + 2
     (alike,) = of_kind(dataclasses.replace(found, sparse_loss=steady).findings(), "best")
     assert "last=40) costs least, not told apart from AShape(first=2, last=4): +0.2" in alike
+
+
+def test_pictures_have_as_many_tokens_as_patches():
+    vit, digit = lens.load("vit-digits"), np.zeros((8, 8), np.uint8)
+    found = policies.evaluate(vit, digit, policies.AShape(1, 4), block_size=4, first_row=2)
+    length = lens.capture(vit, digit, progress=False).length
+    assert found.tokens == (length,)
+    assert f"of {length} to {length} tokens" in of_kind(found.findings(), "limit")[0]
+    shown = policies.maps(vit, digit, policies.AShape(1, 4), block_size=4)
+    assert f"in one prompt of {length} tokens" in shown.findings()[0]
+    with pytest.raises(lens.LensError, match=f"first_row is 500, and a prompt has {length} tokens"):
+        policies.evaluate(vit, digit, policies.AShape(1, 4), first_row=500)
+
+
+def test_policies_that_write_themselves_alike_have_names_of_their_own(model, prompts):
+    near = [policies.PerHead({"L0H0": policies.AShape(1, last)}) for last in (4, 8)]
+    found = policies.evaluate(model, prompts[:1], near, block_size=4)
+    assert found.policies == (
+        "PerHead(1 heads: AShape, Full)",
+        "PerHead(1 heads: AShape, Full) (2)",
+    )
+    shown = policies.maps(model, prompts[0], near, block_size=4)
+    kept = [shown.of("L0H0", name)[1].sum() for name in found.policies]
+    assert kept[0] < kept[1]
 
 
 def test_later_rows_alone_can_count(model, prompts):

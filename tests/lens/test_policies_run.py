@@ -52,6 +52,12 @@ def test_metric_and_divergence_are_those_of_an_edited_run(model, task):
     assert "(worse)" not in said[1]
 
 
+def test_one_prompt_is_told_to_tell_nothing_apart(model, task):
+    alone = policies.run(model, task.take(torch.tensor([0])), NEAR, block_size=8, progress=False)
+    (said,) = of_kind(alone.findings(), "change")
+    assert "(one prompt tells nothing apart)" in said
+
+
 def test_a_context_before_the_question_stays_dense(model, task):
     late = policies.run(model, task, NEAR, block_size=8, question=16)
     whole = policies.run(model, task, NEAR, block_size=8)

@@ -11,6 +11,7 @@ import lens
 from lens import policies
 from lens.common.results import of_kind
 from lens.policies.evaluating import losses_under
+from lens.policies.scores import COLUMNS
 from lens.policies.searching import _levels
 from lens.tasks.prompts import token_losses
 
@@ -117,7 +118,7 @@ def test_one_held_out_prompt_promises_nothing(model, found, tmp_path):
     assert "nan" not in " ".join(alone.findings())
     policies.write(alone, tmp_path / "heads.json", model)
     data = json.loads((tmp_path / "heads.json").read_text())
-    assert data["loss_change_low"] is None
+    assert data["promise_low"] is None
 
 
 def test_random_blocks_cost_more_and_sentences_follow_the_numbers(found):
@@ -143,9 +144,25 @@ def test_random_blocks_cost_more_and_sentences_follow_the_numbers(found):
     assert "the loss is not told to stay within the" in unsure  # it does on the mean
     safe = dataclasses.replace(found, asked=row["loss_change_high"] + 1)
     assert not any("choose on more prompts" in sentence for sentence in safe.findings())
+    assert (
+        f"changes by {found.calibration_change:+.4f} nats; it may grow by 0.05." in said["policy"]
+    )
     none = dataclasses.replace(found, choices=np.full_like(found.choices, 3), tolerance=0.0)
     assert [sentence.kind for sentence in none.findings()] == ["policy", "limit"]
-    assert none.findings()[0].startswith("No candidate keeps the loss within")
+    assert none.findings()[0] == "No choice keeps the loss within 0.05 nats: every head stays full."
+
+    def because(**columns):
+        values = found.scores.values.copy()
+        for name, value in columns.items():
+            values[:-1, list(COLUMNS).index(name)] = value
+        return dataclasses.replace(
+            none, scores=dataclasses.replace(found.scores, values=values)
+        ).findings()[0]
+
+    assert because(cost=1.0).startswith("No candidate is cheaper than full in any head")
+    assert because(layer_error=0.4).startswith(
+        "No candidate that is cheaper than full errs by at most 30%"
+    )
 
 
 def test_fewer_levels_are_those_next_to_the_one_taken(model, windows, found):
@@ -194,15 +211,32 @@ def test_no_candidate_that_fits_leaves_every_head_full(model, windows):
     assert nothing.calibration_change == 0
 
 
+def test_what_costs_as_much_as_full_is_full(model, windows):
+    """A candidate that keeps every block, or whose choice takes what it saves, is none that runs sparse."""
+    offered = [policies.AShape(1, 1000), policies.Full(), policies.Oracle(mass=0.5)]
+    found = policies.search(
+        model, windows[:2], loss=5.0, candidates=offered, block_size=8, draws=1, progress=False
+    )
+    assert (found.table()["policy"] == "Full()").all()
+    assert found.scores.policies.count("Full()") == 1
+    assert found.findings()[0].startswith("No candidate is cheaper than full in any head")
+    with pytest.raises(lens.LensError, match="41 tokens, one block of 64 keys"):
+        policies.search(model, [ids[:41] for ids in windows[:2]], progress=False)
+
+
 def test_files_come_back_as_they_went(model, found, tmp_path):
     policies.write(found, tmp_path / "heads.json", model)
     again = policies.read(tmp_path / "heads.json")
     for head in model.info.every_head:
         assert again.of(head) == found.policy.of(head)
     data = json.loads((tmp_path / "heads.json").read_text())
-    assert (data["loss_change_low"], data["loss_change_high"]) == found.promise()
+    assert (data["promise_low"], data["promise_high"]) == found.promise()
     assert data["block_size"] == [8, 8]
 
+    lines = policies.PerHead({"L0H0": policies.VerticalSlash(4, 4, first=1)})
+    with pytest.raises(lens.LensError, match="no words for first, last and probe of VerticalSlash"):
+        policies.write(lines, tmp_path / "minference.json", model, format="minference")
+    assert not (tmp_path / "minference.json").exists()
     heads = {"L0H0": policies.AShape(100, 800), "L1H2": policies.VerticalSlash(30, 800)}
     mixed = policies.PerHead({**heads, "L2H5": policies.BlockSparse(100)})
     policies.write(mixed, tmp_path / "minference.json", model, format="minference")
@@ -256,7 +290,8 @@ def test_a_share_of_duo_attention_s_gates_stays_full_as_it_is_run(tmp_path):
 
     def full(share):
         found = policies.read(tmp_path, format="duo", heads=4, full=share)
-        return {str(head) for head, one in found.policies.items() if one == policies.Full()}
+        heads = [f"L{layer}H{head}" for layer in range(2) for head in range(4)]
+        return {head for head in heads if found.of(head) == policies.Full()}
 
     assert full(None) == {"L0H0", "L0H1", "L1H0", "L1H1", "L1H2", "L1H3"}  # gates above 0.5
     assert full(0.5) == {"L0H0", "L0H1", "L1H0", "L1H1"}
@@ -267,6 +302,18 @@ def test_a_share_of_duo_attention_s_gates_stays_full_as_it_is_run(tmp_path):
         policies.read(tmp_path / "config.json", format="minference", full=0.5)
     with pytest.raises(lens.LensError, match="heads= is of the format 'duo'"):
         policies.read(tmp_path / "config.json", heads=4)
+
+
+def test_layers_without_attention_have_no_heads_in_a_file(model, tmp_path):
+    hybrid = dataclasses.replace(model, info=dataclasses.replace(model.info, attending=(0, 2)))
+    streaming = policies.PerHead({"L2H0": policies.AShape(4, 16)})
+    for format in ("minference", "duo"):
+        path = tmp_path / format
+        policies.write(streaming, path, hybrid, format=format)
+        heads = {"heads": model.info.heads} if format == "duo" else {}
+        again = policies.read(path, format=format, **heads)
+        again.check(hybrid)
+        assert not [head for head in again.policies if head.layer == 1]
 
 
 def test_duo_attention_counts_a_kv_head_streaming_where_all_its_queries_are(model, tmp_path):

@@ -9,6 +9,7 @@ import xarray as xr
 
 import lens
 from lens.policies import transfer
+from lens.policies.transferring import transfer_measures
 from lens.traces.trace import AttentionTrace
 
 
@@ -52,8 +53,38 @@ def test_independent_patterns_overlap_by_chance_and_serve_like_random_blocks():
     generator = np.random.default_rng(1)
     found = run(*(trace(causal(generator)) for _ in range(6)), share=0.25).table()
     assert abs(found["jaccard"].mean()) < 0.05
+    early = run(*(trace(causal(generator, blocks=8)) for _ in range(40)), share=0.2).table()
+    assert abs(early["jaccard"].mean()) < 0.02  # the first rows have no choice: that is chance, too
     assert found["recall"].mean() == pytest.approx(found["random_recall"].mean(), abs=0.02)
     assert (found["own_recall"] > found["recall"] + 0.1).all()
+
+
+def test_two_traces_are_one_unit_as_two_prompts_are():
+    generator = np.random.default_rng(4)
+    masses = [causal(generator, blocks=8) for _ in range(3)]
+    two, three = (run(*map(trace, masses[:n])) for n in (2, 3))
+    assert set(two.table()["n"]) == {1}
+    assert two.table()["efficiency_low"].isna().all()
+    assert "[" not in two.findings()[0]
+    assert "nan" not in " ".join(two.findings())
+    table = three.table()
+    assert set(table["n"]) == {3}
+    pairs = three.values[3][~np.eye(3, dtype=bool)]
+    assert np.allclose(table["efficiency"], pairs.mean(0).ravel())
+    assert (table["efficiency_low"] < table["efficiency_high"]).all()
+
+
+def test_every_block_is_no_choice():
+    one = trace(np.ones((1, 2, 1, 1)))
+    with pytest.raises(lens.LensError, match="every block that is seen is chosen"):
+        run(one, one)
+    with pytest.raises(lens.LensError, match="share must be between 0 and 1"):
+        run(one, one, share=1.0)
+    row = np.ones((1, 1, 1, 4))
+    every = np.ones((1, 1, 1, 4), bool)
+    lse = np.zeros((1, 1, 4))
+    jaccard = transfer_measures(every, every, row, every, lse, lse)[0]
+    assert np.isnan(jaccard).all()  # 0 would be as by chance, 1 a choice that agrees
 
 
 def test_the_lse_of_another_run_is_off_by_its_exponential():

@@ -66,10 +66,10 @@ def stable(efficiency=0.95, lse_error=0.01, repeat=1.0, prompts=3):
 
 
 def transferred(efficiency=(0.95, 0.75), lse_error=(0.01, 0.2), cached=np.nan):
-    """Two traces of one layer of two heads."""
-    values = np.full((7, 2, 2, 1, 2), np.nan)
+    """Three traces of one layer of two heads."""
+    values = np.full((7, 3, 3, 1, 2), np.nan)
     for place, one in enumerate((0.5, 0.6, 0.8, efficiency, 0.3, lse_error, cached)):
-        values[place, 0, 1] = values[place, 1, 0] = one
+        values[place, ~np.eye(3, dtype=bool)] = one
     return PolicyTransfer(values, 0.2, (0,), 0, "m")
 
 
