@@ -77,9 +77,13 @@ class PolicyTransfer(Result):
             for name, one in zip(MEASURES, units, strict=True)
             for key, value in columns(name, one[None], self.seed).items()
         }
+        every = np.isnan(mean["jaccard"])
         said = [
             Sentence(
-                f"The best {self.share:.0%} of the blocks of one trace keep {mean['recall']:.1%} of the attention "
+                f"Every block is chosen where the best {self.share:.0%} of a row's blocks are, at least one: nothing is told "
+                "of patterns; capture with a smaller block_size."
+                if every
+                else f"The best {self.share:.0%} of the blocks of one trace keep {mean['recall']:.1%} of the attention "
                 f"of another, {with_ends(mean, 'efficiency', '.1%')} of what its own best keep "
                 f"({mean['own_recall']:.1%}); as many random ones {mean['random_recall']:.1%}. Overlap above "
                 f"chance {mean['jaccard']:.2f}.",
@@ -103,7 +107,7 @@ class PolicyTransfer(Result):
                 kind="lse",
             )
         )
-        if not np.isnan(mean["cached_efficiency"]):
+        if not every and not np.isnan(mean["cached_efficiency"]):
             said.append(
                 Sentence(
                     f"Blocks that are searched with the LSE of another trace keep {with_ends(mean, 'cached_efficiency', '.1%')} "

@@ -76,8 +76,11 @@ def test_two_traces_are_one_unit_as_two_prompts_are():
 
 def test_every_block_is_no_choice():
     one = trace(np.ones((1, 2, 1, 1)))
-    with pytest.raises(lens.LensError, match="every block that is seen is chosen"):
-        run(one, one)
+    found = run(one, one)
+    assert found.table()["jaccard"].isna().all()
+    said = {sentence.kind: sentence for sentence in found.findings()}
+    assert set(said) == {"transfer", "lse"}
+    assert said["transfer"].startswith("Every block is chosen")
     with pytest.raises(lens.LensError, match="share must be between 0 and 1"):
         run(one, one, share=1.0)
     row = np.ones((1, 1, 1, 4))
