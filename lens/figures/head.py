@@ -38,7 +38,7 @@ def distance_profile(
 
     Example:
         >>> lens.figures.distance_profile(trace, 1, 0).layout.title.text
-        'L1H0: most at distance 4, 5.9% of all'
+        'L1H0: most at distance 4, 5.9% of all mass'
     """
     data = head_data(trace, layer, head, "diagonal")
     window = trace.window(layer)
@@ -66,7 +66,7 @@ def distance_profile(
     )
     best, total = int(np.argmax(mass)), mass.sum()
     found = (
-        f"L{layer}H{head}: most at distance {offset[best]}, {mass[best] / total:.1%} of all"
+        f"L{layer}H{head}: most at distance {offset[best]}, {mass[best] / total:.1%} of all mass"
         if total > 0
         else f"L{layer}H{head}: no attention at all"
     )
@@ -75,6 +75,8 @@ def distance_profile(
 
 def row_entropy(trace: AttentionTrace, layer: int, head: int, **look: Unpack[Look]) -> go.Figure:
     """Entropy of every row, with and without the first key, below the largest possible one.
+
+    The mean in the title leaves out the first row of a causal mask, which sees one key.
 
     Example:
         >>> lens.figures.row_entropy(trace, 1, 0).layout.title.text
@@ -99,7 +101,7 @@ def row_entropy(trace: AttentionTrace, layer: int, head: int, **look: Unpack[Loo
     figure.update_traces(hovertemplate="query %{x}: %{y:.3f} nats<extra></extra>")
     figure.update_xaxes(title="query position" + (f" (means of {size})" if size > 1 else ""))
     figure.update_yaxes(title="row entropy (nats)", rangemode="tozero")
-    later = data["entropy"].values[1:]
+    later = data["entropy"].values[int(bool(trace.attrs["causal"])) :]
     found = f"L{layer}H{head}: mean row entropy {later.mean() if len(later) else 0.0:.2f} nats"
     return style(figure, found, look, meta=provenance(trace, layer, head, "row_entropy"))
 

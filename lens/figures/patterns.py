@@ -25,7 +25,9 @@ _COLORS = {
 def pattern_grid(result: PatternClasses, **look: Unpack[Look]) -> go.Figure:
     """Layers down, heads across, one colour per class; kept masses on hover."""
     table = result.table()
-    layers, heads = result.classes.shape
+    heads = result.classes.shape[1]
+    first, last = int(table["layer"].min()), int(table["layer"].max())
+    layers = last - first + 1
     figure = go.Figure()
     for name, color in _COLORS.items():
         rows = table[table["pattern"] == name]
@@ -47,7 +49,7 @@ def pattern_grid(result: PatternClasses, **look: Unpack[Look]) -> go.Figure:
             )
         )
     figure.update_xaxes(title="head", range=[-0.6, heads - 0.4], dtick=tick_step(heads))
-    figure.update_yaxes(title="layer", range=[layers - 0.4, -0.6], dtick=tick_step(layers))
+    figure.update_yaxes(title="layer", range=[last + 0.6, first - 0.6], dtick=tick_step(layers))
     return style(
         figure,
         f"Sparse patterns within {result.budget:.0%} of the pairs: {result.model}",

@@ -44,7 +44,7 @@ def role_map(
 
     Args:
         table: as `HeadRoles.table` returns it.
-        columns: which of its scores, all between 0 and 1; None: the common roles.
+        columns: which of its scores with intervals, all between 0 and 1; None: the common roles.
 
     Raises:
         LensError: a column that the table lacks.
@@ -54,7 +54,8 @@ def role_map(
     """
     given_table(table)
     chosen = list(_SHOWN if columns is None else columns)
-    if missing := [name for name in chosen if name not in table]:
+    ends = [f"{name}_{end}" for name in chosen for end in ("low", "high")]
+    if missing := [name for name in (*chosen, *ends) if name not in table]:
         raise LensError(f"the table has no column {', '.join(missing)}")
     values = table[chosen].to_numpy(float)
     hover = [[_detail(row, name) for name in chosen] for _, row in table.iterrows()]

@@ -43,7 +43,8 @@ def mass_and_value(table: pd.DataFrame, **look: Unpack[Look]) -> go.Figure:
     figure.update_yaxes(title="|W_O v| of the sink / of other tokens", rangemode="tozero")
     parked = table[table["alpha"] > 0.3]
     found = (
-        f"{len(parked)} heads park on the sink; what it writes is {parked['drain'].median():.2f} times what others do"
+        f"{len(parked)} of {len(table)} heads park on the sink (α above 0.3); what it writes is {parked['drain'].median():.2f} times what "
+        f"others do (their median, {parked['drain'].min():.2f} to {parked['drain'].max():.2f})"
         if len(parked)
         else "No head parks on the sink (α above 0.3)"
     )

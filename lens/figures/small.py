@@ -137,10 +137,11 @@ def strip(value: float, low: float, high: float, baseline: float, against: str) 
 
 def _names(at: Callable[[float], float], value: float, baseline: float, against: str) -> list[str]:
     """Value and baseline named below the line, each at its own side of it."""
-    left, right = (baseline, value) if at(baseline) <= at(value) else (value, baseline)
     against = against if len(against) <= _ROOM else f"{against[: _ROOM - 1]}…"
-    words = {baseline: f"{baseline:.3g} {against}", value: f"{value:.3g}"}
-    return [_text(_EDGE, "start", words[left]), _text(_WIDE - _EDGE, "end", words[right])]
+    left, right = f"{baseline:.3g} {against}", f"{value:.3g}"
+    if at(baseline) > at(value):
+        left, right = right, left
+    return [_text(_EDGE, "start", left), _text(_WIDE - _EDGE, "end", right)]
 
 
 def _line(x1: float, x2: float, y: float, color: str, width: int) -> str:

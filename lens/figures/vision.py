@@ -162,7 +162,8 @@ def patch_tree(result: PatchTree, **look: Unpack[Look]) -> go.Figure:
         showlegend=False,
     )
     count = int(roots.sum())
-    text = f"{result.what}: tree of patches, {count} root{'s' * (count != 1)}, {result.adjacent:.0%} of parents next door"
+    near = f", {result.adjacent:.0%} of parents next door" * (not np.isnan(result.adjacent))
+    text = f"{result.what}: tree of patches, {count} root{'s' * (count != 1)}{near}"
     return style(figure, escaped(text), look, height=_HEIGHT)
 
 
@@ -214,11 +215,11 @@ def flow_grid(result: Flow, **look: Unpack[Look]) -> go.Figure:
             y=[str(layer) for layer in result.layers],
             zmin=0,
             zmax=1,
-            customdata=np.stack([result.largest, result.exclusive], -1),
+            customdata=np.stack([result.largest, result.exclusive, result.uniform["gini"]], -1),
             colorscale=scale(VIRIDIS),
             colorbar={"title": {"text": "Gini", "side": "right"}, "thickness": 12},
-            hovertemplate="L%{y}H%{x}: Gini %{z:.3f}<br>largest %{customdata[0]:.1f} times the mean, "
-            "least own intake %{customdata[1]:.3f}<extra></extra>",
+            hovertemplate="L%{y}H%{x}: Gini %{z:.3f} (uniform attention %{customdata[2]:.3f})<br>most on one key "
+            "%{customdata[0]:.1f} times uniform attention's, least own intake %{customdata[1]:.3f}<extra></extra>",
         )
     )
     grid_axes(figure, *result.gini.shape)

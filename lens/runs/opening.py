@@ -149,8 +149,13 @@ def _written(traces: list[AttentionTrace], results: list[Result], runs: Path) ->
     together = [pooled_table(tables, "text")] if tables else []
     every = [*together, *tables] or [empty_table(HEADS)]
     writer.table("heads", pd.concat(every, ignore_index=True))
+    names: set[str] = set()
     for result in results:
-        writer.record(*_section(result).save(writer.path))
+        name = own = _name(result)
+        while name in names:
+            name = f"{own}_{sum(one.startswith(own) for one in names) + 1}"
+        names.add(name)
+        writer.record(*_section(result, name).save(writer.path))
     return writer.finish()
 
 
@@ -202,7 +207,7 @@ def _prompts(traces: list[AttentionTrace]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _section(result: Result) -> Section:
+def _section(result: Result, name: str) -> Section:
     """The sentences, table and figure of a result."""
     table = result.table().reset_index(drop=True)
     table.columns = [str(name) for name in table.columns]
@@ -212,7 +217,7 @@ def _section(result: Result) -> Section:
     except LensError:
         figures = {}
     return Section(
-        name=_name(result),
+        name=name,
         title=re.sub(r"(?<=[a-z])(?=[A-Z])", " ", kind).capitalize(),
         summary=result.findings() or tuple(repr(result).splitlines()),
         limits=("Opened from memory: how it was made is not kept here.",),

@@ -19,6 +19,7 @@ from lens.runs.headlines import Headline, highest
 from lens.runs.sections import Section
 from lens.runs.writer import RunWriter
 from lens.stats.intervals import columns
+from lens.stats.verdicts import of_many
 
 _OWN = "own numbers"
 _LONGEST = 64  # letters of a name, which is that of a folder too
@@ -159,14 +160,18 @@ def _checked(run: Run, name: str, values: ArrayLike, definition: str, layers: in
 
 
 def _told(table: pd.DataFrame, name: str, unit: str) -> tuple[Headline, ...]:
-    """The highest head beside the median one."""
+    """The highest head beside the median one, its interval that of the highest of all; nothing where it is as high."""
     try:
         best, fields = highest(table[name], table[f"{name}_low"], table[f"{name}_high"])
     except LensError:  # one head alone
         return ()
+    if not fields["value"] > fields["baseline"]:
+        return ()
+    low, high = of_many(fields["value"], fields["low"], fields["high"], fields["many"])
+    median = f"the median head has {fields['baseline']:.3g}"
     words = name.replace("_", " ").capitalize()
     text = (
-        f"{words} is highest in {table['name'][best]}: {fields['value']:.3g}{ends(fields['low'], fields['high'])}; the median head has "
-        f"{fields['baseline']:.3g}."
+        f"{words} is highest in {table['name'][best]}: {fields['value']:.3g}{ends(low, high)}{', not told apart from others' if low <= fields['baseline'] else ''}; "
+        f"{median}."
     )
     return (Headline(text, **fields, against="the median head", unit=unit, figure="grid"),)

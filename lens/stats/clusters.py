@@ -31,7 +31,7 @@ def ward_tree(
         `k - n`.
 
     Raises:
-        LensError: fewer than two members, distances that are not square or not finite.
+        LensError: fewer than two members, distances that are not square, not symmetric or not finite.
 
     Example:
         >>> lens.stats.ward_tree(np.array([1.0, 5, 5])).round(2).tolist()
@@ -41,7 +41,12 @@ def ward_tree(
 
     pairs = numbers(distances)
     if pairs.ndim != 1:
-        pairs = _square(pairs)[np.triu_indices(len(pairs), 1)]
+        whole = _square(pairs)
+        if not np.allclose(whole, whole.T, equal_nan=True):
+            raise LensError(
+                "distances must be symmetric: there is one distance of two members; take the mean of both directions"
+            )
+        pairs = whole[np.triu_indices(len(whole), 1)]
     members = round((1 + np.sqrt(1 + 8 * len(pairs))) / 2)
     if members < 2 or members * (members - 1) // 2 != len(pairs):
         raise LensError(
@@ -90,7 +95,7 @@ def adjusted_rand(a: Int[np.ndarray, "members"], b: Int[np.ndarray, "members"]) 
     1 too where both leave no choice: all together, or each alone.
 
     Args:
-        a, b: [n] labels, whole numbers from 0.
+        a, b: [n] labels, whole numbers; -1 is a group as any other.
 
     Raises:
         LensError: groupings of different or fewer than two members.
@@ -106,6 +111,7 @@ def adjusted_rand(a: Int[np.ndarray, "members"], b: Int[np.ndarray, "members"]) 
         raise LensError(
             f"two groupings of the same members, at least two, are compared; got {len(a)} and {len(b)}"
         )
+    a, b = (np.unique(one, return_inverse=True)[1] for one in (a, b))
     together = np.zeros((a.max() + 1, b.max() + 1))
     np.add.at(together, (a, b), 1)
     pairs = _pairs(together).sum()

@@ -28,9 +28,14 @@ def drawing(seed: int, *names: int | str) -> np.random.Generator:
 def p_value(found: float, drawn: ArrayLike) -> float:
     """(1 + draws with as much or more) / (1 + draws): the least that so few draws can show is above 0.
 
+    Draws that are NaN do not count; NaN where what was found is.
+
     Reference: Phipson and Smyth 2010, Permutation p-values should never be zero.
     """
+    if np.isnan(found):
+        return float("nan")
     values = np.asarray(drawn, float)
+    values = values[~np.isnan(values)]
     return float((1 + (values >= found - _ROUNDING).sum()) / (1 + len(values)))
 
 

@@ -140,7 +140,7 @@ def top_overlap(values: ArrayLike, k: int) -> Float[np.ndarray, "*rest measures 
         k: how many are at the top, 1 to n; ties by place.
 
     Returns:
-        [..., measures, measures], 1 on the diagonal; by chance k / n.
+        [..., measures, measures], 1 on the diagonal; by chance k / n. NaN where fewer than k of a measure are known.
 
     Raises:
         LensError: fewer than two dimensions, or a k that is not 1 to n.
@@ -154,6 +154,7 @@ def top_overlap(values: ArrayLike, k: int) -> Float[np.ndarray, "*rest measures 
         raise LensError(f"k must be 1 to {array.shape[-1]}, the number of values, got {k!r}")
     inside = np.zeros(array.shape)
     np.put_along_axis(inside, top(array, k), 1, axis=-1)
+    inside[(~np.isnan(array)).sum(-1) < k] = np.nan
     return inside @ np.swapaxes(inside, -1, -2) / k
 
 

@@ -99,10 +99,7 @@ def language_modelling(
     for text in texts:
         found += _cut(model, text, length) if isinstance(text, str) else [_ids(model, text)]
     if n is not None:
-        check_counts(n=n)
-        if len(found) < n:
-            raise LensError(f"the texts make {len(found)} windows, {n} were asked for")
-        found = found[:n]
+        found = _first(found, n, "windows")
     lengths = sorted({len(window) for window in found})
     if len(lengths) != 1 or lengths[0] < 2:
         raise LensError(
@@ -115,9 +112,18 @@ def language_modelling(
     return Task("language modelling", clean, positions, clean[:, 1:], metric)
 
 
+def _first(found: list[Any], n: int, what: str) -> list[Any]:
+    check_counts(n=n)
+    if len(found) < n:
+        raise LensError(f"the texts make {len(found)} {what}, {n} were asked for")
+    return found[:n]
+
+
 def _translating(model: LoadedModel, pairs: Any, n: int | None, metric: str) -> Task:
     """Predicting the targets of an encoder-decoder from the second token on."""
-    found = read_sources(model, pairs)[0][:n]
+    found = read_sources(model, pairs)[0]
+    if n is not None:
+        found = _first(found, n, "pairs")
     main = model_input(model)
     sources = [prompt.inputs[main] for prompt in found]
     targets = [prompt.target or [] for prompt in found]

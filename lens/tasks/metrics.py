@@ -106,13 +106,17 @@ def check_answers(
     answers: Iterable[Tensor | AnswerSets | None], task: str, vocab: int, model: str
 ) -> None:
     """Raises LensError: an answer of a task is none of the tokens of a model."""
-    ids = [(x.right, x.wrong) if isinstance(x, AnswerSets) else (x,) for x in answers]
-    largest = max(int(one.max()) for few in ids for one in few if one is not None)
-    if largest >= vocab:
-        raise LensError(
-            f"the task {task!r} has the answer {largest}, and token ids of {model} go from 0 to {vocab - 1}; "
-            "make it with the model that it is for"
-        )
+    for one in answers:
+        sets = isinstance(one, AnswerSets)
+        for ids in (one.right, one.wrong) if sets else () if one is None else (one,):
+            among = (ids >= 0) & (ids < vocab)
+            if sets:
+                among |= ids == PADDING
+            if not bool(among.all()):
+                raise LensError(
+                    f"the task {task!r} has the answer {int(ids[~among][0])}, and token ids of {model} go from 0 to "
+                    f"{vocab - 1}; make it with the model that it is for"
+                )
 
 
 def _pick(values: Tensor, ids: Tensor, filling: float) -> Tensor:

@@ -145,6 +145,7 @@ def text(
     lead, answer = (ids[1:] if ids[:1] == [model.bos_id] else ids for ids in plain)
     trials = []
     for length in lengths:
+        check_counts(length=length)
         if length > len(hay):
             raise LensError(f"the haystack has {len(hay):,} tokens, {length:,} were asked for")
         for depth in depths:

@@ -111,6 +111,11 @@ def grounding(
         raise LensError(
             f"grounding takes boxes for each picture, got {len(given)} for {len(several)}"
         )
+    if len({one.names for one in several}) > 1:
+        raise LensError(
+            "grounding takes overlays with the same maps, got "
+            + "; ".join(", ".join(one.names) for one in several)
+        )
     rows = []
     for number, (one, theirs) in enumerate(zip(several, given, strict=True)):
         check_lists(boxes=theirs)

@@ -114,13 +114,21 @@ class PatchTree(Result):
             rules.append(float((np.where(inside, r * width + c, -1) == given).mean()))
         return float((self.parents == given).mean()), max(rules)
 
-    def findings(self) -> tuple[Sentence, ...]:
-        """Depth and roots ("tree"), and how near parents are ("adjacent")."""
-        roots = int((self.parents < 0).sum())
-        low, high = of_share(self.adjacent, max(len(self.parents) - roots, 1))
+    def _adjacent(self, edges: int) -> str:
+        if not edges:
+            return "every patch is a root, so none has a parent."
+        low, high = of_share(self.adjacent, edges)
         beside = "more than" if low > self.adjacent_chance else "fewer than"
         if low <= self.adjacent_chance <= high:
             beside = "not told from"
+        return (
+            f"{self.adjacent:.1%} [{low:.1%}, {high:.1%}] of parents are direct neighbours, {beside} the "
+            f"{self.adjacent_chance:.1%} of chance."
+        )
+
+    def findings(self) -> tuple[Sentence, ...]:
+        """Depth and roots ("tree"), and how near parents are ("adjacent")."""
+        roots = int((self.parents < 0).sum())
         return (
             Sentence(
                 f"{self.what}: the tree of {len(self.parents)} patches has {roots} root{'s' * (roots != 1)} and a depth of "
@@ -128,11 +136,7 @@ class PatchTree(Result):
                 f"{self.cycles} circles.{_apart(self.windows)}",
                 kind="tree",
             ),
-            Sentence(
-                f"{self.what}: {self.adjacent:.1%} [{low:.1%}, {high:.1%}] of parents are direct neighbours, {beside} the "
-                f"{self.adjacent_chance:.1%} of chance.",
-                kind="adjacent",
-            ),
+            Sentence(f"{self.what}: {self._adjacent(len(self.parents) - roots)}", kind="adjacent"),
         )
 
 
@@ -243,7 +247,8 @@ class PatchSegments(Result):
 
     Attributes:
         labels: [height, width] int, largest segment first.
-        tau: that rows of a segment differ by at most, in nats.
+        tau: in nats, up to which middles of segments were merged; each patch is in the segment whose middle is nearest
+            to its row, at whatever distance.
         what: whose attention.
         grid: of the patches.
         windows: parts of the picture of which none sees another.
@@ -310,7 +315,7 @@ class PatchSegments(Result):
         largest = ", ".join(f"{size / sizes.sum():.0%}" for size in sizes[:3])
         return (
             Sentence(
-                f"{self.what}: {len(sizes)} segments of patches whose rows differ by at most {self.tau:g} nats; the "
+                f"{self.what}: {len(sizes)} segments of patches, merged while their middles differ by at most {self.tau:g} nats; the "
                 f"largest hold {largest} of the picture.{_apart(self.windows)}",
                 kind="segments",
             ),

@@ -10,6 +10,7 @@ import pytest
 import lens
 from lens.common.errors import LensError
 from lens.runs import open_run
+from lens.runs.opening import _written
 from lens.runs.validation import validate
 
 
@@ -73,3 +74,14 @@ def test_nothing_and_something_else_are_refused(traces):
 def test_it_loads_unadvertised():
     assert lens.open is not open
     assert "open" not in dir(lens)
+
+
+def test_two_results_of_one_kind_are_two_sections(traces, tmp_path):
+    found = [lens.heads.patterns(traces, budget=budget) for budget in (0.2, 0.5)]
+    run = _written(list(traces), found, tmp_path)
+    assert [name for name in run.sections if name.startswith("pattern")] == [
+        "pattern_classes",
+        "pattern_classes_2",
+    ]
+    one, two = (run.section(name).summary for name in list(run.sections)[:2])
+    assert one != two

@@ -393,6 +393,9 @@ def test_importance_is_the_loss_of_the_target_without_the_head(baseline):
     assert found.table()["name"].is_unique
     with pytest.raises(lens.LensError, match="measured by method='ablation'"):
         lens.heads.importance(cross, pairs, method="gradient")
+    for n, said in ((-1, "n must be a positive integer"), (99, "pairs, 99 were asked for")):
+        with pytest.raises(lens.LensError, match=said):
+            lens.tasks.language_modelling(cross, pairs, n=n)
     with pytest.raises(lens.LensError, match="targets of at least two tokens"):
         lens.heads.importance(cross, [([3, 4], [2])])
 

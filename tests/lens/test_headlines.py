@@ -218,3 +218,6 @@ def test_the_strip_puts_value_interval_and_baseline_on_one_line():
     assert 'cx="150.0"' in drawn
     assert "1 &lt;chance&gt;" in drawn
     assert strip(3.0, NAN, NAN, 1.0, "chance").count("<line") == 2
+    same = strip(1.0, 0.5, 1.5, 1.0, "chance")
+    assert "1 chance<" in same
+    assert ">1<" in same

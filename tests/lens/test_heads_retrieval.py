@@ -97,6 +97,9 @@ def test_trials_that_cannot_be_are_said():
     with pytest.raises(LensError, match="copied needs n and needle of at least 1"):
         needles.copied(model, length=200)
     options = {"needle": " a pie", "question": " Eat", "lengths": [30]}
+    for length in (-5, 0, 20.5):
+        with pytest.raises(LensError, match="length must be a positive integer"):
+            needles.text(model, lens.tasks.text("lily"), **options | {"lengths": [length]})
     with pytest.raises(LensError, match="the haystack has 4 tokens, 30 were asked for"):
         needles.text(model, " the cat", **options)
     with pytest.raises(LensError, match=r"depth must lie between 0 and 1, got 1\.2"):

@@ -56,6 +56,18 @@ def test_numbers_become_a_section_with_intervals_and_a_headline(run):
     assert not [one for one in problems if "sections" in one or "doubt" in one]
 
 
+def test_the_highest_of_many_is_told_with_the_interval_of_the_highest(run):
+    noise = np.random.default_rng(1).random((2, HEADS, PROMPTS))
+    section = add(run, "noise", noise, "Noise.")
+    (told,) = section.summary
+    assert ", not told apart from others; the median head has" in told
+    low, high = map(float, told.partition("[")[2].partition("]")[0].split(", "))
+    row = section.tables["heads"].sort_values("noise").iloc[-1]
+    assert low < row["noise_low"]
+    assert high > row["noise_high"]
+    assert add(run, "same", np.full((2, HEADS), 0.4), "The same.").summary == ()
+
+
 def test_one_number_a_head_has_no_interval_and_replaces_what_was_added_before(run):
     add(run, "doubt", numbers(), "Doubt.")
     values = np.arange(10.0).reshape(2, HEADS)

@@ -6,6 +6,7 @@ import pytest
 import lens
 from lens.common.errors import LensError
 from lens.heads import patterns
+from lens.heads.behaviour.patterns import PatternClasses
 from lens.traces.trace import AttentionTrace, TraceWriter
 from tests.lens.naive import rms_ratio
 from tests.lens.traces import BLOCK, LENGTH, probabilities, trace_of
@@ -156,3 +157,13 @@ def test_what_cannot_be_classified_is_said():
     odd.dataset["visible"] = odd.dataset["visible"] - 1
     with pytest.raises(LensError, match="neither causal nor a window"):
         patterns(odd)
+
+
+def test_the_grid_shows_layers_by_their_own_numbers():
+    kept = np.full((3, 3, 2, 1), 0.95)
+    found = PatternClasses(kept, np.full((3, 1), 0.1), 0.1, 0.9, 0.01, 1, (1, 3, 5), "m")
+    figure = found.plot()
+    low, high = sorted(figure.layout.yaxis.range)
+    shown = np.concatenate([one.y for one in figure.data])
+    assert set(shown) == {1, 3, 5}
+    assert low < shown.min() <= shown.max() < high

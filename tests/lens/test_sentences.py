@@ -197,7 +197,7 @@ SAID = {
         "understated; take more prompts, or baseline='pooled_mean'.",
     ],
     segments: [
-        "L1: 3 segments of patches whose rows differ by at most 0.25 nats; the largest hold 67%, 17%, 17% of the picture."
+        "L1: 3 segments of patches, merged while their middles differ by at most 0.25 nats; the largest hold 67%, 17%, 17% of the picture."
     ],
 }
 

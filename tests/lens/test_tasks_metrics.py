@@ -162,6 +162,15 @@ def test_sets_that_are_none_are_refused(right, wrong, message):
         AnswerSets(torch.tensor(right), torch.tensor(wrong))
 
 
+@pytest.mark.parametrize("answer", [-1, -100, 10**6])
+def test_answers_that_are_no_tokens_are_refused(toy, answer):
+    """-100 is what PyTorch's loss passes over: every prompt had a loss of 0."""
+    clean = torch.arange(6).reshape(2, 3)
+    task = Task("made", clean, torch.full((2, 1), 2), torch.tensor([[1], [answer]]), "loss")
+    with pytest.raises(LensError, match=f"has the answer {answer}, and token ids"):
+        task.evaluate(toy)
+
+
 def test_other_refusals(toy, monkeypatch):
     task = induction(toy, n=2, length=5)
     with pytest.raises(LensError, match=r"make it anew: task.with_kl\(model\)"):

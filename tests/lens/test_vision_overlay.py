@@ -222,6 +222,10 @@ def test_the_pointing_game_and_iou_of_a_planted_thing_beside_what_needs_no_model
     assert half.rows["iou_whole"].iloc[0] == pytest.approx(8 * 24 / (48 * 72))
     with pytest.raises(LensError, match="hold nothing of a picture of 48 × 72 pixels"):
         lens.vision.grounding(trace.overlay(), [(50, 0, 60, 10)])
+    with pytest.raises(LensError, match="overlays with the same maps, got mean; L0H0, mean"):
+        lens.vision.grounding(
+            [trace.overlay("mean"), trace.overlay(["L0H0", "mean"])], [[right], [wrong]]
+        )
     with pytest.raises(LensError, match="boxes for each picture, got 1 for 2"):
         lens.vision.grounding([trace.overlay()] * 2, [[right]])
 

@@ -1,5 +1,6 @@
 """Trees, segments, conserved flow and coding rates, each beside what is known without it."""
 
+import dataclasses
 import itertools
 
 import networkx as nx
@@ -92,6 +93,11 @@ def test_what_goes_to_no_patch_makes_roots_where_it_is_asked_for():
     assert (lens.vision.tree(trace).parents < 0).sum() == 1
     sinks = lens.vision.tree(trace, roots="sink")
     assert sinks.parents[2] == -1
+    alone = dataclasses.replace(
+        sinks, parents=np.full(9, -1), depth=np.zeros(9, int), adjacent=np.nan
+    )
+    assert "every patch is a root, so none has a parent" in alone.findings()[1]
+    assert "nan" not in alone.plot().layout.title.text
     with pytest.raises(LensError, match="roots must be one of"):
         lens.vision.tree(trace, roots="many")  # pyright: ignore[reportArgumentType]
 

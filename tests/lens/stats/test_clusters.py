@@ -89,9 +89,17 @@ def test_the_rand_index_equals_that_of_pairs_and_is_0_by_chance():
     assert abs(np.mean(found)) < 0.02
 
 
+def test_labels_are_names_alone():
+    """-1, as HDBSCAN calls what is in no group, is one as any other."""
+    a, b = np.array([-1, -1, 0, 0, 1, 1]), np.array([0, 0, 1, 1, 2, 2])
+    assert stats.adjusted_rand(a, b) == stats.adjusted_rand(b, b) == 1
+    assert stats.adjusted_rand(np.full(4, -1), np.zeros(4, int)) == 1
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
+        (lambda: stats.ward_tree(np.triu(np.ones((3, 3)), 1)), "distances must be symmetric"),
         (lambda: stats.ward_tree(np.ones((2, 3))), r"must be \[n, n\], got shape \(2, 3\)"),
         (lambda: stats.ward_tree(np.full((3, 3), np.nan)), "3 of 3 distances are not finite"),
         (

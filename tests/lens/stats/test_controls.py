@@ -15,6 +15,12 @@ def test_p_counts_the_found_one_and_ties():
     assert p_value(0, []) == 1
 
 
+def test_what_is_not_known_has_no_small_p():
+    assert np.isnan(p_value(np.nan, np.zeros(99)))
+    assert p_value(1, np.full(99, np.nan)) == 1  # no draw counts
+    assert p_value(1, [0, np.nan, 2, 0]) == (1 + 1) / (1 + 3)
+
+
 def test_others_are_as_many_that_were_not_chosen():
     chosen = np.zeros((3, 5), bool)
     chosen[0, [0, 3]] = chosen[2, :4] = True

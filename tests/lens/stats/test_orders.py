@@ -127,6 +127,14 @@ def test_overlap_is_of_the_largest():
     assert lowest == pytest.approx([0, 1 / 2, 1])
 
 
+def test_what_is_not_known_is_at_no_top():
+    one, two = [5, np.nan, np.nan, np.nan], [np.nan, np.nan, np.nan, 5]
+    assert np.isnan(stats.top_overlap([one, two], 3)).all()
+    assert stats.top_overlap([one, [4, 3, 2, 1]], 1).tolist() == [[1, 1], [1, 1]]
+    some = stats.top_overlap([one, [4, 3, 2, 1]], 2)
+    assert np.isnan(some).tolist() == [[True, True], [True, False]]
+
+
 def test_overlap_of_many_draws_equals_that_of_sets():
     values = np.random.default_rng(0).integers(0, 9, (7, 3, 13))
     found = stats.top_overlap(values, 4)
