@@ -161,9 +161,8 @@ def patch_tree(result: PatchTree, **look: Unpack[Look]) -> go.Figure:
         hovertemplate="patch (%{customdata[0]}, %{customdata[1]}): %{customdata[2]} children<extra></extra>",
         showlegend=False,
     )
-    count = int(roots.sum())
-    near = f", {result.adjacent:.0%} of parents next door" * (not np.isnan(result.adjacent))
-    text = f"{result.what}: tree of patches, {count} root{'s' * (count != 1)}{near}"
+    text = f"{result.what}: tree of patches, {roots.sum()} root{'s' * (roots.sum() != 1)}"
+    text += f", {result.adjacent:.0%} of parents next door" * (not np.isnan(result.adjacent))
     return style(figure, escaped(text), look, height=_HEIGHT)
 
 
