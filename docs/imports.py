@@ -23,7 +23,7 @@ def arrows_of(files: Mapping[str, list[Path]]) -> dict[str, set[str]]:
     for name, several in files.items():
         modules = set()
         for file in several:
-            for one in _imported(name, ast.parse(file.read_text())):
+            for one in imported(name, ast.parse(file.read_text())):
                 while one and one not in files:  # a name of a module -> the module
                     one = one.rpartition(".")[0]
                 modules.add(one)
@@ -31,12 +31,21 @@ def arrows_of(files: Mapping[str, list[Path]]) -> dict[str, set[str]]:
     return found
 
 
-def _imported(name: str, tree: ast.AST) -> Iterator[str]:
+def imported(name: str, tree: ast.AST) -> Iterator[str]:
     """Dotted names of everything that a file of module `name` imports."""
-    for node in ast.walk(tree):
+    for node in _statements(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             # a relative import stands in the stub of a package alone, and means its inside
             home = ".".join(filter(None, [name if node.level else "", node.module]))
             yield from (f"{home}.{alias.name}" for alias in node.names)
+
+
+def _statements(node: ast.AST) -> Iterator[ast.AST]:
+    """Those of a tree at any depth; what stands inside an expression is none."""
+    for field in ("body", "orelse", "finalbody", "handlers", "cases"):
+        inner = getattr(node, field, ())
+        for one in inner if isinstance(inner, list) else ():
+            yield one
+            yield from _statements(one)

@@ -1,19 +1,18 @@
-"""Processes of one sequence on this machine, with what torchrun tells each: they import once, then the process splits.
+"""Processes of one sequence on this machine, with what torchrun tells each.
 
-python -m tests.ranks tests.lens.split_capture FOLDER
+They split from one that is forked from a process that has imported (`tests.analyses.started`).
 """
 
 import importlib
 import os
 import signal
 import socket
-import subprocess
 import sys
 import traceback
 from pathlib import Path
 from typing import Any
 
-from tests.shapes import ROOT
+from tests.analyses.started import forked
 
 RANKS = 4
 
@@ -23,21 +22,17 @@ def run(module: str, folder: Path) -> None:
 
     `ready` is what `module.prepare()` gave before the process split, where there is such a function.
     """
-    paths = f"{ROOT}:{ROOT / 'kernels'}"
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.ranks", module, str(folder)],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=400,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    complaints = folder.with_suffix(".complaints")
+    first = forked(_split, module, str(folder), str(complaints))
+    first.join(400)
+    ended = first.exitcode
+    first.kill()
+    assert ended == 0, complaints.read_text()[-3000:]
 
 
-def main(module: str, folder: str) -> int:
-    """Splits and waits; 1 as soon as one failed, and the others end too."""
+def _split(module: str, folder: str, complaints: str) -> None:
+    """Splits and waits; ends with 1 as soon as one failed, and the others end too."""
+    os.dup2(os.open(complaints, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), sys.stderr.fileno())
     work: Any = importlib.import_module(module)
     ready = work.prepare() if hasattr(work, "prepare") else ()
     with socket.socket() as free:
@@ -61,9 +56,4 @@ def main(module: str, folder: str) -> int:
         if status:
             for other in running:  # they would wait for it
                 os.kill(other, signal.SIGKILL)
-            return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+            sys.exit(1)

@@ -68,13 +68,18 @@ def test_boxes_do_not_overlap_and_arrows_point_down(house):
     assert len(picture.findall(f"{space}path")) == sum(map(len, needed(house).values()))
 
 
-def test_the_page_explains_every_room_of_the_picture():
+@pytest.fixture(scope="module")
+def today():
+    return arrows(module_files())
+
+
+def test_the_page_explains_every_room_of_the_picture(today):
     page = PICTURE.with_name("architecture.md").read_text()
     rooms = [line.split("`")[1] for line in page.splitlines() if line.startswith("| `")]
     packages = {"lens", "lens_kernels", "lens_analyses", "lens_dashboards"}
-    assert sorted(rooms) == sorted(arrows(module_files()).keys() - packages)
+    assert sorted(rooms) == sorted(today.keys() - packages)
 
 
-def test_the_picture_is_of_today():
-    current = PICTURE.read_text() == drawn(arrows(module_files()))
+def test_the_picture_is_of_today(today):
+    current = PICTURE.read_text() == drawn(today)
     assert current, "an import between rooms has come or gone: make architecture"

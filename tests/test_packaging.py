@@ -69,3 +69,17 @@ def test_the_workflow_calls_what_ci_runs():
     python = next(step["with"] for step in job["steps"] if "setup-python" in step.get("uses", ""))
     for file in python["cache-dependency-path"].split():
         assert (ROOT / file).is_file()
+
+
+def test_what_is_left_out_runs_every_week_in_the_same_environment():
+    daily, weekly = (
+        yaml.safe_load((ROOT / f".github/workflows/{name}.yml").read_text())
+        for name in ("ci", "exhaustive")
+    )
+    assert weekly[True].keys() == {"schedule", "workflow_dispatch"}  # YAML's `on`
+    [[job], [other]] = ([*one["jobs"].values()] for one in (weekly, daily))
+    commands = ["make models", "make exhaustive"]
+    assert job["steps"] == [*other["steps"][:-1], *({"run": command} for command in commands)]
+    assert job["env"] == other["env"] | {"CI": "true"}
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert {command.split()[1] for command in commands} <= {*targets}

@@ -11,6 +11,10 @@ import pytest
 from docs.public import rooms
 
 ROOT = Path(__file__).parents[1]
+pytestmark = [
+    pytest.mark.exhaustive,
+    pytest.mark.slow,
+]  # what the site is made of is looked at by test_docs.py
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +28,6 @@ def site(tmp_path_factory):
     return folder
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_the_reference_has_every_public_name(site):
     for room, names in rooms().items():
@@ -34,7 +37,6 @@ def test_the_reference_has_every_public_name(site):
             assert {f"{room}.{name}", f"{room}.{name}.html"} & places, f"{room} lacks {name}"
 
 
-@pytest.mark.slow
 def test_an_example_is_shown_as_code(site):
     for page in ("lens", "lens.heads", "lens_kernels"):
         text = (site / "reference" / f"{page}.html").read_text()
@@ -42,7 +44,6 @@ def test_an_example_is_shown_as_code(site):
         assert "<blockquote>" not in text
 
 
-@pytest.mark.slow
 def test_the_pages_link_among_themselves(site):
     home = (site / "index.html").read_text()
     assert 'href="examples.html"' in home
@@ -50,7 +51,6 @@ def test_the_pages_link_among_themselves(site):
     assert 'analyses/notebooks"' not in home, "the site has no such page"
 
 
-@pytest.mark.slow
 def test_no_page_loads_anything_from_elsewhere(site):
     loads = re.compile(
         r"<(?:script|link|img|iframe|source)\b[^>]*\b(?:src|href)=[\"']?(?:https?:)?//"
@@ -61,7 +61,6 @@ def test_no_page_loads_anything_from_elsewhere(site):
     assert [str(file) for file in files if loads.search(file.read_text())] == []
 
 
-@pytest.mark.slow
 @pytest.mark.browser
 def test_it_opens_and_searches_from_the_disk(site, browser):
     page = browser.new_page()

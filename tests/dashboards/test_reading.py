@@ -9,6 +9,7 @@ from lens_dashboards.pages.tabs import NEEDS
 from lens_dashboards.selection import Selection
 
 from lens.runs.sections import Section
+from tests.tiers import first
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +63,7 @@ def test_a_pair_is_picked_on_the_map_and_taken_apart(page, where, explain_run):
 
 
 @pytest.mark.browser
-@pytest.mark.parametrize("width", [1440, 430])
+@pytest.mark.parametrize("width", first([1440, 430], 430))
 def test_axe_is_content_and_nothing_scrolls_sideways(browser, where, width):
     from axe_playwright_python.sync_playwright import Axe
 

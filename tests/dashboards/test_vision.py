@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from lens.runs import open_run
+from tests.tiers import first
 
 pytestmark = pytest.mark.browser
 
@@ -85,7 +86,7 @@ def test_the_numbers_of_the_page_are_those_of_the_trace(page, site, vision_run):
     assert page.request.get(f"{site}/api/run/{vision_run.id}/look/p000/9/9").status == 404
 
 
-@pytest.mark.parametrize("width", [1440, 430])
+@pytest.mark.parametrize("width", first([1440, 430], 430))
 @pytest.mark.parametrize(
     "part", ["vision?by=loss&class=3&beside=L0H0,L2", *(f"analysis/{name}" for name in STEPS_SHOWN)]
 )

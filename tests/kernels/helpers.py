@@ -249,13 +249,18 @@ REPEATS = {
     *("packed", "prefix", "alibi both ways", "bias of a head and key"),
 }
 """Cases in which a kernel goes no other way than in the others: a mask with the same parts, or with more."""
+PART_OF_OTHERS = (
+    *("causal, more queries", "causal, cached keys", "window", "empty batch row", "alibi", "bias"),
+    *("padding anywhere", "packed prefix", "allowed", "bias of -inf"),
+)
+"""Masks whose parts are in other cases, most of them in the one with everything: where nothing goes by their kinds."""
 
 
-def few(cases: Sequence[Case]) -> list[Any]:
-    """Cases as parameters, those that repeat others for `make exhaustive`."""
+def few(cases: Sequence[Case], *others: str) -> list[Any]:
+    """Cases as parameters, those that repeat others, and the others named, for `make exhaustive`."""
     mark = pytest.mark.exhaustive
     return [
-        pytest.param(case, id=name, marks=[mark] if case.name in REPEATS else [])
+        pytest.param(case, id=name, marks=[mark] if case.name in REPEATS.union(others) else [])
         for case, name in zip(cases, ids(cases), strict=True)
     ]
 

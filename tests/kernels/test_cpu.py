@@ -29,7 +29,9 @@ from lens_kernels.statistics import STATISTICS
 from lens_kernels.validation import make_problem
 from torch import Tensor
 
+from tests.analyses.started import forked
 from tests.kernels.helpers import compare, rms_ratio
+from tests.tiers import first
 
 LIMIT = 3e-6
 """RMS error ratio of float32 against float64."""
@@ -281,10 +283,11 @@ def _value_limit(problem: Problem) -> float:
     return torch.finfo(problem.query.dtype).eps if half else LIMIT
 
 
-def _instruction_sets() -> list[str]:
+def _instruction_sets() -> list[Any]:
+    """The oldest always: that of this machine is what the other tests run."""
     if platform.machine() not in ("x86_64", "AMD64"):
         return [""]
-    return ["-march=x86-64", "-march=x86-64-v3", "-march=cooperlake"]
+    return first(["-march=x86-64", "-march=x86-64-v3", "-march=cooperlake"], "-march=x86-64")
 
 
 @needs_library
@@ -309,7 +312,9 @@ def test_every_instruction_set_gives_the_same(
 
 @needs_library
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="flags of x86")
-@pytest.mark.parametrize("flags", ["-mno-avx512bf16", "-U__linux__", "-mno-amx-bf16", ""])
+@pytest.mark.parametrize(
+    "flags", first(["-mno-avx512bf16", "-U__linux__", "-mno-amx-bf16", ""], "-mno-avx512bf16", "")
+)
 def test_it_compiles_where_a_part_of_the_bfloat16_instructions_is_missing(flags: str) -> None:
     """Machines that rent out processors hide some of them."""
     sources = [str(build.SOURCES / name) for name in ("forward.c", "backward.c", "decode.c")]
@@ -784,34 +789,39 @@ def test_a_library_of_other_sources_is_refused(monkeypatch: pytest.MonkeyPatch) 
 
 @needs_library
 def test_processes_that_start_together_make_one_library(folder: Path, copying: None) -> None:
-    root = Path(cpu.__file__).parents[2]
-    program = "from lens_kernels.cpu import library; assert not isinstance(library.load(), str)"
-    environment = os.environ | {"PYTHONPATH": str(root)}
-    running = [subprocess.Popen([sys.executable, "-c", program], env=environment) for _ in range(2)]
-    assert [process.wait(timeout=100) for process in running] == [0, 0]
+    running = [forked(_load, {**os.environ}) for _ in range(2)]
+    for process in running:
+        process.join(100)
+    assert [process.exitcode for process in running] == [0, 0]
     (made,) = folder.iterdir()
     assert re.fullmatch(r"kernels(-[0-9a-f]{20}){3}\.so", made.name)
 
 
-_FORKED = """
-import os, torch
-from lens_kernels import AttentionMask, attention
-torch.set_num_threads(2)
-query = torch.linspace(-1, 1, 2 * 200 * 16).view(1, 2, 200, 16)
-run = lambda: attention(query, query, query, mask=AttentionMask(causal=True), backend="cpu").output.sum()
-mine = run()
-child = os.fork()
-if not child:
-    os._exit(0 if torch.equal(run(), mine) else 3)
-raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-"""
+def _load(environment: dict[str, str]) -> None:
+    os.environ.update(environment)
+    library.load.cache_clear()
+    assert not isinstance(library.load(), str)
+
+
+def _fork_after_threads() -> None:
+    torch.set_num_threads(2)
+    query = torch.linspace(-1, 1, 2 * 200 * 16).view(1, 2, 200, 16)
+
+    def run() -> Tensor:
+        mask = AttentionMask(causal=True)
+        return attention(query, query, query, mask=mask, backend="cpu").output.sum()
+
+    mine = run()
+    if not (child := os.fork()):
+        os._exit(0 if torch.equal(run(), mine) else 3)
+    sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 
 
 @needs_library
 def test_a_fork_of_a_process_that_used_its_threads_does_not_wait_for_them() -> None:
-    environment = os.environ | {"PYTHONPATH": str(Path(cpu.__file__).parents[2])}
-    command = [sys.executable, "-W", "ignore", "-c", _FORKED]
-    assert subprocess.run(command, env=environment, timeout=100).returncode == 0
+    process = forked(_fork_after_threads)
+    process.join(100)
+    assert process.exitcode == 0
 
 
 @needs_library

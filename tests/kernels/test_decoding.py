@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from tests.kernels.helpers import (
     BACKENDS,
     CASES,
+    PART_OF_OTHERS,
     Case,
     assert_close,
     case_problem,
@@ -38,7 +39,7 @@ def grouped(case, device="cpu"):
     return (torch.arange(2 * case.keys, device=device) * 7 % 11 % 3).view(2, case.keys)
 
 
-@pytest.mark.parametrize("case", few(CASES))
+@pytest.mark.parametrize("case", few(CASES, *PART_OF_OTHERS))
 def test_every_statistic_under_every_mask(case):
     options = {"sink_logits": SINKS, "softcap": 2.5, "groups": grouped(case), "block_size": (7, 4)}
     problem = case_problem(case, "cpu", **options)

@@ -15,6 +15,7 @@ from tests.kernels.helpers import (
     case_problem,
     check,
     compare,
+    few,
     ids,
     run_or_skip,
     tensors,
@@ -73,7 +74,7 @@ def test_merged_groups_are_the_whole(backend, device, case, sinks):
 
 
 @pytest.mark.parametrize("more", [(), ("block_mass", "received", "prefix_mass")], ids=str)
-@pytest.mark.parametrize("case", CASES, ids=ids(CASES))
+@pytest.mark.parametrize("case", few(CASES))
 @pytest.mark.parametrize("backend", ["torch", "cpu"])
 def test_gathering_gives_what_one_pass_gives(backend, case, more):
     sinks = torch.tensor([0.5, -1.0, 3.0, 40.0])

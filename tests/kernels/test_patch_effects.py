@@ -9,7 +9,7 @@ from lens_kernels.complements import complements, removal_effect
 from lens_kernels.patching import PatchEffects, patch_effects
 from lens_kernels.validation import make_problem
 
-from tests.kernels.helpers import CASES, Case, assert_close, ids, tensors
+from tests.kernels.helpers import CASES, PART_OF_OTHERS, Case, assert_close, few, tensors
 
 CAUSAL = AttentionMask(causal=True)
 SINKS = torch.tensor([0.5, -1.0, 3.0, 1.5])
@@ -104,7 +104,7 @@ def same(actual: PatchEffects, expected: PatchEffects, limit: float) -> None:
         assert_close(getattr(actual, name), getattr(expected, name), limit, name)
 
 
-@pytest.mark.parametrize("case", CASES, ids=ids(CASES))
+@pytest.mark.parametrize("case", few(CASES, *PART_OF_OTHERS))
 def test_every_effect_is_what_doing_it_gives(case):
     setting = Setting(case)
     expected = naive(setting)

@@ -98,7 +98,8 @@ def test_decoding(dtype, queries):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_tensors_with_gaps_in_memory(dtype):
-    checks.check_strided("cuda", dtype)
+    for masked in (False, True):
+        checks.check_strided("cuda", dtype, masked)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

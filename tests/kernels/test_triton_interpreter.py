@@ -9,7 +9,8 @@ import torch
 from lens_kernels import attention, explain
 
 from tests.kernels import triton_checks as checks
-from tests.kernels.helpers import CASES, CUDA, case_problem, check, few, ids, tensors
+from tests.kernels.helpers import CASES, CUDA, case_problem, check, few, tensors
+from tests.tiers import first
 
 triton_run = pytest.importorskip("lens_kernels.triton_run", reason="triton is not installed")
 pytestmark = pytest.mark.skipif(CUDA, reason="the kernels run on the GPU here: test_triton_gpu.py")
@@ -22,7 +23,14 @@ def _nan_in_new_memory(monkeypatch):
     monkeypatch.setattr(triton_run.pack, "_poison", True)
 
 
-@pytest.mark.parametrize("case", few(CASES))
+PART_OF_OTHERS = (
+    *("causal, cached keys", "window both ways", "empty batch row", "packed prefix", "bias"),
+    "allowed, one block",
+)
+"""Masks for which a kernel goes the way that it goes for another one."""
+
+
+@pytest.mark.parametrize("case", few(CASES, *PART_OF_OTHERS))
 def test_every_statistic_under_every_mask(case):
     """Every second one with softcap, learned sinks and a scale."""
     options = {}
@@ -31,7 +39,7 @@ def test_every_statistic_under_every_mask(case):
     check("triton", case_problem(case, "cpu", heads=2, kv_heads=1, **options))
 
 
-@pytest.mark.parametrize("case", few(CASES[::2]))
+@pytest.mark.parametrize("case", few(CASES[::2], *PART_OF_OTHERS, "causal, more queries"))
 def test_gradients_with_their_statistics(case):
     """Each program is one head's, so that two show what a mask does; the first and the last have several of keys too."""
     heads = (4, 2) if case in (CASES[0], CASES[-1]) else (2, 1)
@@ -39,7 +47,12 @@ def test_gradients_with_their_statistics(case):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "head_dim", "value_dim"), [(torch.float16, 80, 80), (torch.float32, 17, 96)], ids=str
+    ("dtype", "head_dim", "value_dim"),
+    [
+        (torch.float16, 80, 80),
+        pytest.param(torch.float32, 17, 96, marks=pytest.mark.exhaustive),
+    ],
+    ids=str,
 )
 def test_head_dims(dtype, head_dim, value_dim):
     checks.check_head_dim("cpu", dtype, head_dim, value_dim)
@@ -49,8 +62,8 @@ def test_head_dims(dtype, head_dim, value_dim):
     ("dtype", "dim", "mask"),
     [
         (torch.float16, 256, "blocks"),
-        (torch.float32, 256, "blocks"),
-        (torch.float32, 128, "window"),
+        pytest.param(torch.float32, 256, "blocks", marks=pytest.mark.exhaustive),
+        pytest.param(torch.float32, 128, "window", marks=pytest.mark.exhaustive),
     ],
     ids=str,
 )
@@ -62,7 +75,7 @@ def test_the_backward_pass_is_its_own():
     checks.check_own_backward("cpu")
 
 
-@pytest.mark.parametrize("case", CASES[1:20:9], ids=ids(CASES[1:20:9]))
+@pytest.mark.parametrize("case", few(CASES[1:20:9], "more queries than keys in a row"))
 def test_nothing_beside_the_inputs_is_read(case):
     checks.check_surrounded(case_problem(case, "cpu"))
 
@@ -99,23 +112,26 @@ def test_one_query_is_cut():
     checks.check_one_query_is_cut("cpu", FLOAT, 77, 32)
 
 
-@pytest.mark.parametrize("name", checks.LONE)
+@pytest.mark.parametrize(
+    "name", first(checks.LONE, "left padding", "two loops, no mask", "another key")
+)
 def test_a_key_beside_all_others(name):
     checks.check_lone_key("cpu", torch.float16, name)
 
 
-@pytest.mark.parametrize("block", [(16, 32), (11, 7)], ids=str)
+@pytest.mark.parametrize("block", first([(16, 32), (11, 7)], (16, 32)), ids=str)
 def test_block_mask(block):
     checks.check_block_mask("cpu", 23, 29, block, FLOAT)
 
 
-@pytest.mark.parametrize("queries", [1, 3])
+@pytest.mark.parametrize("queries", first([1, 3], 1))
 def test_decoding(queries):
     checks.check_decoding("cpu", 67, 32, queries, FLOAT)
 
 
-def test_tensors_with_gaps_in_memory():
-    checks.check_strided("cpu", FLOAT)
+@pytest.mark.parametrize("masked", first([True, False], True))
+def test_tensors_with_gaps_in_memory(masked):
+    checks.check_strided("cpu", FLOAT, masked)
 
 
 def test_two_runs_give_the_same_bits():

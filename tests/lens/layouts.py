@@ -52,6 +52,8 @@ _CAUSAL: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_oss": ("GptOss", {**_TEXT, **_SLIDING, "num_local_experts": 3, "num_experts_per_tok": 2}),
 }  # fmt: skip
 KINDS = (*_CAUSAL, "bert", "albert", "vit", "lens-attention-only", "lens-program")
+ALWAYS = ("gpt2", "llama", "gpt_oss", "gemma2", "olmo2", "phi", "cohere", "bert")
+"""One of each way through the table, the last not linear; test_layout.py holds every kind's table to its model."""
 
 
 def layout_model(kind: str, **changed: Any) -> PreTrainedModel:

@@ -14,7 +14,7 @@ from tests.lens.architectures import build
 from tests.lens.hybrids import hybrid
 
 LENGTH = 77
-CAPTURED = ("gpt2", "llama", "mistral", "gemma2", "gpt_oss", "bert")
+CAPTURED = ("gpt2", "llama", "gemma2", "gpt_oss", "bert")
 
 
 def ids(seed: int = 0) -> list[int]:

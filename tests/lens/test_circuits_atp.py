@@ -18,6 +18,7 @@ from lens.circuits.scores.methods import EapIg
 from lens.circuits.scores.scoring import eap
 from lens.common.errors import LensError
 from tests.lens.circuit_models import KINDS, error, small_model, small_task
+from tests.tiers import first
 
 QUERY = "input->a1.h0<q>"
 
@@ -37,7 +38,7 @@ def make_batch(model, task, kv="head", share=1.0):
     return Batch(nodes, task.clean, measure, reference, differences, 1, "midpoint")
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", first(KINDS, "llama", "gpt_neox"))
 @pytest.mark.parametrize("kv", ["head", "group"])
 def test_small_changes_are_scored_as_by_the_gradient(kind, kv):
     batch = make_batch(small_model(kind), small_task(rows=3), kv, share=1e-6)

@@ -72,13 +72,13 @@ def test_rows_run_on_random_weights(name, small, monkeypatch, tmp_path):
     if SCORES in row.needs:
         path = tmp_path / "scores.json"
         to_mib(
-            score_edges(small, ioi(small, 4, 0, corruption="s2_io"), method=EapIg(rule="left")),
+            score_edges(small, ioi(small, 2, 0, corruption="s2_io"), method=EapIg(rule="left")),
             path,
         )
         monkeypatch.setenv(SCORES, str(path))
     quick = partial(lens.circuits.scores.codes, epochs=2, seeds=2)
     monkeypatch.setattr(published.circuits.scores, "codes", quick)
-    prompts = 8 if name.startswith("codes") else 4
+    prompts = 8 if name.startswith("codes") else 2
     found = row.measure(small, prompts)
     assert found.keys() == row.targets.keys()
     assert all(torch.tensor(list(found.values())).isfinite())

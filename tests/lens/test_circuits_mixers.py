@@ -17,6 +17,7 @@ from lens.circuits.graph.nodes import find_nodes
 from lens.common.errors import LensError
 from lens.figures.circuits import head_map, layered_graph
 from lens.runs.schema import CircuitFile, ImportancesFile
+from tests.tiers import first
 
 from .architectures import build
 from .hybrids import hybrid
@@ -68,7 +69,7 @@ HEADS = {  # kind -> (its mixer's output projection in layer 0, columns of head 
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", HEADS)
+@pytest.mark.parametrize("kind", first(HEADS, "qwen3_5_text", "falcon_h1", "olmo_hybrid"))
 def test_an_edge_of_a_mixer_head_is_replaced_where_one_reader_reads(kind):
     model = hybrid(kind, **MORE.get(kind, {}))
     projection, columns, norm = HEADS[kind]

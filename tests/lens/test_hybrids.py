@@ -9,12 +9,17 @@ from lens import LensError, edits
 from lens.passes.sublayers import named_sublayers
 from lens.traces import AttentionTrace
 from tests.lens import hybrids
+from tests.tiers import first
 
 IDS = list(range(3, 30))
 NEXT = torch.tensor(IDS[1:])[:, None]
 
 
-@pytest.fixture(scope="module", params=hybrids.MODELS)
+ALWAYS = ("qwen3_next", "lfm2", "jamba", "bamba", "diffllama", "falcon_h1", "zamba")
+"""Of each kind of layers beside softmax heads or between them, with shared blocks, and heads that attend twice."""
+
+
+@pytest.fixture(scope="module", params=first(hybrids.MODELS, *ALWAYS))
 def kind(request) -> str:
     return request.param
 

@@ -20,8 +20,9 @@ from lens.passes.head_outputs import edited_logits
 from lens.passes.replay import proved
 from lens.tasks import Task
 from tests.lens.circuit_models import error, stepped
-from tests.lens.layouts import KINDS, VOCAB, layout_model
+from tests.lens.layouts import ALWAYS, KINDS, VOCAB, layout_model
 from tests.lens.test_circuits_relp import cuts
+from tests.tiers import first
 
 TEXT = tuple(kind for kind in KINDS if kind != "vit")
 BENT = ("gemma2", "gemma3_text", "olmo2", "olmo3", "bert", "albert")
@@ -29,11 +30,6 @@ BY_GROUP = ("olmo2", "olmo3", "cohere")  # whose keys are normed with weights of
 LINEAR = tuple(kind for kind in TEXT if kind not in ("bert", "albert"))
 EXPERTS = ("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss")
 ROWS, TOKENS = 2, 6
-
-
-def alike(kind: str):
-    """A kind of model that goes the way of another one."""
-    return pytest.param(kind, marks=pytest.mark.exhaustive)
 
 
 def kv(kind: str) -> str:
@@ -61,7 +57,7 @@ def small_task() -> Task:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", TEXT)
+@pytest.mark.parametrize("kind", first(TEXT, *ALWAYS))
 def test_all_edges_are_the_reference_run_and_those_of_a_head_are_that_head(kind):
     model, task = loaded(kind), small_task()
     nodes = find_nodes(model, kv=kv(kind))
@@ -82,7 +78,7 @@ def test_all_edges_are_the_reference_run_and_those_of_a_head_are_that_head(kind)
     assert error(expected, clean) > 1e-3
 
 
-@pytest.mark.parametrize("kind", TEXT)
+@pytest.mark.parametrize("kind", first(TEXT, *ALWAYS))
 def test_first_order_scores_are_gradients_by_the_masks(kind):
     model, task = loaded(kind), small_task()
     nodes = find_nodes(model, kv=kv(kind))
@@ -111,9 +107,7 @@ def test_first_order_scores_are_gradients_by_the_masks(kind):
     assert (expected != 0).mean() > 0.5
 
 
-@pytest.mark.parametrize(
-    "kind", [alike(kind) if kind in ("gemma3_text", "olmo3", "albert") else kind for kind in BENT]
-)
+@pytest.mark.parametrize("kind", first(BENT, "gemma2", "olmo2", "bert"))
 def test_an_edge_through_norms_is_its_reader_computed_again(kind):
     """`exact` of one edge into the logits: the sum of heads with one replaced goes through its norm."""
     model, task = loaded(kind), small_task()
@@ -168,7 +162,7 @@ def test_methods_on_a_model_with_norms_after_its_heads(method):
     assert np.corrcoef(found.values[into], exact.values[into])[0, 1] > 0.9
 
 
-@pytest.mark.parametrize("kind", LINEAR)
+@pytest.mark.parametrize("kind", first(LINEAR, *ALWAYS[:-1]))
 def test_direct_effects_with_the_rest_of_the_stream_make_the_difference_of_logits(kind):
     """Heads, biases, embedding and MLPs, each met with the last norm: together they are the logits."""
     model, task = loaded(kind, double=False), small_task()
@@ -213,7 +207,7 @@ def test_no_direct_path_through_a_head_that_is_not_linear(kind):
         direct_effects(loaded(kind), small_task(), torch.arange(ROWS))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", first(KINDS, *ALWAYS))
 def test_weights_of_every_architecture(kind):
     """Composition of all, copying and bands where heads write straight into logits of tokens."""
     model = loaded(kind, double=False)

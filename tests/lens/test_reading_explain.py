@@ -19,7 +19,8 @@ from lens.reading import _groups, _pairs, _writers, explaining
 from lens.reading._head import read_head
 from lens.reading._rotation import Rotation, find_rotation
 from lens.reading.explaining import pair_cells
-from tests.lens.layouts import KINDS, layout_model
+from tests.lens.layouts import ALWAYS, KINDS, layout_model
+from tests.tiers import first
 
 LENGTH = 13
 
@@ -47,7 +48,7 @@ def explained(model, kind, head="L2H4", query=9, key=7, **options):
     return lens.reading.explain(model, inputs_of(kind), head, query, key, progress=False, **options)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", first(KINDS, *ALWAYS, "vit"))
 def test_the_parts_sum_to_the_logit(models, kind):
     """Against the logit from the layer's own queries and keys, and the attention that the kernel's LSE says."""
     model = models(kind)

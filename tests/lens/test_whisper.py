@@ -64,6 +64,7 @@ def features(model):
     return prepared_sound(model, SOUND)["input_features"]
 
 
+@pytest.mark.exhaustive
 def test_the_documented_heads_point_at_the_word_that_is_predicted(model, cross):
     found = lens.traces.alignment(cross, labels_of(cross), at="predicted")
     table = found.table().set_index("name")

@@ -3,12 +3,12 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import pytest
 import torch
 import transformers
 from torch import nn
 
 from lens.passes.interface import language_model
+from tests.tiers import first
 
 IMAGE, VOCAB, WIDTH, LAYERS, HEADS = 90, 97, 48, 3, 6
 TEXT = {
@@ -178,11 +178,8 @@ CAUSAL = [name for name in BUILDERS if name not in ("paligemma", "gemma3")]
 """Those in which no token sees a later one."""
 
 
-FAMILIES = [
-    pytest.param(name, marks=[pytest.mark.exhaustive] * (name in ("qwen2_vl", "internvl")))
-    for name in BUILDERS
-]
-"""All; of two whose inputs and masks are those of another the long tests run before a release alone."""
+FAMILIES = first(BUILDERS, "llava", "gemma3", "qwen3_vl")
+"""All; of those whose inputs and masks are those of another the long tests run with `make exhaustive` alone."""
 
 
 def scored(name: str, inputs: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import cast, get_args
+from typing import Any, cast, get_args
 
 import numpy as np
 import torch
@@ -165,12 +165,15 @@ def _patch_paths(
     with torch.no_grad(), advancing(f"{model.name}: path patching", task.n, progress) as advance:
         for rows, run, own, source, whole in runs:
             where, read = places[0][1][rows], []
-            for name in names:
-                reference = _replaced(graph, own, source, name, where)
+            size = max(1, _COPIES // len(rows))
+            for start in range(0, len(names), size):
+                some = names[start : start + size]
+                ids, noise = (_copied(part, len(some)) for part in (run.ids, run.noise))
+                reference = _stacked([_replaced(graph, own, source, one, where) for one in some])
                 if not freeze_mlps:
-                    reference = _with_mlps(found, run.ids, reference, name)
-                logits = masked_logits(found, run.ids, reference, mask, noise=run.noise)[0]
-                read.append(measured(task, logits, rows))
+                    reference = _with_mlps(found, ids, reference, some)
+                logits = masked_logits(found, ids, reference, mask, noise=noise)[0]
+                read += [measured(task, one, rows) for one in logits.unflatten(0, (len(some), -1))]
             values.append(torch.stack(read)[:, None].numpy())
             ends.append(whole)
             advance(len(rows))
@@ -178,9 +181,9 @@ def _patch_paths(
 
 
 class _Frozen(PlainVisitor):
-    """Heads write what is given; MLPs are computed, but for one that is held."""
+    """Heads write what is given; MLPs are computed, but for the one of each row that is held, or none (-1)."""
 
-    def __init__(self, nodes: Nodes, given: Activations, held: int | None) -> None:
+    def __init__(self, nodes: Nodes, given: Activations, held: Tensor) -> None:
         super().__init__(nodes)
         self._given, self._held = given, held
         self.mlps: list[Tensor] = []
@@ -192,13 +195,32 @@ class _Frozen(PlainVisitor):
         return self._given.heads[layer]
 
     def mlp(self, layer: int, output: Tensor) -> Tensor:
-        self.mlps.append(self._given.mlps[layer] if layer == self._held else output)
+        held = (self._held == layer)[:, None, None]
+        self.mlps.append(self._given.mlps[layer].where(held, output))
         return self.mlps[-1]
 
 
-def _with_mlps(nodes: Nodes, ids: Tensor, given: Activations, sender: str) -> Activations:
-    """The same with what the MLPs write when they read it."""
-    frozen = _Frozen(nodes, given, int(sender[1:]) if sender.startswith("m") else None)
+def _copied(part: Tensor | None, copies: int) -> Any:
+    """Its rows so many times, one copy after the other."""
+    return None if part is None else part.repeat(copies, *[1] * (part.dim() - 1))
+
+
+def _stacked(several: Sequence[Activations]) -> Activations:
+    """The rows of each, one after the other."""
+    heads, mlps = (
+        [torch.cat(parts) for parts in zip(*layers, strict=True)]
+        for layers in ([one.heads for one in several], [one.mlps for one in several])
+    )
+    return Activations(torch.cat([one.input for one in several]), heads, mlps)
+
+
+def _with_mlps(
+    nodes: Nodes, ids: Tensor, given: Activations, senders: Sequence[str]
+) -> Activations:
+    """The same with what the MLPs write when they read it; `given` has the rows of each sender in turn."""
+    held = torch.tensor([int(one[1:]) if one.startswith("m") else -1 for one in senders])
+    held = held.to(given.input.device).repeat_interleave(len(ids) // len(senders))
+    frozen = _Frozen(nodes, given, held)
     visit(nodes, ids, frozen)
     return Activations(given.input, given.heads, frozen.mlps)
 
