@@ -161,8 +161,8 @@ def patch_tree(result: PatchTree, **look: Unpack[Look]) -> go.Figure:
         hovertemplate="patch (%{customdata[0]}, %{customdata[1]}): %{customdata[2]} children<extra></extra>",
         showlegend=False,
     )
-    text = f"{result.what}: tree of patches, {roots.sum()} root{'s' * (roots.sum() != 1)}"
-    text += f", {result.adjacent:.0%} of parents next door" * (not np.isnan(result.adjacent))
+    near = "" if roots.all() else f", {result.adjacent:.0%} of parents next door"
+    text = f"{result.what}: tree of patches, {roots.sum()} root{'s' * int(roots.sum() != 1)}{near}"
     return style(figure, escaped(text), look, height=_HEIGHT)
 
 
