@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Unpack
 import plotly.graph_objects as go
 
 from lens.common.plots import draws
+from lens.figures.rows import bars
 from lens.figures.style import Look, style
 
 if TYPE_CHECKING:
     from lens.circuits.discovery._acdc import Acdc
+    from lens.circuits.discovery._finding import FoundCircuit
     from lens.circuits.discovery._hard_concrete import LearnedMasks
 
 
@@ -35,6 +37,38 @@ def loss_over_size(found: Acdc, **look: Unpack[Look]) -> go.Figure:
         f"acdc on {found.task}: {len(table)} thresholds",
         look,
         meta={"method": "acdc", "task": found.task, "model": found.model},
+    )
+
+
+@draws("FoundCircuit")
+def faithfulness_by_size(found: FoundCircuit, **look: Unpack[Look]) -> go.Figure:
+    """Faithfulness of each circuit that was tried over its number of edges, what was asked for, and the chosen one."""
+    table, circuit = found.table(), found.circuit
+    figure = go.Figure()
+    for ranking, rows in table[table.edges > 0].groupby("ranking", sort=False):
+        figure.add_scatter(
+            x=rows.edges,
+            y=rows.faithfulness,
+            error_y=bars(rows, "faithfulness", plain=True),
+            mode="lines+markers",
+            name=f"{ranking} scores",
+            customdata=rows[["writers", "kl"]],
+            hovertemplate="%{x:,} edges between %{customdata[0]:,} parts: %{y:.3f}, KL %{customdata[1]:.3g}",
+        )
+    chosen = table[table.chosen]
+    marker = {"size": 14, "symbol": "circle-open", "line": {"width": 2}}
+    figure.add_scatter(
+        x=chosen.edges, y=chosen.faithfulness, mode="markers", marker=marker, name="chosen"
+    )
+    figure.add_hline(y=found.least, line={"dash": "dot", "width": 1}, annotation_text="asked for")
+    figure.update_xaxes(title=f"edges kept of {circuit.graph.n:,}", type="log")
+    figure.update_yaxes(title="faithfulness")
+    scores = found.scores
+    return style(
+        figure,
+        f"{scores.method} on {scores.task}: {circuit.n:,} edges, faithfulness {chosen.faithfulness.item():.2f}",
+        look,
+        meta={"method": scores.method, "task": scores.task, "model": scores.model},
     )
 
 

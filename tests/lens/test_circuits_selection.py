@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -153,6 +154,11 @@ def test_find_takes_the_smallest_circuit_that_is_faithful_enough():
     )
     assert f"at random, drawn 5 times, {mean} ({least} to {most}), its KL" in size
     assert found.random.max() < 0.5 < row["faithfulness"]
+    curves: Any = {curve.name: curve for curve in found.plot().data}
+    for name, rows in tried[tried["edges"] > 0].groupby("ranking"):
+        assert [*curves[f"{name} scores"].x] == rows["edges"].tolist()
+        assert [*curves[f"{name} scores"].y] == rows["faithfulness"].tolist()
+    assert [*curves["chosen"].x] == [found.circuit.n]
 
 
 def test_find_says_when_no_circuit_is_faithful_enough():
