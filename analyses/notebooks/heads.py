@@ -187,8 +187,8 @@ streaming.plot()
 
 # %%
 reader = lens.load("text-lm-3l")
-copying = lens.tasks.induction(reader, n=8, length=50)
-reading = lens.tasks.language_modelling(reader, lens.tasks.text("moby-dick"), length=128, n=12)
+copying = lens.tasks.induction(reader, n=5, length=50)
+reading = lens.tasks.language_modelling(reader, lens.tasks.text("moby-dick"), length=128, n=6)
 for_copying = heads.importance(reader, copying, progress=False)
 for_reading = heads.importance(reader, reading, progress=False)
 both = for_copying.table().merge(for_reading.table(), on="name", suffixes=("_copying", "_reading"))

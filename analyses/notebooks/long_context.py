@@ -41,11 +41,11 @@ else:
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=512,
-        hidden_size=64,
-        intermediate_size=128,
+        hidden_size=32,
+        intermediate_size=64,
         num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
         max_position_embeddings=max(LENGTHS),
         bos_token_id=0,
         eos_token_id=0,

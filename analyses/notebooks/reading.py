@@ -146,7 +146,7 @@ across.round(3)
 # %%
 methods = ["raw", "rollout", "gradient_attention", "attnlrp", "leave_one_out"]
 judged = reading.faithfulness(
-    model, prompts[:3], methods, draws=4, shares=(0.1, 0.3, 0.6), progress=False
+    model, prompts[:2], methods, draws=4, shares=(0.1, 0.3, 0.6), progress=False
 )
 for sentence in judged.findings():
     print("-", sentence)
@@ -158,7 +158,7 @@ judged.plot()
 # Another row of attention may write the same: then what a head looks at is not even determined by what it does.
 
 # %%
-other = reading.adversary(model, prompts, draws=3, progress=False)
+other = reading.adversary(model, prompts, draws=2, progress=False)
 for sentence in other.findings():
     print("-", sentence)
 assert other.error.max() < 1e-5

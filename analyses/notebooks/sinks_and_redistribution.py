@@ -24,7 +24,7 @@ import lens
 from lens.edits.effect_results import Effect
 
 MODEL = "text-lm-3l"
-TOKENS, WINDOWS = 128, 8
+TOKENS, WINDOWS = 128, 5
 
 sinks = lens.sinks
 model = lens.load(MODEL)
@@ -192,7 +192,7 @@ lens.figures.migration_maps(everywhere)
 # ### Dose and response
 
 # %%
-doses = lens.effect(model, prompts, mask, amounts=(0.0, 0.5, 0.9, 1.0), controls=("mass",))
+doses = lens.effect(model, prompts, mask, amounts=(0.0, 0.5, 1.0), controls=("mass",))
 doses.plot()
 
 # %%
@@ -213,7 +213,7 @@ if is_default:
 
 # %%
 known = lens.load("induction-2l")
-copied = [lens.tasks.copied(known, 25, seed=seed) for seed in range(8)]
+copied = [lens.tasks.copied(known, 25, seed=seed) for seed in range(6)]
 bos_sink = sinks.rate(lens.capture(known, copied, progress=False)).table()
 print(
     "Sinks: "
@@ -309,7 +309,7 @@ assert max(abs(losses[rule, 0.0] - before) for rule in ("move", "mask")) < 1e-5 
 # %%
 side = lens.effect(
     model,
-    windows(model, lens.tasks.text("pride-and-prejudice"), 4),
+    windows(model, lens.tasks.text("pride-and-prejudice"), 3),
     lens.edits.Move("first"),
     amounts=(0.25, 0.5, 1.0),
     controls=(),

@@ -24,7 +24,7 @@ MODEL, LENGTH, BLOCK = "text-lm-3l", 96, 8
 
 model = lens.load(MODEL)
 ids = model.encode(lens.tasks.text("moby-dick"))
-windows = [ids[start : start + LENGTH] for start in range(0, 12 * LENGTH, LENGTH)]
+windows = [ids[start : start + LENGTH] for start in range(0, 9 * LENGTH, LENGTH)]
 model
 
 # %% [markdown]
@@ -73,16 +73,16 @@ shown.plot(poorest, str(offered[0]))
 
 # %%
 searched = policies.search(
-    model, windows[:8], loss=0.05, block_size=BLOCK, draws=1, levels=4, progress=False
+    model, windows[:6], loss=0.05, block_size=BLOCK, draws=1, levels=3, progress=False
 )
 searched.plot()
 
 # %%
 low, high = searched.promise()
 with lens.edit(model, edits.Sparse(searched.policy, searched.block_size)) as (done,):
-    after = [lens.tasks.loss(model, window) for window in windows[8:]]
+    after = [lens.tasks.loss(model, window) for window in windows[6:]]
 with lens.edit(model):
-    before = [lens.tasks.loss(model, window) for window in windows[8:]]
+    before = [lens.tasks.loss(model, window) for window in windows[6:]]
 change = float(np.mean(after) - np.mean(before))
 assert low <= change <= high, "windows that nobody chose on lie where they should"
 print(*searched.findings(), sep="\n")
@@ -96,7 +96,7 @@ print(
 # How much of a needle of random tokens comes back, dense and sparse; and with a dense context and a sparse question.
 
 # %%
-trials = lens.tasks.needles.copied(model, n=6, length=60, needle=6)
+trials = lens.tasks.needles.copied(model, n=3, length=60, needle=6)
 whole = policies.run(model, trials, offered, block_size=BLOCK, progress=False)
 late = policies.run(model, trials, offered, block_size=BLOCK, question=1, progress=False)
 needles = whole.table()[["policy", "density", "dense", "sparse", "change"]]
@@ -113,8 +113,8 @@ print(*whole.findings(), sep="\n")
 # SeerAttention's, trained on the exact largest entries of other windows; as many blocks as A-shape.
 
 # %%
-learn = [ids[start : start + LENGTH] for start in range(12 * LENGTH, 36 * LENGTH, LENGTH)]
-gate = policies.train("seer", model, learn, block_size=BLOCK, steps=100, progress=False)
+learn = [ids[start : start + LENGTH] for start in range(9 * LENGTH, 21 * LENGTH, LENGTH)]
+gate = policies.train("seer", model, learn, block_size=BLOCK, steps=60, progress=False)
 both = policies.evaluate(
     model,
     windows[:4],

@@ -206,7 +206,11 @@ def test_a_pipeline_draws_its_prompt_and_words_have_maps(lens_command, tmp_path)
 
 @pytest.mark.parametrize(
     ("make", "part", "words"),
-    [(pixart_pipeline, "cross", 300), (sd3_pipeline, "joint", 268), (dit_pipeline, "self", 0)],
+    [
+        pytest.param(pixart_pipeline, "cross", 300, marks=pytest.mark.exhaustive),
+        (sd3_pipeline, "joint", 268),
+        (dit_pipeline, "self", 0),
+    ],
 )
 def test_pipelines_of_transformers_run_by_prompt(make, part, words, lens_command, tmp_path):
     make().save_pretrained(tmp_path / "m")

@@ -9,7 +9,7 @@ from lens.passes.loading import load
 from lens.runs import open_run
 from lens.runs.validation import validate
 
-COMMAND = "explain --model induction-2l --task induction --n 3 --copied 2"
+COMMAND = "explain --model induction-2l --task induction --n 2 --copied 2"
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def test_the_sections_are_there_and_the_folder_is_whole(run):
 
 def test_the_numbers_are_those_of_the_library(run):
     model = load("induction-2l")
-    prompts = lens.tasks.induction(model, 3).prompts
+    prompts = lens.tasks.induction(model, 2).prompts
     found = lens.reading.explain_pairs(model, prompts, "L1H2", progress=False)
     section = run.section("explain")
     rows = section.tables["sides"].query("name == 'L1H2' and side == 'key'")
@@ -49,7 +49,7 @@ def test_scores_of_tokens_stand_beside_random_order(run):
     section = run.section("faithfulness")
     table = section.tables["faithfulness"]
     assert {"raw", "rollout", "attnlrp", "leave_one_out", "random"} <= set(table["method"])
-    prompts = lens.tasks.induction(load("induction-2l"), 3).prompts
+    prompts = lens.tasks.induction(load("induction-2l"), 2).prompts
     found = lens.reading.faithfulness(load("induction-2l"), prompts, draws=5, progress=False)
     assert np.allclose(table["sufficiency"], found.table()["sufficiency"])
     assert section.summary[0] == found.findings()[0]
@@ -57,7 +57,7 @@ def test_scores_of_tokens_stand_beside_random_order(run):
 
 def test_groups_controls_and_changes_are_those_of_the_library(run):
     model = load("induction-2l")
-    prompts, heads = lens.tasks.induction(model, 3).prompts, ["L1H2"]
+    prompts, heads = lens.tasks.induction(model, 2).prompts, ["L1H2"]
     groups = run.section("groups").tables["groups"].query("name == 'L1H2' and side == 'key'")
     found = lens.reading.explain_pairs(model, prompts, "L1H2", by="offset", progress=False)
     rows = groups[groups["by"] == "offset"]
@@ -80,7 +80,7 @@ def test_groups_controls_and_changes_are_those_of_the_library(run):
 
 def test_mixing_is_that_of_the_library(run):
     model = load("induction-2l")
-    found = lens.reading.mixing(model, lens.tasks.induction(model, 3).prompts, progress=False)
+    found = lens.reading.mixing(model, lens.tasks.induction(model, 2).prompts, progress=False)
     section = run.section("mixing")
     assert np.allclose(section.tables["mixing"]["ratio"], found.table()["ratio"])
     assert tuple(section.summary) == found.findings()

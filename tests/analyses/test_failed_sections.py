@@ -3,13 +3,16 @@
 import pytest
 from lens_analyses import runner
 from lens_analyses.estimate import Pace
-from lens_analyses.steps import circuits, patterns, roles
+from lens_analyses.steps import STEPS, circuits, patterns, roles
 
 from lens.runs import open_run
 from lens.runs.validation import validate
 
 HEADS = "heads --model induction-2l --copied 2 --n 4 --task induction --measures gradient"
 CIRCUIT = "circuit --model induction-2l --task induction --n 4 --copied 2"
+SOME = tuple(
+    one for one in STEPS["heads"] if one.name in ("roles", "importance", "patterns", "heads")
+)
 SAID = "the section roles failed: IndexError: index 7 is out of bounds"
 
 
@@ -23,6 +26,7 @@ def made(lens_command, tmp_path_factory):
     out = tmp_path_factory.mktemp("failed")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(roles, "roles", fail)
+        patch.setitem(STEPS, "heads", SOME)
         answer = lens_command(*HEADS.split(), "--out", out)
     (folder,) = out.iterdir()
     return answer, folder
@@ -53,6 +57,7 @@ def test_every_view_names_the_section_and_why(made, lens_command):
 def test_the_same_command_makes_what_is_missing(made, lens_command, monkeypatch):
     _, folder = made
     monkeypatch.setattr(patterns, "patterns", fail)  # is there already
+    monkeypatch.setitem(STEPS, "heads", SOME)
     answer = lens_command(*HEADS.split(), "--out", folder.parent, "--json")
     assert (answer.code, answer.json["status"], answer.json["error"]) == (0, "success", None)
     run = open_run(folder)

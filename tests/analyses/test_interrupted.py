@@ -13,7 +13,7 @@ from lens.runs import open_run
 
 from .conftest import file_names, tables
 
-TEXT = "--text-name moby-dick --tokens 71 --windows 8"
+TEXT = "--text-name moby-dick --tokens 40 --windows 4"
 MANY = ["run", *TEXT.split(), "--copied", "2", "--no-keep-qk"]
 
 
@@ -35,14 +35,14 @@ def test_a_killed_run_is_partial_and_completed_with_the_same_numbers(
 ):
     out = tmp_path / "killed"
     process = spawn_lens(*MANY, "--out", out)
-    folder = wait_for_prompts(process, out, 3)
+    folder = wait_for_prompts(process, out, 2)
     process.send_signal(signal.SIGKILL)
     process.communicate()
 
     (listed,) = lens_command("list", out, "--json").json["runs"]
     assert (listed["id"], listed["status"]) == (folder.name, "partial")
     done = listed["prompts"]["done"]
-    assert 3 <= done < 10
+    assert 2 <= done < 6
     assert lens_command("validate", folder).code == 3
     prompts = open_run(folder).prompts
     finished = list(prompts[prompts["status"] == "done"]["prompt_id"])
@@ -52,7 +52,7 @@ def test_a_killed_run_is_partial_and_completed_with_the_same_numbers(
 
     completed = lens_command(*MANY, "--out", out, "--json")
     assert completed.code == 0, completed.err
-    assert f"{done} of 10 prompts were finished before" in completed.err
+    assert f"{done} of 6 prompts were finished before" in completed.err
     assert completed.json["path"] == str(folder)
     for name, written in reused.items():
         assert (folder / "trace" / name / "trace.json").stat().st_mtime_ns == written
@@ -104,7 +104,7 @@ def test_a_stopped_run_says_how_to_go_on(spawn_lens, lens_command, tmp_path):
     process.send_signal(signal.SIGTERM)
     said, _ = process.communicate()
     assert process.returncode == 3
-    assert "of 10 prompts; the same command" in said
+    assert "of 6 prompts; the same command" in said
     assert f"lens run -c {folder / 'config.toml'}" in said
     assert open_run(folder).meta["status"] == "partial"
     assert "stopped" in (folder / "log.txt").read_text()

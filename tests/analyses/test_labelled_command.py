@@ -116,6 +116,7 @@ def reviews(bert, tmp_path_factory):
     return "--model", place / "classifier", "--labelled", place / "reviews.csv", "--json"
 
 
+@pytest.mark.exhaustive
 def test_heads_of_a_classifier_of_texts_are_measured_by_the_command(
     lens_command, reviews, bert, tmp_path
 ):
@@ -141,6 +142,7 @@ def test_heads_of_a_classifier_of_texts_are_measured_by_the_command(
     assert curve["removed"].max() == len(bert.info.every_head)
 
 
+@pytest.mark.exhaustive
 def test_sinks_are_looked_for_in_labelled_texts(lens_command, reviews, bert, tmp_path):
     flags = ("--edits", "mask", "--amounts", "0,1", "--out", tmp_path)
     answer = lens_command("sinks", *reviews, *flags)
@@ -174,6 +176,7 @@ def test_a_circuit_is_found_for_labelled_texts(lens_command, reviews, tmp_path):
     assert full.to_numpy() == pytest.approx(np.ones(2), abs=1e-4)
 
 
+@pytest.mark.exhaustive
 def test_a_circuit_is_found_for_labelled_pictures(lens_command, folder, tmp_path):
     flags = ("--n", "4", "--edges", "40", "--steps", "1", "--out", tmp_path, "--json")
     answer = lens_command("circuit", "--model", "vit-digits", "--images", folder, *flags)

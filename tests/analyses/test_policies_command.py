@@ -18,7 +18,7 @@ from lens.runs import open_run
 from lens.runs.validation import validate
 
 COMMAND = (
-    "policies --model text-lm-3l --text-name moby-dick --tokens 64 --windows 4 --n 4 --copied 0 "
+    "policies --model text-lm-3l --text-name moby-dick --tokens 64 --windows 3 --n 3 --copied 0 "
     "--set analysis.length=64 --loss 0.05"
 )
 

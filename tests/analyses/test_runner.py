@@ -139,24 +139,35 @@ def test_its_own_configuration_makes_the_same_run(run_folder, lens_command, tmp_
         pd.testing.assert_frame_equal(mine, theirs)
 
 
-def test_again_computes_anew(lens_command, tmp_path):
-    arguments = ["run", "--model", "induction-2l", "--copied", "1", "--out", tmp_path, "--json"]
-    first = lens_command(*arguments).json
-    second = lens_command(*arguments, "--again").json
+SMALL = ["run", "--model", "induction-2l", "--copied", "1", "--out"]
+
+
+@pytest.fixture(scope="module")
+def finished_run(lens_command, tmp_path_factory):
+    """The folder of a small run."""
+    return Path(lens_command(*SMALL, tmp_path_factory.mktemp("small"), "--json").json["path"])
+
+
+@pytest.fixture
+def small_run(finished_run, tmp_path):
+    """A copy of it that a test may change."""
+    return Path(shutil.copytree(finished_run, tmp_path / finished_run.name))
+
+
+def test_again_computes_anew(lens_command, small_run):
+    second = lens_command(*SMALL, small_run.parent, "--json", "--again").json
     assert second["computed"] is True
-    assert second["id"] == first["id"]
-    assert len(list(tmp_path.iterdir())) == 1
+    assert second["id"] == small_run.name
+    assert len(list(small_run.parent.iterdir())) == 1
 
 
-def test_again_leaves_a_run_alone_that_another_process_writes(lens_command, tmp_path):
-    other = os.getppid()
-    arguments = ["run", "--model", "induction-2l", "--copied", "1", "--out", tmp_path]
-    folder = Path(lens_command(*arguments, "--json").json["path"])
+def test_again_leaves_a_run_alone_that_another_process_writes(lens_command, small_run):
+    other, folder = os.getppid(), small_run
     meta = json.loads((folder / "run.json").read_text())
     (folder / "run.json").write_text(
         json.dumps({**meta, "status": "started", "pid": other, "process_started": None})
     )
-    answer = lens_command(*arguments, "--again")
+    answer = lens_command(*SMALL, folder.parent, "--again")
     assert answer.code == 1
     assert f"process {other} is writing" in answer.err
     assert (folder / "heads.parquet").exists()
@@ -266,9 +277,8 @@ def test_a_model_without_loss_is_profiled_with_a_warning(tmp_path, lens_command)
     assert "no loss: BertForMaskedLM" in (run.path / "report.html").read_text()
 
 
-def test_an_earlier_run_of_another_version_is_left_alone(lens_command, tmp_path):
-    arguments = ["run", "--model", "induction-2l", "--copied", "1", "--out", tmp_path]
-    folder = Path(lens_command(*arguments, "--json").json["path"])
+def test_an_earlier_run_of_another_version_is_left_alone(lens_command, small_run):
+    folder, arguments = small_run, [*SMALL, small_run.parent]
     meta = json.loads((folder / "run.json").read_text())
     (folder / "run.json").write_text(json.dumps({**meta, "schema_version": 99}))
     answer = lens_command(*arguments)
@@ -280,6 +290,7 @@ def test_an_earlier_run_of_another_version_is_left_alone(lens_command, tmp_path)
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.smollm2
 def test_a_real_model_has_sinks_and_induction_heads(lens_command, tmp_path):
     from lens.models import smollm2

@@ -47,9 +47,9 @@ ALWAYS = {
     (
         "bert",
         "heads",
-    ),  # no patterns; every section of gpt_oss, gemma2 and gpt_neox is in test_unsupported.py
+    ),  # no patterns; every section of gpt_oss is in test_unsupported.py
     ("gemma2", "circuit"),  # norms after parts
-    *(("mistral", "redistribute"), ("bert", "redistribute")),  # windows; answers at masks
+    ("bert", "redistribute"),  # answers at masks; windows are in test_unsupported.py
     ("bert", "policies"),  # refused
 }
 

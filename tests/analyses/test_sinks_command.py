@@ -17,7 +17,7 @@ from lens.runs import open_run
 from lens.runs.validation import validate
 from lens.tasks import prompts
 
-TEXT = "--model text-lm-3l --text-name moby-dick --tokens 64 --windows 4 --n 4 --set analysis.length=64"
+TEXT = "--model text-lm-3l --text-name moby-dick --tokens 32 --windows 4 --n 4 --set analysis.length=32"
 SINKS = f"sinks {TEXT} --edits mask --amounts 0,1 --set prompts.copied=0"
 MOVE = f"redistribute {TEXT} --task text --amounts 0,0.5,1 --set prompts.copied=0"
 

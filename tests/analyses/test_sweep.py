@@ -30,7 +30,7 @@ title = "Two models <b>"
 models = ["text-lm-3l", { name = "induction-2l", prompts = { copied = 2 } }]
 analyses = ["profile", { what = "profile", seed = 3 }]
 [settings]
-prompts = { text_name = "moby-dick", tokens = 61, windows = 2, copied = 1, copied_length = 13 }
+prompts = { text_name = "moby-dick", tokens = 24, windows = 2, copied = 1, copied_length = 13 }
 """
 
 
@@ -258,7 +258,7 @@ def test_a_killed_sweep_ends_with_the_numbers_of_an_uninterrupted_one(
 ):
     path = tmp_path / "killed.toml"
     path.write_text(
-        'models = ["induction-2l", "text-lm-3l"]\nanalyses = ["profile"]\n'
+        'models = ["induction-2l"]\nanalyses = ["profile", { what = "profile", seed = 3 }]\n'
         "[settings]\nprompts = { copied = 5 }\ncapture = { keep_qk = false }\n"
     )
     out = tmp_path / "killed"
@@ -319,7 +319,7 @@ def test_a_run_whose_ray_worker_is_killed_is_made_again_from_where_it_was(
     path, out = tmp_path / "rayed.toml", tmp_path / "runs"
     path.write_text(
         f'models = ["induction-2l", "{broken}"]\nanalyses = ["profile"]\n'
-        "[settings]\nprompts = { copied = 40 }\ncapture = { keep_qk = false }\n"
+        "[settings]\nprompts = { copied = 12 }\ncapture = { keep_qk = false }\n"
     )
     process = spawn_lens("sweep", "-c", path, "--out", out, "--engine", "ray", "--json")
     folder = wait_for_prompts(process, out, 2)
@@ -331,7 +331,7 @@ def test_a_run_whose_ray_worker_is_killed_is_made_again_from_where_it_was(
     made, failed = json.loads(said)["runs"]
     assert (made["status"], made["run"], made["error"]) == ("success", folder.name, None)
     assert json.loads((folder / "run.json").read_text())["pid"] != worker
-    assert "of 40 prompts were finished before" in (folder / "log.txt").read_text()
+    assert "of 12 prompts were finished before" in (folder / "log.txt").read_text()
     assert failed["status"] == "error"
     assert f"{broken} holds no model" in failed["error"]
     assert lens_command("validate", folder).code == 0

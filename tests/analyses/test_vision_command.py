@@ -1,5 +1,7 @@
 """`lens vision`: pictures in, a run with overlays, distances and structure, in a report."""
 
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -18,6 +20,12 @@ from tests.lens.vision_models import planted
 ZERO = ["..####..", ".##..##.", ".#....#.", ".#....#.", ".#....#.", ".#....#.", ".##..##.", "..####.."]  # fmt: skip
 
 
+def train_less(patch):
+    """Groups of patterns stand on a few steps and draws: how good they are is not looked at here."""
+    fewer = functools.partial(lens.vision.patterns, steps=30, draws=4)
+    patch.setattr(lens.vision, "patterns", fewer)
+
+
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pictures")
@@ -34,7 +42,9 @@ def run(lens_command, pictures, tmp_path_factory):
     boxes = pictures / "boxes.csv"
     boxes.write_text("picture,left,top,right,bottom\nzero.png,0,0,4,3\nzero.png,5,5,8,8\n")
     given = ("--image", files, "--boxes", boxes)
-    answer = lens_command("vision", "--model", "vit-digits", *given, "--out", out, "--json")
+    with pytest.MonkeyPatch.context() as patch:
+        train_less(patch)
+        answer = lens_command("vision", "--model", "vit-digits", *given, "--out", out, "--json")
     assert answer.code == 0, answer.err
     return open_run(answer.json["path"])
 
@@ -169,6 +179,7 @@ def test_a_question_brings_the_chain_of_a_vision_language_model(
     lens_command, pictures, tmp_path, monkeypatch
 ):
     model = vlm()
+    train_less(monkeypatch)
     monkeypatch.setattr("lens_analyses.runner.load_model", lambda config: model)
     command = ("vision", "--model", "vit-digits", "--image", pictures / "zero.png", "--json")
     question = (
