@@ -45,7 +45,8 @@ class CodingRate(Result):
         change: low and high end of what the last layer has over the first, mean over heads: the 95 % interval over
             prompts; NaN of a single one.
         sparsity: [layers] share of numbers near zero in what enters the layer.
-        lowest, highest: rates of tokens on one line, and spread evenly.
+        lowest, highest: rates of tokens on one line, and spread evenly over as many directions as they can have, mean over
+            prompts.
         n: prompts.
         layers: numbers of the layers.
     """
@@ -123,6 +124,7 @@ def coding_rate(
     found, _ = read_prompts(model, prompts, whole=True)
     of_stage = stages(transformer(model)).get(model.chosen)
     rates: list[dict[int, np.ndarray]] = []
+    ends: list[tuple[float, float]] = []
     zeros: list[list[float]] = []
     with advancing(f"{model.name}: coding rate", len(found), progress) as advance:
         for prompt in found:
@@ -131,6 +133,7 @@ def coding_rate(
 
             def on_layer(call: LayerCall, values: dict[int, np.ndarray] = values) -> Tensor:
                 own = rate(call.value[0]).cpu().numpy()
+                ends.append(_ends(*call.value.shape[2:]))
                 values[call.layer] = np.repeat(own, call.query.shape[1] // len(own))
                 return attend(call).output
 
@@ -149,13 +152,20 @@ def coding_rate(
     each = np.array([[one[layer] for layer in layers] for one in rates])
     gained = each[:, -1].mean(-1) - each[:, 0].mean(-1)
     change = over_units(gained, np.ones_like(gained), seed)
-    size = model.info.head_dim
+    lowest, highest = np.mean(ends, 0).tolist()
     return CodingRate(
         rate=each.mean(0),
         change=(float(change[0]), float(change[1])),
         sparsity=np.mean(zeros, 0),
-        lowest=0.5 * float(np.log(1 + size / EPSILON2)),
-        highest=0.5 * size * float(np.log(1 + 1 / EPSILON2)),
+        lowest=lowest,
+        highest=highest,
         n=len(found),
         layers=layers,
     )
+
+
+def _ends(count: int, size: int) -> tuple[float, float]:
+    """Least and largest rate of `count` unit vectors of `size` numbers, nats: of one direction, of min(count, size) alike."""
+    most = min(count, size)
+    lowest, highest = (0.5 * rank * np.log1p(size / (rank * EPSILON2)) for rank in (1, most))
+    return float(lowest), float(highest)

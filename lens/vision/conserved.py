@@ -24,7 +24,7 @@ from lens.common.given import given_traces
 from lens.common.head_ids import HeadId
 from lens.common.results import Result, Sentence
 from lens.stats import over_units
-from lens.stats.intervals import LEVEL
+from lens.stats.verdicts import by_chance, of_many
 from lens.vision._patches import SMALLEST, head_table, uniform_maps
 
 if TYPE_CHECKING:
@@ -89,10 +89,13 @@ class Flow(Result):
         if above.any():
             place = np.unravel_index(int(np.where(above, self.largest, 0).argmax()), above.shape)
             name = HeadId(self.layers[int(place[0])], int(place[1]))
-            low, high = (ends["largest"][place] for ends in (self.low, self.high))
-            by_chance = (1 - LEVEL) / 2 * above.size
+            value, low, high = (
+                float(one[place])
+                for one in (self.largest, self.low["largest"], self.high["largest"])
+            )
+            low, high = of_many(value, low, high, above.size, least=0)
             more = (
-                f"In {int(above.sum())} of {above.size} heads rows have a key in common ({by_chance:.0f} by chance), most in {name}: it receives "
+                f"In {int(above.sum())} of {above.size} heads rows have a key in common ({by_chance(above.size, sides=1):.1f} by chance), most in {name}: it receives "
                 f"{self.largest[place]:.2f} [{low:.2f}, {high:.2f}] times what it has under uniform attention, over {self.n} pictures."
             )
             found.append(Sentence(more, kind="flow"))

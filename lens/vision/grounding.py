@@ -18,8 +18,9 @@ import pandas as pd
 from lens.common.choices import Seed, check_lists, is_number
 from lens.common.errors import LensError
 from lens.common.given import given_as
-from lens.common.results import Result, Sentence, ends
+from lens.common.results import Result, Sentence, few
 from lens.stats.intervals import columns, of_share
+from lens.stats.verdicts import of_many_told, rivals
 from lens.traces.overlays import Overlay
 
 _DIGITS = 5  # of shares of the highest value: what differs by less is one threshold
@@ -61,19 +62,32 @@ class Grounding(Result):
         """Of the best map: how often it points into a box ("pointing"), and how well it covers it ("iou")."""
         table = self.table()
         best, covers = (table.iloc[int(table[name].argmax())] for name in ("pointing", "iou"))
+        many = len(table)
         return (
             Sentence(
-                f"{best['map']} points into a box in {best['pointing']:.0%}"
-                f"{ends(best['pointing_low'], best['pointing_high'], '.0%')} of {_counted(best['n'])}; a blind point "
+                f"{best['map']}{self._beside('pointing', best, many)} points into a box in "
+                f"{of_many_told(best, 'pointing', '.0%', many, least=0, most=1)} of {_counted(best['n'])}; a blind point "
                 f"does in {best['pointing_blind']:.0%}, the middle in {best['pointing_middle']:.0%}.",
                 kind="pointing",
             ),
             Sentence(
-                f"{covers['map']} covers the boxes best: IoU {covers['iou']:.2f}"
-                f"{ends(covers['iou_low'], covers['iou_high'], '.2f')} at the best threshold of each picture; the whole picture has {covers['iou_whole']:.2f}, patches round its middle {covers['iou_middle']:.2f}.",
+                f"{covers['map']}{self._beside('iou', covers, many)} covers the boxes best: IoU "
+                f"{of_many_told(covers, 'iou', '.2f', many, least=0, most=1)} at the best threshold of each picture; the whole picture has {covers['iou_whole']:.2f}, patches round its middle {covers['iou_middle']:.2f}.",
                 kind="iou",
             ),
         )
+
+    def _beside(self, column: str, best: pd.Series, many: int) -> str:
+        """Of how many maps it is the best, and which are not told apart from it."""
+        if many == 1:
+            return ""
+        wide = self.rows.pivot(index="map", columns="picture", values=column)
+        values = wide.to_numpy(dtype=float)
+        alike = rivals(values, list(wide.index).index(best["map"]), self.seed)
+        told = (
+            f", not told apart from {few([wide.index[one] for one in alike], 3)}" if alike else ""
+        )
+        return f", the best of {many}{told},"
 
 
 def _counted(pictures: int) -> str:

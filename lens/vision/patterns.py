@@ -164,10 +164,12 @@ class PatternSummary(Result):
             ),
         ]
         if len(np.unique(self.picture)) > 1:
-            constant = int((heads["share"] == 1).sum())
+            constant, pictures = int((heads["share"] == 1).sum()), len(np.unique(self.picture))
+            chance = (own.table()["share"].to_numpy() ** pictures).sum() * len(heads)
             found.append(
                 Sentence(
-                    f"{constant} of {len(heads)} heads keep one pattern on all {len(np.unique(self.picture))} pictures.",
+                    f"{constant} of {len(heads)} heads keep one pattern on all {pictures} pictures ({chance:.1f} by chance, "
+                    "by the sizes of the patterns).",
                     kind="heads",
                 )
             )

@@ -40,6 +40,7 @@ from lens.vision._patches import (
 if TYPE_CHECKING:
     from lens.traces.trace import AttentionTrace
 
+_DIGITS = 6  # of a change of mass: single precision is no finding
 SHAPES = ("row", "column", "criss_cross", "window", "dilated")
 
 
@@ -51,7 +52,9 @@ class Rings(Result):
         mass, low, high: [layers, heads, rings] S_k, mean over patches, with its 95 % interval over patches.
         weight: [layers, heads, rings] W_k.
         elsewhere: [layers, heads] mass of patches on what is no patch.
-        near: [layers, 3] mass on the patch itself and its 8 neighbours, mean over heads, with its interval over patches.
+        near_low: [layers, heads] low end of the interval of the mass on the patch itself and its 8 neighbours.
+        near: [layers, 3] that mass, mean over heads, with its interval over patches.
+        change: low and high end of what it has in the last layer over the first, patch by patch.
         uniform, uniform_weight: [layers, rings] S_k and W_k of uniform attention over the keys that each patch sees.
         layers: numbers of the layers.
         grid: (height, width) in patches.
@@ -62,7 +65,9 @@ class Rings(Result):
     high: np.ndarray = field(repr=False)
     weight: np.ndarray = field(repr=False)
     elsewhere: np.ndarray = field(repr=False)
+    near_low: np.ndarray = field(repr=False)
     near: np.ndarray = field(repr=False)
+    change: tuple[float, float]
     uniform: np.ndarray = field(repr=False)
     uniform_weight: np.ndarray = field(repr=False)
     layers: tuple[int, ...]
@@ -90,15 +95,10 @@ class Rings(Result):
         """How many heads look at their direct neighbours more than uniform attention does ("near"), and how that
         changes over the layers, as far as intervals tell it ("trend")."""
         fair = self.uniform[:, :2].sum(-1)
-        above = self.low[..., :2].sum(-1) > fair[:, None] + SMALLEST
+        above = self.near_low > fair[:, None] + SMALLEST
         (first, low, high), (last, least, most) = self.near[[0, -1]]
-        goes = (
-            "is not told apart"
-            if low <= most and least <= high
-            else "rises"
-            if last > first
-            else "falls"
-        )
+        fallen, risen = self.change
+        goes = "rises" if fallen > 0 else "falls" if risen < 0 else "is not told to change"
         height, width = self.grid
         return (
             Sentence(
@@ -108,7 +108,7 @@ class Rings(Result):
             ),
             Sentence(
                 f"Mass on the patch and its neighbours {goes} from layer {self.layers[0]}, {first:.1%} [{low:.1%}, "
-                f"{high:.1%}], to layer {self.layers[-1]}, {last:.1%} [{least:.1%}, {most:.1%}] (mean over heads).",
+                f"{high:.1%}], to layer {self.layers[-1]}, {last:.1%} [{least:.1%}, {most:.1%}] (mean over heads, over the patches of one picture).",
                 kind="trend",
             ),
         )
@@ -157,7 +157,9 @@ def rings(trace: AttentionTrace, *, image: int = 0, seed: Seed = 0) -> Rings:
         elsewhere.append(1 - one.sum(-1).mean())
     by_patch = over_heads(trace, mass)
     low, high = over_rows(by_patch, seed)
-    near = by_patch[:, :, :2].sum(2).mean(1)  # [layers, patches]
+    by_head = by_patch[:, :, :2].sum(2)  # [layers, heads, patches]
+    near = by_head.mean(1)
+    change = over_rows(np.round(near[-1:] - near[:1], _DIGITS), seed)
     even = of_uniform(
         trace, grid.span, lambda one: [part.reshape(count, -1).mean(-1) for part in measured(one)]
     )
@@ -167,6 +169,8 @@ def rings(trace: AttentionTrace, *, image: int = 0, seed: Seed = 0) -> Rings:
         high=high,
         weight=over_heads(trace, weight),
         elsewhere=over_heads(trace, elsewhere),
+        near_low=over_rows(by_head, seed)[0],
+        change=(float(change[0][0]), float(change[1][0])),
         near=np.stack([near.mean(-1), *over_rows(near, seed)], -1),
         uniform=even[:, 0],
         uniform_weight=even[:, 1],

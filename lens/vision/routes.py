@@ -24,7 +24,7 @@ from torch import Tensor
 from lens.common.choices import Count, Seed
 from lens.common.errors import LensError
 from lens.common.progress import advancing
-from lens.common.results import Result, Sentence, ends
+from lens.common.results import Result, Sentence, ends, few
 from lens.edits.attention import Knockout
 from lens.edits.clean_runs import CleanRuns
 from lens.edits.effects import effect
@@ -32,6 +32,7 @@ from lens.models.loaded import LoadedModel
 from lens.passes.inputs import read_prompts
 from lens.passes.keys import KeysAt
 from lens.stats.intervals import columns
+from lens.stats.verdicts import rivals
 from lens.traces.segments import IMAGE, PADDING, SYSTEM, TEXT, segments
 
 ROUTES = ("image", "system", "image_part", "other_part")
@@ -47,7 +48,7 @@ class TextFlow(Result):
             its predictions (nats), and share of the attention of the cut rows that the edges held; NaN where a prompt
             has no such token.
         keys: [routes, prompts], tokens whose edges are cut.
-        layers: the first layer of each window.
+        layers, last: the first and the last layer of each window.
         window: layers that are cut together.
         seed: of the random tokens and the intervals.
     """
@@ -57,6 +58,7 @@ class TextFlow(Result):
     mass: np.ndarray = field(repr=False)
     keys: np.ndarray = field(repr=False)
     layers: tuple[int, ...]
+    last: tuple[int, ...]
     window: int
     seed: int
 
@@ -82,8 +84,17 @@ class TextFlow(Result):
         """Where cutting the image changes the text most ("image"), whether image tokens count for more there than others
         ("control"), and the limit ("limit")."""
         at = int(self.kl[0].mean(-1).argmax())
-        through = f" to {self.layers[at] + self.window - 1}" if self.window > 1 else ""
-        place = f"layer {self.layers[at]}{through}"
+        places = [
+            f"layer {first}" if first == last else f"layers {first} to {last}"
+            for first, last in zip(self.layers, self.last, strict=True)
+        ]
+        place, alike = places[at], rivals(self.kl[0], at, self.seed)
+        if self.kl.shape[-1] == 1:
+            beside = " (of one prompt)"
+        else:
+            beside = (
+                f", not told apart from {few([places[one] for one in alike], 3)}" if alike else ""
+            )
         whole, _, part, others = self.kl[:, at].mean(-1)
         table = self.table()
         row = table[(table["route"] == "image_part").to_numpy()].iloc[at]
@@ -99,7 +110,7 @@ class TextFlow(Result):
             compared = f"In {place} {count} are not told from as many others ({why})"
         return (
             Sentence(
-                f"The text depends on its edges to the image most in {place}: without them its predictions move by "
+                f"The text depends on its edges to the image most in {place}{beside}: without them its predictions move by "
                 f"{whole:.3g} nats (KL); {self.mass[0, at].mean():.0%} of its attention went there.",
                 kind="image",
             ),
@@ -108,7 +119,8 @@ class TextFlow(Result):
                 kind="control",
             ),
             Sentence(
-                f"Measured on {self.kl.shape[-1]} prompt{'s' * (self.kl.shape[-1] > 1)}, each layer alone; what one layer lacks a later one may still "
+                f"Measured on {self.kl.shape[-1]} prompt{'s' * (self.kl.shape[-1] > 1)}, "
+                f"{'each layer alone' if self.window == 1 else f'{self.window} layers that attend at once'}; what these lack a later one may still "
                 "fetch, so that a small change there does not mean that the text does without the image.",
                 kind="limit",
             ),
@@ -175,7 +187,14 @@ def text_flow(
                     found[:, place, at, number] = [own[name][0, 0] for name in _MEASURES]
             advance(1)
     counts = np.array([[int(keys.sum()) for keys in routes] for routes in cut]).T
-    return TextFlow(*found, keys=counts, layers=tuple(starts), window=window, seed=seed)
+    return TextFlow(
+        *found,
+        keys=counts,
+        layers=tuple(starts),
+        last=tuple(attending[window - 1 :]),
+        window=window,
+        seed=seed,
+    )
 
 
 def _routes(kind: Tensor, seed: int) -> list[Tensor]:

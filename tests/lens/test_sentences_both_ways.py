@@ -309,8 +309,8 @@ SAID = [
     (
         grounded(("L0H0", 1, 0.6), ("L0H1", 0, 0.75)),
         [
-            "L0H0 points into a box in 100% [34%, 100%] of 2 pictures; a blind point does in 25%, the middle in 50%.",
-            "L0H1 covers the boxes best: IoU 0.75 [0.75, 0.75] at the best threshold of each picture; the whole picture has 0.25, patches round its middle 0.40.",
+            "L0H0, the best of 2, points into a box in 100% [25%, 100%] of 2 pictures; a blind point does in 25%, the middle in 50%.",
+            "L0H1, the best of 2, covers the boxes best: IoU 0.75 [0.75, 0.75] at the best threshold of each picture; the whole picture has 0.25, patches round its middle 0.40.",
         ],
     ),
     (

@@ -77,9 +77,33 @@ def test_the_control_of_image_tokens_is_as_many_others(found):
 def test_whether_the_image_counts_for_more_is_what_the_control_says(part, others, said):
     kl = np.ones((4, 2, 3))
     kl[0, 1], kl[2, 1], kl[3, 1] = 5, part, others
-    flow = TextFlow(kl, kl, kl / 9, np.full((4, 3), 8), layers=(0, 1), window=1, seed=0)
-    assert "most in layer 1" in flow.findings()[0]
+    flow = TextFlow(
+        kl, kl, kl / 9, np.full((4, 3), 8), layers=(0, 1), last=(0, 1), window=1, seed=0
+    )
+    assert "most in layer 1: without" in flow.findings()[0]
     assert said in flow.findings()[1]
+
+
+def test_the_layer_of_most_is_told_beside_others_and_windows_by_their_layers():
+    """Layers 1, 3, 7 and 8 attend; two are cut at once."""
+    kl = np.ones((4, 3, 4))
+    kl[0] = [[1, 2, 1, 2], [5, 6, 5, 6.5], [5, 6, 6, 5]]
+    keys = np.full((4, 4), 8)
+    flow = TextFlow(kl, kl, kl / 9, keys, layers=(1, 3, 7), last=(3, 7, 8), window=2, seed=0)
+    image, _, limit = flow.findings()
+    assert "most in layers 3 to 7, not told apart from layers 7 to 8: without" in image
+    assert "2 layers that attend at once" in limit
+    alone = TextFlow(
+        kl[..., :1],
+        kl[..., :1],
+        kl[..., :1],
+        keys[:, :1],
+        layers=(1, 3, 7),
+        last=(3, 7, 8),
+        window=2,
+        seed=0,
+    )
+    assert "most in layers 3 to 7 (of one prompt): without" in alone.findings()[0]
 
 
 def test_what_has_no_image_is_refused(found):

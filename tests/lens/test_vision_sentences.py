@@ -4,10 +4,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 import lens
 from lens.stats.grouping import Groups
-from lens.vision.coding import CodingRate
+from lens.vision.coding import CodingRate, _ends, rate
 from lens.vision.patterns import Grouping, PatternSummary
 from tests.lens.pictures import planted
 
@@ -46,13 +47,28 @@ def test_how_many_heads_look_nearby_and_whether_that_changes():
     for layers, goes in (
         ((UNIFORM, HOME), "rises"),
         ((HOME, FAR), "falls"),
-        ((HOME, HOME), "is not told apart"),
+        ((HOME, HOME), "is not told to change"),
     ):
         found = lens.vision.rings(trace_of(*layers))
         assert f"its neighbours {goes} from layer 0" in said(found, "trend")
         assert found.near[:, 0] == pytest.approx(found.mass[:, :, :2].sum(-1).mean(1))
         assert (found.near[:, 1] <= found.near[:, 0]).all()
         assert (found.near[:, 0] <= found.near[:, 2]).all()
+
+
+def test_mass_nearby_is_compared_patch_by_patch_and_as_a_sum():
+    """Patches that differ widely, and each puts a little more nearby in the second layer."""
+    share = np.where(np.arange(COUNT) < COUNT // 2, 0.2, 0.8)[:, None]
+    layers = [near * HOME + (1 - near) * FAR for near in (share, share + 0.05)]
+    found = lens.vision.rings(trace_of(*layers))
+    assert found.near[0, 2] > found.near[1, 1]  # the intervals overlap
+    assert "its neighbours rises from layer 0" in said(found, "trend")
+    own = looking(np.eye(COUNT, dtype=bool), 0.3)
+    around = looking(NEAR & ~np.eye(COUNT, dtype=bool), 0.3)
+    one = lens.vision.rings(trace_of(np.where(np.arange(COUNT)[:, None] < COUNT // 2, own, around)))
+    assert (
+        one.near_low > one.low[..., :2].sum(-1) + 0.005
+    ).all()  # what one ring takes the other loses
 
 
 def test_which_shape_a_head_keeps_to():
@@ -99,7 +115,7 @@ def test_how_unequal_keys_are():
     assert "Of fewer than 5 pictures (here 2)" in said(lens.vision.flow(both), "limit")
     found = lens.vision.flow(3 * both)
     assert (
-        "In 1 of 2 heads rows have a key in common (0 by chance), most in L1H0: it receives 32.5"
+        "In 1 of 2 heads rows have a key in common (0.1 by chance), most in L1H0: it receives 32.5"
         in said(found, "flow")
     )
     assert "more unequal in layer 1 than in layer 0: Gini 0.88 and 0.00" in said(found, "rises")
@@ -179,6 +195,19 @@ def test_whether_the_coding_rate_changes(change, told):
     assert said(found, "change").startswith(told)
 
 
+def test_few_tokens_spread_over_as_many_directions_as_they_are():
+    vit, digit = lens.load("vit-digits"), np.eye(8, dtype=np.uint8) * 255
+    found = lens.vision.coding_rate(vit, digit, progress=False)
+    size = vit.info.head_dim
+    count = lens.capture(vit, digit, progress=False).length
+    most = min(count, size)
+    even = torch.eye(size)[torch.arange(count) % most]
+    assert found.lowest == pytest.approx(float(rate(torch.ones(count, size))))
+    assert found.highest == pytest.approx(float(rate(even)), rel=0.02)  # 17 tokens do not divide
+    assert _ends(5, 64)[1] == pytest.approx(float(rate(torch.eye(64)[:5])))
+    assert _ends(12, 4)[1] == pytest.approx(float(rate(torch.eye(4).repeat(3, 1))))
+
+
 def test_that_change_is_over_prompts():
     model, pictures = lens.load("vit-digits"), np.random.default_rng(0).random((3, 8, 8)) * 255
     pictures = [one.astype(np.uint8) for one in pictures]
@@ -217,4 +246,7 @@ def test_heads_that_keep_one_pattern_are_counted():
     found = PatternSummary(
         one, one, np.array([0, 0, 1, 1]), np.zeros(4, int), np.array([0, 1, 0, 1]), 8
     )
-    assert said(found, "heads") == "1 of 2 heads keep one pattern on all 2 pictures."
+    assert (
+        said(found, "heads")
+        == "1 of 2 heads keep one pattern on all 2 pictures (1.2 by chance, by the sizes of the patterns)."
+    )
