@@ -69,9 +69,15 @@ def grid_height(rows: int, cell: int = 18) -> int:
 
 
 def grid_axes(figure: go.Figure, layers: int, heads: int, most: int = 16) -> None:
-    """Heads across and layers down, with at most `most` ticks on each axis."""
+    """Heads across and layers down, with at most `most` ticks on each axis; layers that are names stand one by one.
+
+    Without `category` plotly reads names that are numbers as places: of layers 1, 3 and 5 every other row is drawn.
+    """
     across = {"title": {"text": "head"}, "dtick": tick_step(heads, most), "showgrid": False}
     down = {"title": {"text": "layer"}, "dtick": tick_step(layers, most), "showgrid": False}
+    rows = [getattr(trace, "y", None) for trace in figure.data]
+    if any(y is not None and len(y) and isinstance(y[0], str) for y in rows):
+        down["type"] = "category"
     set_axes(figure, across, down | {"autorange": "reversed"})
 
 

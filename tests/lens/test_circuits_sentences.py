@@ -9,7 +9,7 @@ import pytest
 from lens.circuits.checks._sink_check import SinkCheck
 from lens.circuits.patches.head_parts import ROLES, JoinedHeads
 from lens.circuits.reuse._overlap import Overlap
-from lens.circuits.reuse._redirection import Redirection
+from lens.circuits.reuse._redirection import Redirection, _judged
 from lens.circuits.scores._sae_codes import CodeScores, CodeSettings
 from lens.common.head_ids import HeadId
 from lens.common.results import of_kind
@@ -96,6 +96,10 @@ def test_redirection(redirection):
     undone = replace(redirection, accuracy=redirection.accuracy[[1, 0, 2, 3]], match="all")
     assert one(undone, "effect").endswith(
         "accuracy falls, not told apart from what it does with other heads."
+    )
+    alone = _judged(-0.1, np.nan, np.nan)
+    assert (
+        alone == "accuracy falls, and one prompt tells nothing beside what it does with other heads"
     )
     better = redirection.accuracy.copy()
     better[2:] = better[1]  # other heads repair it as well

@@ -17,7 +17,7 @@ from lens.figures.heads import plain_grids
 from lens.figures.reading import pair_products
 from lens.figures.roles import share_grid
 from lens.figures.small import small
-from lens.figures.style import Look, set_axes, set_layout, style
+from lens.figures.style import Look, grid_axes, set_axes, set_layout, style
 from lens.traces.profiles import prompt_table
 from tests.lens.traces import LENGTH, probabilities, trace_of
 
@@ -404,3 +404,12 @@ def test_a_pair_without_parts_is_refused_in_words():
     products = pd.DataFrame(columns=["query_part", "key_part", "contrast"])
     with pytest.raises(LensError, match="parts of this pair are not there"):
         pair_products(products)
+
+
+def test_layers_that_are_names_stand_one_by_one():
+    figure = go.Figure(go.Heatmap(z=np.ones((3, 2)), y=["1", "3", "5"]))
+    grid_axes(figure, 3, 2)
+    assert figure.layout.yaxis.type == "category"
+    figure = go.Figure(go.Heatmap(z=np.ones((3, 2)), y=np.array([1, 3, 5])))
+    grid_axes(figure, 3, 2)
+    assert figure.layout.yaxis.type is None

@@ -6,6 +6,7 @@ tenth of a nat where they are below 1, else within a fifth.
 
 import numpy as np
 import pytest
+import torch
 
 import lens
 from lens.common.errors import LensError
@@ -103,6 +104,14 @@ def test_induction_heads_hide_each_other(toy, copying, by_mean):
     assert repr(together).startswith(
         "GroupAblation(L1H0+L1H2+L1H3 by mean on 'induction', induction-2l: loss 0.137 -> "
     )
+
+
+def test_one_prompt_tells_nothing_of_a_group_beside_its_heads(toy, copying):
+    one = copying.take(torch.tensor([0]))
+    together = ablate(toy, one, heads=INDUCTION_HEADS, baseline="zero", progress=False)
+    alone = importance(toy, one, method="ablation", baseline="zero", progress=False)
+    (said,) = together.findings(alone)
+    assert said.endswith("one prompt tells nothing of single heads beside the group.")
 
 
 def test_the_four_heads_of_the_circuit_copy_alone(toy, copying):

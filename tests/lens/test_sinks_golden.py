@@ -269,6 +269,8 @@ def test_memory():
     wide = said(PersistentMemory(rows, gate, (-0.4, -0.9, 0.1), removed, 3, (9, 9), "absent"))
     assert wide[0][1].startswith("With 3 pairs of")
     assert "-40.0% [-90.0%, +10.0%], not told apart from no change; with" in wide[1][1]
+    alone = said(PersistentMemory(rows, gate, (-0.4, np.nan, np.nan), removed, 3, (9,), "absent"))
+    assert "-40.0%, of which one prompt tells nothing; with" in alone[1][1]
 
 
 LIMIT = (

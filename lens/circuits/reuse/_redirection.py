@@ -170,6 +170,8 @@ def _judged(change: float, low: float, high: float) -> str:
         return f"the heads {'repair' if change > 0 else 'harm'} the task"
     does = "rises" if change > 0 else "falls"
     if told == "not told apart":
+        if np.isnan(low):
+            return f"accuracy {does}, and one prompt tells nothing beside what it does with other heads"
         return f"accuracy {does}, not told apart from what it does with other heads"
     return f"accuracy {does}, but more with other heads"
 

@@ -111,6 +111,8 @@ class GroupAblation:
         extra = self.interaction(single)
         low, high = self.interaction_interval(single, seed=seed)
         kind, told = _TOLD[verdict(low, high)]
+        if np.isnan(low):
+            told = "one prompt tells nothing of single heads beside the group"
         return (
             Sentence(
                 f"Together {', '.join(map(str, self.heads))} are worth {self.value:.3g}"

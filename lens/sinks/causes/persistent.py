@@ -75,6 +75,8 @@ class PersistentMemory(Result):
         mean = self.rows.mean(numeric_only=True)
         change, low, high = self.drift
         beside = "" if verdict(low, high) in APART else ", not told apart from no change"
+        if np.isnan(low):
+            beside = ", of which one prompt tells nothing"
         pairs = f"{self.pairs} pair{'s' * (self.pairs != 1)}"
         found = {
             "gate": f"With {pairs} of memory the heads keep {self.gate[0]:.0%}{ends(*self.gate[1:], '.0%')} of their attention "
