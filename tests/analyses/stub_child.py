@@ -16,11 +16,6 @@ from pathlib import Path
 from lens_analyses.console import ERROR, OK, PARTIAL, stoppable
 from lens_analyses.jobs.child import end_with
 
-from lens.runs.writer import RunWriter
-from tests.lens.made_runs import meta
-
-META = meta(title="stub", model={"name": "stub"})
-
 
 def tell_and_wait(fifo):
     """The FIFO stays open until the process is gone."""
@@ -31,7 +26,10 @@ def tell_and_wait(fifo):
 
 def compute(config, runs):
     """Two prompts, or the one that an earlier try left; the exit code."""
-    writer = RunWriter.start(runs, config, META)
+    from lens.runs.writer import RunWriter  # takes a second, and a job that fails needs none
+    from tests.lens.made_runs import meta
+
+    writer = RunWriter.start(runs, config, meta(title="stub", model={"name": "stub"}))
     print("resumed" if writer.resumed else "begun", file=sys.stderr)
     status = "success"
     try:

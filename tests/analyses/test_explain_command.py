@@ -14,7 +14,8 @@ COMMAND = "explain --model induction-2l --task induction --n 2 --copied 2"
 
 @pytest.fixture(scope="module")
 def run(lens_command, tmp_path_factory):
-    answer = lens_command(*COMMAND.split(), "--out", tmp_path_factory.mktemp("explain"), "--json")
+    out = tmp_path_factory.mktemp("explain")
+    answer = lens_command(*COMMAND.split(), "--heads", "L1H2", "--out", out, "--json")
     assert answer.code == 0, answer.err
     return open_run(answer.json["path"])
 
@@ -22,7 +23,7 @@ def run(lens_command, tmp_path_factory):
 def test_the_sections_are_there_and_the_folder_is_whole(run):
     assert run.sections == list(EXPLAIN_SECTIONS)
     assert validate(run) == []
-    assert sorted(run.section("explain").configuration["heads"]) == ["L1H0", "L1H2", "L1H3"]
+    assert run.section("explain").configuration["heads"] == ["L1H2"]
     html = (run.path / "report.html").read_text()
     assert "Why heads attend in induction-2l" in html
     assert "without what L0H1 wrote on the key side" in html
@@ -103,6 +104,13 @@ def test_heads_that_are_none_are_refused_before_any_work(lens_command, tmp_path)
     assert answer.code == 2
     assert "a head is written 'L3H5'" in answer.err
     assert not list(tmp_path.iterdir())
+
+
+def test_the_heads_that_do_it_are_chosen_where_none_are_named(lens_command, tmp_path):
+    answer = lens_command(*COMMAND.split(), "--sections", "explain", "--out", tmp_path, "--json")
+    section = open_run(answer.json["path"]).section("explain")
+    assert sorted(section.configuration["heads"]) == ["L1H0", "L1H2", "L1H3"]
+    assert set(section.tables["sides"]["name"]) == {"L1H0", "L1H2", "L1H3"}
 
 
 def test_chosen_heads_and_pairs(lens_command, tmp_path):
