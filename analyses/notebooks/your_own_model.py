@@ -147,8 +147,9 @@ def refusal(action) -> str:
 
 
 mamba = transformers.MambaConfig(vocab_size=99, hidden_size=32, num_hidden_layers=1, state_size=4)
+recurrent = lens.load(transformers.MambaForCausalLM(mamba).eval())
 refused = {
-    "a state-space model": refusal(lambda: lens.load(transformers.MambaForCausalLM(mamba).eval())),
+    "attention of a state-space model": refusal(lambda: lens.capture(recurrent, [5, 6, 7])),
     "a folder that is not there": refusal(lambda: lens.load(str(Path("no") / "such" / "folder"))),
     "a text without a tokenizer": refusal(lambda: lens.capture(by_object, "Call me Ishmael.")),
     "more tokens than the model takes": refusal(lambda: lens.capture(by_object, [5] * 97)),

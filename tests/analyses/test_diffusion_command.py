@@ -30,6 +30,7 @@ from tests.lens.pipelines import dit as dit_pipeline
 from tests.lens.pipelines import pixart as pixart_pipeline
 from tests.lens.pipelines import sd3 as sd3_pipeline
 from tests.lens.pipelines import stable_diffusion
+from tests.tiers import later
 
 
 @pytest.fixture(scope="module")
@@ -207,7 +208,7 @@ def test_a_pipeline_draws_its_prompt_and_words_have_maps(lens_command, tmp_path)
 @pytest.mark.parametrize(
     ("make", "part", "words"),
     [
-        pytest.param(pixart_pipeline, "cross", 300, marks=pytest.mark.exhaustive),
+        later(pixart_pipeline, "cross", 300),
         (sd3_pipeline, "joint", 268),
         (dit_pipeline, "self", 0),
     ],

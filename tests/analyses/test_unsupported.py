@@ -13,6 +13,7 @@ import lens
 from lens.common.errors import LensError
 from lens.runs import open_run
 from lens.runs.validation import validate
+from tests.tiers import first
 
 ASSETS = Path(lens.__file__).parent / "assets/models/stories260k"
 SIZES = {
@@ -64,14 +65,7 @@ def sinks_of(lens_command, folder, out):
     return open_run(answer.json["path"])
 
 
-def some(kinds, *always):
-    """These always, the others with `make exhaustive`."""
-    return [
-        pytest.param(kind, marks=() if kind in always else pytest.mark.exhaustive) for kind in kinds
-    ]
-
-
-@pytest.mark.parametrize("kind", some(SHAPES, "gpt_oss"))
+@pytest.mark.parametrize("kind", first(SHAPES, "gpt_oss"))
 def test_every_section_of_a_decoder_is_there(kind, lens_command, tmp_path):
     head = transformers.AutoModelForCausalLM
     run = sinks_of(lens_command, saved(kind, SHAPES[kind], head, tmp_path / kind), tmp_path)
@@ -79,7 +73,7 @@ def test_every_section_of_a_decoder_is_there(kind, lens_command, tmp_path):
     assert run.sections == [step.name for step in STEPS["sinks"]]
 
 
-@pytest.mark.parametrize("kind", some(ENCODERS, "bert"))
+@pytest.mark.parametrize("kind", first(ENCODERS, "bert"))
 def test_an_encoder_has_the_sections_that_it_can_have(kind, lens_command, tmp_path):
     head = transformers.AutoModelForMaskedLM
     run = sinks_of(lens_command, saved(kind, ENCODERS[kind], head, tmp_path / kind), tmp_path)

@@ -21,6 +21,7 @@ from lens.common.errors import LensError
 from lens.passes.inputs import read_prompts
 from tests.lens.test_vision_pictures import vlm
 from tests.lens.vision_models import ANSWER, BUILDERS, HEADS, IMAGE, LAYERS, SYSTEM, build, planted
+from tests.tiers import first
 
 DIM, PLACES = 7, [SYSTEM + 2, SYSTEM + 7]
 ALWAYS = ("llava", "paligemma", "qwen3_vl")
@@ -38,13 +39,7 @@ def section_of(name, **settings):
         return model, inputs, grid, chain(subject)  # pyright: ignore[reportArgumentType]
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=[pytest.mark.exhaustive] * (name not in ALWAYS))
-        for name in BUILDERS
-    ],
-)
+@pytest.mark.parametrize("name", first(BUILDERS, *ALWAYS))
 def test_the_chain_is_whole_in_every_shape(name):
     _, _, (height, width), found = section_of(name)
     measured = {"flow", "knock_out", "var", "act", "pasta"}
