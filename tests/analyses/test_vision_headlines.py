@@ -81,7 +81,14 @@ def flow(part, others):
     kl[0, 1], kl[2, 1], kl[3, 1] = 0.9, part, others
     few = np.ones((len(ROUTES), 4))
     return TextFlow(
-        layers=(3, 4), keys=few, mass=np.full_like(kl, 0.2), delta_loss=kl, kl=kl, window=1, seed=0
+        layers=(3, 4),
+        last=(3, 4),
+        keys=few,
+        mass=np.full_like(kl, 0.2),
+        delta_loss=kl,
+        kl=kl,
+        window=1,
+        seed=0,
     )
 
 
