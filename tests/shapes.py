@@ -11,14 +11,15 @@ import functools
 import hashlib
 import importlib
 import json
-import os
-import subprocess
 import sys
+import tempfile
 import typing
 from pathlib import Path
 
 import beartype
 import jaxtyping
+
+from tests.analyses.started import forked
 
 ROOT = Path(__file__).parents[1]
 
@@ -54,17 +55,19 @@ def outcomes(calls: str, *modules: str) -> dict[str, str | None]:
             one with `PLAIN` before its name is not checked, and the type-checking imports of what it
             imports stay off.
     """
-    start = "import sys; from tests import shapes; shapes.main(sys.argv[1], sys.argv[2:])"
-    command = [sys.executable, "-c", start, calls, *modules]
-    paths = os.pathsep.join(str(ROOT / part) for part in ("", "kernels", "analyses", "dashboards"))
-    environment = {**os.environ, "PYTHONPATH": paths}
-    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
-    assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout.splitlines()[-1])
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "outcomes.json"
+        process = forked(main, str(file), calls, modules)
+        process.join()
+        assert process.exitcode == 0
+        return json.loads(file.read_text())
 
 
-def main(calls: str, modules: list[str]) -> None:
-    """Makes the calls in this process and prints their outcomes as JSON."""
+def main(file: str, calls: str, modules: tuple[str, ...]) -> None:
+    """Makes the calls in this process and writes their outcomes as JSON; what it was forked with of ours is imported anew."""
+    for name in [*sys.modules]:
+        if name.partition(".")[0] in ("lens", "lens_kernels", "lens_analyses"):
+            del sys.modules[name]
     checked = [module for module in modules if not module.startswith(PLAIN)]
     with hook(checked):
         for module in ("plain torch", "plain numpy", "plain lens", *modules):
@@ -72,7 +75,7 @@ def main(calls: str, modules: list[str]) -> None:
             importlib.import_module(module.removeprefix(PLAIN))
     typing.TYPE_CHECKING = False
     found = {name: _outcome(call) for name, call in importlib.import_module(calls).CALLS.items()}
-    print(json.dumps(found))
+    Path(file).write_text(json.dumps(found))
 
 
 def _outcome(call: typing.Callable[[], object]) -> str | None:

@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.tiers import later
+
 pytest.importorskip("triton")
 
 from tests.kernels import triton_offline
@@ -67,14 +69,15 @@ def compiled(request, kept):
 @pytest.fixture(
     scope="module",
     params=[
-        pytest.param("the environment's Triton", marks=pytest.mark.exhaustive),
         "that of GPU machines",
+        later("that of GPU machines, every width"),
+        later("the environment's Triton, every width"),
     ],
 )
 def pipelines(request, kept):
-    """The loops of plain attention for sm_90, at each width of a tile."""
+    """The loops of plain attention for sm_90, at one width of a tile or at each."""
     other = None
-    if request.param == "that of GPU machines":
+    if request.param.startswith("that of GPU machines"):
         other = triton_offline.other_triton()
         if not (other / "triton").is_dir():
             reason = f"no Triton {triton_offline.OTHER} in {other}; `make test` puts it there"
@@ -82,7 +85,8 @@ def pipelines(request, kept):
                 pytest.fail(reason)
             pytest.skip(reason)
     kernels = "forward,query_gradients"
-    rows = kept(90, *PLAIN, "--kernels", kernels, triton=other)
+    jobs = PLAIN if request.param.endswith("every width") else PLAIN[1:2]
+    rows = kept(90, *jobs, "--kernels", kernels, triton=other)
     if other is not None:
         assert {row["triton"].rpartition(".")[0] for row in rows} == {triton_offline.OTHER}
     return rows

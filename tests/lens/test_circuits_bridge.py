@@ -85,7 +85,7 @@ def test_every_way_to_find_a_circuit_takes_a_bridge(pair, task):
     ways = (
         lambda it: patch(it, task, progress=False).patched,
         lambda it: patch(it, task, receivers=["logits"], progress=False).patched,
-        lambda it: acdc(it, task, 0.001, progress=False).kept,
+        lambda it: acdc(it, task, 0.05, progress=False).kept,
         lambda it: learn_masks(it, task, penalty=1, steps=2, progress=False).log_alpha,
     )
     for way in ways:
