@@ -3,7 +3,6 @@
 import ast
 import importlib
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import torch
 from PIL import Image
 
 from lens.models import dinov2, whisper
+from tests.lens.test_comparison import make_run
 
 ROOT = Path(__file__).parents[1]
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("tests/benchmarks/*.md")]
@@ -24,12 +24,17 @@ def blocks(page: str) -> list[str]:
     return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
 
 
+def in_small(code: str) -> str:
+    """The same with few prompts."""
+    return re.sub(r"\bn=(8|16)\b", "n=4", code)
+
+
 def test_every_example_runs(run_folder_of_examples, capsys):
     names: dict[str, object] = {}
     examples = blocks("docs/examples.md")
     assert len(examples) == 10
     for block in examples:
-        exec(block, names)
+        exec(in_small(block), names)
     said = capsys.readouterr().out
     assert "<Run " in said
     assert "Control('induction'" in said
@@ -46,7 +51,7 @@ def test_the_readme_runs(run_folder_of_examples):
         notebook = re.sub(r".*dinov2-small.*\n", "", notebook)
     if not whisper.MODEL.available():
         notebook = re.sub(r".*\bheard\b.*\n", "", notebook)
-    exec(notebook + kernels, names)
+    exec(in_small(notebook) + kernels, names)
     assert names["table"]["induction"].max() > 0
     assert names["result"].statistics.block_mass.shape[1] == 2
 
@@ -119,22 +124,12 @@ def test_names_in_docstrings_are_there():
     )
 
 
-@pytest.fixture(scope="module")
-def one_run(tmp_path_factory):
-    from lens_analyses.cli import main
-
-    folder = tmp_path_factory.mktemp("runs")
-    with pytest.raises(SystemExit) as ended:
-        main(["run", "--copied", "1", "--out", str(folder), "--quiet"])
-    assert ended.value.code == 0
-    (run,) = (one for one in folder.iterdir() if one.is_dir())
-    return run
-
-
 @pytest.fixture
-def run_folder_of_examples(one_run, tmp_path, monkeypatch):
-    """A folder with one run, named as in the README, in which the examples are executed."""
-    shutil.copytree(one_run, tmp_path / "runs/...")
+def run_folder_of_examples(tmp_path, monkeypatch):
+    """A folder with one run as large as the README's model, named as there, in which the examples are executed."""
+    run = make_run(tmp_path / "made", 0, shape=(3, 6))
+    (tmp_path / "runs").mkdir()
+    run.path.rename(tmp_path / "runs/...")
     monkeypatch.chdir(tmp_path)
 
 
