@@ -14,6 +14,7 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_converted_model_is_the_backbone_of_the_file():
     import onnx
     from onnx.reference import ReferenceEvaluator

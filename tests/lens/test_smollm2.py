@@ -78,6 +78,7 @@ def test_rotary_rows_are_put_back():
     assert smollm2._half_split(weight, 2)[:, 0].tolist() == expected
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 @pytest.mark.skipif(
     smollm2.MODEL.source() is None or importlib.util.find_spec("gguf") is None,
