@@ -15,6 +15,8 @@ from tests.lens.hybrids import hybrid
 
 LENGTH = 77
 CAPTURED = ("gpt2", "llama", "gemma2", "gpt_oss", "bert")
+SIZES = dict.fromkeys(CAPTURED, (4,)) | {"bert": (4, 2)}
+"""Numbers of processes that split the prompt."""
 
 
 def ids(seed: int = 0) -> list[int]:
@@ -56,7 +58,8 @@ def main(folder: Path, models: dict, wholes: dict) -> None:
     found: dict = {"ratios": {}, "refusals": {}}
     for name, model in models.items():
         whole = wholes[name]
-        for size, group in ((4, world), (2, pairs[rank // 2])):
+        for size in SIZES[name]:
+            group = world if size == 4 else pairs[rank // 2]
             trace = lens.capture(model, ids(), group=group, **OPTIONS)
             found["ratios"][f"{name} {size}"] = {
                 str(variable): naive.rms_ratio(

@@ -13,7 +13,7 @@ from lens.common.errors import LensError
 from lens.traces.trace import AttentionTrace
 from tests import ranks
 from tests.lens.architectures import build
-from tests.lens.split_capture import CAPTURED, ids
+from tests.lens.split_capture import SIZES, ids
 
 
 @pytest.fixture(scope="module")
@@ -27,8 +27,9 @@ def told(tmp_path_factory):
 
 
 # Learned positions, GQA, windows, softcaps, learned sinks, and a model whose tokens see both ways.
-@pytest.mark.parametrize("name", CAPTURED)
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize(
+    ("name", "size"), [(name, size) for name, sizes in SIZES.items() for size in sizes]
+)
 def test_the_trace_is_that_of_one_process(told, name, size):
     for rank in told[1]:
         ratios = rank["ratios"][f"{name} {size}"]
