@@ -47,14 +47,14 @@ def divergence(left: HeadStates, right: HeadStates) -> tuple[Tensor, Tensor]:
 def log_odds(left: HeadStates, right: HeadStates) -> Tensor:
     """Inner products of the heads' log-odds against the uniform row, over all rows and keys.
 
-    `x_ij = log(n_i (0.999 A_ij + 0.001 / n_i))`, n_i the number of keys that query i sees. Cosines are
-    these products over the roots of those of each head with itself.
+    `x_ij = log(n_i (0.999 A_ij + 0.001 / n_i))`, n_i the number of keys that query i sees in the layer of the head;
+    0 at the others. Cosines are these products over the roots of those of each head with itself.
     """
     products = torch.zeros(len(left.output), len(right.output), dtype=torch.float64)
     for rows in _chunks(left):
-        seen = left.keys_seen(rows)
-        x = _log_odds(left.rows(rows), seen)
-        products += x @ (x if left is right else _log_odds(right.rows(rows), seen)).T
+        x = _log_odds(left.rows(rows), left.keys_seen(rows))
+        y = x if left is right else _log_odds(right.rows(rows), right.keys_seen(rows))
+        products += x @ y.T
     return products
 
 

@@ -45,12 +45,12 @@ class HeadStates:
         return 2 if self.sink_excluded else 1
 
     def keys_seen(self, rows: slice) -> Tensor:
-        """[rows, keys] bool: what the look-ahead rule alone lets each query see of the keys compared."""
-        position = torch.arange(self.length)
-        seen = torch.ones(rows.stop - rows.start, self.length, dtype=torch.bool)
-        if self.layers[0][0].mask.causal:
-            seen = position[rows, None] >= position[None]
-        return seen[:, 1:] if self.sink_excluded else seen
+        """[heads, rows, keys] bool: which of the keys compared each query sees in the layer of each head."""
+        at, parts = torch.arange(rows.start, rows.stop), []
+        for call, _ in self.layers:
+            seen = call.mask.seen_by(at.to(call.key.device), self.length).cpu()
+            parts.append(seen.expand(call.query.shape[1], -1, -1))
+        return torch.cat(parts)[..., int(self.sink_excluded) :]
 
     def rows(self, rows: slice) -> Tensor:
         """Probabilities [heads, rows, keys] of queries `rows`, float64, on the CPU.
