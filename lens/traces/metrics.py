@@ -75,7 +75,7 @@ _TABLE = (
     Metric(
         "prefix_mass",
         "Prefix mass",
-        "Mean mass on the first four keys, over the queries that see more than those.",
+        "Mean mass on the first four keys, over the queries that see more than those, all of a model that looks ahead.",
         "probability",
     ),
     Metric(

@@ -1,7 +1,7 @@
 """Scores of the heads of one layer on one prompt, from its trace: the definitions of `lens.traces.metrics`.
 
 Row scores are means over the rows (queries) that can show the pattern; a row that cannot, because it
-sees no matching key, does not count as 0. Without the sink, a row is restricted to the keys from 1 on
+sees no matching key, does not count as 0, and neither does that of a token that is hidden from all. Without the sink, a row is restricted to the keys from 1 on
 and renormalised, and counts if what is left can still show the pattern.
 """
 
@@ -105,7 +105,7 @@ def uniform_scores(
     NaN throughout where the layer's mask is neither causal nor a window, and where nothing is scored.
     """
     scores = list(_Uniform(trace, layer).scores(None, metrics))
-    known = trace.has_plain_mask(layer)
+    known = trace.has_plain_mask(layer) and bool((trace.visible.sel(layer=layer) > 0).all())
     places = ("top_key", "positional_distance")
     return [
         float(score.value[0]) if known and score.metric not in places else np.nan
@@ -149,7 +149,9 @@ class _Layer:
         self._prefix = int(trace.attrs["prefix"])
         self._window = trace.window(layer)
         self._is_picture = trace.attrs.get("patches") is not None
-        self._plain = trace.has_plain_mask(layer)
+        visible = self._data["visible"].values > 0
+        self._real = np.ones(trace.queries, bool) if trace.cross else visible
+        self._plain = trace.has_plain_mask(layer) and bool(visible.all())
         ids = self._data["token_id"].values
         self._viewers = min(FEWEST_VIEWERS, trace.queries) if trace.cross else FEWEST_VIEWERS
         self._ids = None if (ids < 0).any() else ids
@@ -189,10 +191,12 @@ class _Layer:
         later = self._position >= (0 if self._cross else 1)
         match metric:
             case "previous_token":
-                rows = self._position >= (2 if excluded else 1)
-                return self._mass(self._match(metric), rows, excluded), _SHORT
+                mass = self._match(metric)
+                rows = self._showing(self._position >= (2 if excluded else 1), mass)
+                return self._mass(mass, rows, excluded), _SHORT
             case "current_token":
-                return self._mass(self._match("current_token_position"), later, excluded), _SHORT
+                mass = self._match("current_token_position")
+                return self._mass(mass, self._showing(later, mass), excluded), _SHORT
             case "duplicate_token":
                 return self._duplicates(excluded)
             case "induction":
@@ -204,7 +208,7 @@ class _Layer:
                 return self._where(self._sees_first(first), first), "no row sees the first token"
             case "prefix_mass":
                 rows = self._position >= self._prefix
-                if self._cross:
+                if not self._causal:
                     rows = np.full(len(self._position), self._length > self._prefix)
                 why = f"the prompt has no more than {self._prefix} tokens"
                 return self._where(rows, self._variable(metric)), why
@@ -225,8 +229,9 @@ class _Layer:
             like_first = (self._ids == self._ids[0]) & (self._position >= 1)
             mass = mass - np.where(like_first, self._variable("first_mass"), 0)
             smallest = np.where(like_first, _SMALLEST_DIFFERENCE, _SMALLEST_REST)
-        distance = nearest_copy(self._ids, skip_first=excluded, both_ways=not self._causal)
-        rows = distance < (np.inf if self._window is None else self._window)
+        ids = np.where(self._real, self._ids, -1 - self._position)  # a hidden token copies none
+        distance = nearest_copy(ids, skip_first=excluded, both_ways=not self._causal)
+        rows = self._showing(distance < (self._window or np.inf), mass)
         why = "no row sees another copy of its token"
         return self._mass(np.maximum(mass, 0), rows, excluded, smallest), why
 
@@ -236,9 +241,10 @@ class _Layer:
         if self._ids is None:
             return self._nothing(), "the prompt has no token ids"
         distance = nearest_copy(self._ids) - 1  # of the key after the copy
-        rows = distance < (np.inf if self._window is None else self._window)
+        mass = self._match("induction")
+        rows = self._showing(distance < (self._window or np.inf), mass)
         why = "no row sees a key that followed a copy of its token"
-        return self._mass(self._match("induction"), rows, excluded), why
+        return self._mass(mass, rows, excluded), why
 
     def _labelled(self, name: str, excluded: bool) -> np.ndarray:
         mass = self._match(name)
@@ -250,6 +256,10 @@ class _Layer:
             mass = np.maximum(mass - np.where(like_first, self._variable("first_mass"), 0), 0)
             smallest = np.where(like_first, _SMALLEST_DIFFERENCE, _SMALLEST_REST)
         return self._mass(mass, rows, excluded, smallest)
+
+    def _showing(self, rows: np.ndarray, mass: np.ndarray) -> np.ndarray:
+        """[queries] those of the rows that can show a pattern; for a mask without compact form, where a head does."""
+        return rows if self._plain else rows & (mass > 0).any(0)
 
     def _sees_first(self, first: np.ndarray) -> np.ndarray:
         """Which rows see key 0; for a mask without compact form, those that have mass on it."""
@@ -287,7 +297,7 @@ class _Layer:
         return self._where(rows & enough, mass / np.where(enough, rest, 1))
 
     def _where(self, rows: np.ndarray, values: np.ndarray) -> np.ndarray:
-        return np.where(rows, values, np.nan)
+        return np.where(rows & self._real, values, np.nan)
 
     def _nothing(self) -> np.ndarray:
         return np.full((self._heads, len(self._position)), np.nan)
@@ -300,12 +310,11 @@ class _Layer:
                 value, reason = self._locality(excluded), _NO_REST if excluded else _NO_ATTENTION
             case "delimiter":
                 value, reason = self._delimiters(excluded)
-            case "positional":
+            case "positional" | "positional_distance":
                 reason = f"no distance is seen by {FEWEST_VIEWERS} queries"
-                _, value = self._best_distance()
-            case "positional_distance":
-                reason = f"no distance is seen by {FEWEST_VIEWERS} queries"
-                value, _ = self._best_distance()
+                if not self._plain:
+                    reason = "by its mask it is not known how many queries see a distance"
+                value = self._best_distance()[metric == "positional"]
             case "sink_rate":
                 value, reason = (self._alpha()[:, 0] > SINK_EPSILON).astype(np.float64), ""
             case _:
@@ -366,7 +375,7 @@ class _Layer:
         if self._window is not None:
             queries = np.where(np.abs(distance) < self._window, queries, 0)
         mean = self._variable("diagonal") / np.maximum(queries, 1)
-        mean = np.where(queries >= FEWEST_VIEWERS, mean, -np.inf)
+        mean = np.where((queries >= FEWEST_VIEWERS) & self._plain, mean, -np.inf)
         best = mean.max(-1)
         none = np.isneginf(best)
         return np.where(none, np.nan, distance[mean.argmax(-1)]), np.where(none, np.nan, best)

@@ -163,3 +163,36 @@ def test_nearest_copy_equals_its_twin():
             ]
             found = nearest_copy(ids, skip_first=skip_first, both_ways=both_ways)
             np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_hidden_tokens_and_rows_that_do_not_see_a_pattern_do_not_count(causal):
+    """Tokens 20 to 29 are hidden from all; their own rows look at the others, as those of padding do."""
+    _, seen = masked(causal, None)
+    hidden = (np.arange(LENGTH) >= 20) & (np.arange(LENGTH) < 30)
+    seen &= ~hidden
+    p = np.where(seen, np.exp(np.random.default_rng(1).normal(0, 2, (3, LENGTH, LENGTH))), 0)
+    p /= p.sum(-1, keepdims=True)
+    ids = np.array([i % 5 for i in range(LENGTH)])
+    trace = trace_of(p[None], ids, causal, visible=seen.sum(0).astype(np.int32), windows=[None])
+    table = profile(trace)
+    i, j = np.arange(LENGTH)[:, None], np.arange(LENGTH)[None]
+    patterns = {"previous_token": j == i - 1, "duplicate_token": (ids[i] == ids[j]) & (i != j)}
+    if causal:
+        patterns["induction"] = (j >= 1) & (ids[np.maximum(j - 1, 0)] == ids[i])
+    for metric, pattern in patterns.items():
+        can = seen & pattern & ~hidden[:, None]
+        rows = can.any(-1)
+        assert rms_ratio(table[metric], (p * can).sum(-1)[:, rows].mean(-1)) < 1e-5, metric
+    entropy = -np.where(p > 0, p * np.log(np.where(p > 0, p, 1)), 0).sum(-1)
+    assert rms_ratio(table["entropy"], entropy[:, ~hidden & (i[:, 0] > 0)].mean(-1)) < 1e-5
+    assert "previous_token_uniform" not in table  # its closed form has other keys
+    assert table["positional"].isna().all()
+    assert "not known how many queries" in table.attrs["reasons"]["positional"]
+
+
+def test_every_query_of_a_model_that_looks_ahead_sees_more_than_the_prefix():
+    p = probabilities(1, 3, LENGTH, 0, causal=False)
+    table = profile(trace_of(p, causal=False, windows=[None]))
+    assert rms_ratio(table["prefix_mass"], p[0, :, :, :4].sum(-1).mean(-1)) < 1e-5
+    assert table["prefix_mass_uniform"][0] == pytest.approx(4 / LENGTH)
