@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 _LABEL = {
     "jaccard": "top blocks shared, above chance",
+    "jaccard_uniform": "top blocks shared with uniform attention, above chance",
     "recall": "mass on the other's top blocks",
     "efficiency": "recall / own recall",
     "js": "JS divergence of block maps (nats, lower bound)",

@@ -118,6 +118,16 @@ class UniformRows:
         count = count - np.searchsorted(ordered, at + self._low, "left")
         return (count / self._seen)[None]
 
+    def blocks(self, size: int) -> np.ndarray:
+        """[query_block, key_block] `block_mass` with blocks of so many positions."""
+        starts = np.arange(0, len(self._position), size)
+        rows = np.diff([*starts, len(self._position)])
+        found = []
+        for start in range(0, len(self._ids), size):
+            inside = np.minimum(self._high + 1, start + size) - np.maximum(self._low, start)
+            found.append(np.add.reduceat(np.maximum(inside, 0) / self._seen, starts) / rows)
+        return np.stack(found, 1)
+
     def _pair(self, rule: str) -> tuple[np.ndarray, np.ndarray]:
         """[tokens] labels of the queries and of the keys; negative ones match nothing."""
         if rule in self._labels:

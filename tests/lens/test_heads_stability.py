@@ -6,9 +6,10 @@ import pytest
 import lens
 from lens.common.errors import LensError
 from lens.heads.likeness.stability import HeadStability, map_scores, stability
+from tests.lens.encoder_decoders import inputs_of, made
 from tests.lens.traces import probabilities, trace_of
 
-METRICS = {"jaccard", "recall", "efficiency", "js", "correlation"}
+METRICS = {"jaccard", "jaccard_uniform", "recall", "efficiency", "js", "correlation"}
 ALL = np.ones((7, 7), bool)
 
 
@@ -18,7 +19,7 @@ def test_a_prompt_against_itself_is_stable_and_other_prompts_vary():
     for (_, _, metric, _), values in same.values.items():
         if metric in ("jaccard", "efficiency", "correlation"):
             assert values == pytest.approx(1), metric
-        elif metric != "recall":
+        elif metric not in ("recall", "jaccard_uniform"):
             assert values == pytest.approx(0, abs=1e-7), metric
     assert same.reusable("a", "b").all()
     other = stability({"a": [trace_of(p)], "b": [trace_of(q)]})
@@ -75,6 +76,60 @@ def test_sink_and_diagonal_are_left_out():
     rest = (column < row) & (column > 0)
     assert map_scores(base, changed, rest, 0.3)["jaccard"] == 1
     assert map_scores(base, changed, column <= row, 0.3)["jaccard"] < 1
+
+
+def near_uniform(seed, window=None, length=256, spread=0.05):
+    """[1, 3, length, length] causal attention that is uniform up to a little noise."""
+    i, j = np.arange(length)[:, None], np.arange(length)
+    seen = (j <= i) & (i - j < (window or length))
+    p = np.where(
+        seen, np.exp(np.random.default_rng(seed).normal(0, spread, (1, 3, length, length))), 0
+    )
+    return p / p.sum(-1, keepdims=True)
+
+
+@pytest.mark.parametrize("window", [None, 96])
+def test_blocks_that_the_mask_alone_makes_strong_are_told_apart_from_a_pattern(window):
+    """Nearly uniform heads share far more blocks than random sets do, and no more than with uniform attention."""
+    options = {"windows": [window]}
+    traces = [trace_of(near_uniform(seed, window), **options) for seed in range(8)]
+    found = stability({"a": traces[:4], "b": traces[4:]})
+    for variant in ("raw", "sink_excluded"):
+        shared, even = (
+            found.values["a", "b", name, variant] for name in ("jaccard", "jaccard_uniform")
+        )
+        assert even.mean() > 0.3
+        assert shared.mean() == pytest.approx(even.mean(), abs=0.1)
+    said = found.findings()[0]
+    assert "3 of 3 heads share more" in said
+    assert "0 of 3 more than with uniform attention (the median head" in said
+    random = np.random.default_rng(0).normal(0, 3, (256, 256))
+    own = np.stack([near_uniform(seed, window)[0] for seed in range(8)]) * np.exp(random)
+    own /= own.sum(-1, keepdims=True)
+    traces = [trace_of(p[None], **options) for p in own]
+    found = stability({"a": traces[:4], "b": traces[4:]})
+    assert "3 of 3 more than with uniform attention" in found.findings()[0]
+
+
+def test_uniform_attention_shares_all_with_itself_and_nothing_where_all_blocks_tie():
+    flat, causal = np.full((1, 1, 256, 256), 1 / 256), near_uniform(0, spread=0)
+    options = {"windows": [None]}
+    for p, looks_back, expected in ((flat, False, 0), (causal, True, 1)):
+        trace = trace_of(p, causal=looks_back, **options)
+        found = stability({"a": [trace], "b": [trace]}, density=2 / 136)  # the causal ones: no tie
+        assert found.values["a", "b", "jaccard_uniform", "raw"] == pytest.approx(expected, abs=2e-2)
+
+
+def test_blocks_that_a_window_hides_are_no_place_to_agree_on():
+    """Of 16 rows of blocks a window of one block shows two each: a fifth of 31 blocks are 6."""
+    p, q = near_uniform(0, 17, spread=1), near_uniform(1, 17, spread=1)
+    one, other = (trace_of(x, windows=[17]) for x in (p, q))
+    found = stability({"a": [one], "b": [other]}, density=0.2)
+    seen = one.dataset["block_mass"].values[0, 0] > 0
+    assert int(seen.sum()) == 31
+    expected = map_scores(*(t.dataset["block_mass"].values[0, 0] for t in (one, other)), seen, 0.2)
+    for metric in ("jaccard", "correlation"):
+        assert found.values["a", "b", metric, "raw"][0, 0] == pytest.approx(expected[metric])
 
 
 def shifted(trace, by):
@@ -176,3 +231,14 @@ def test_what_cannot_be_compared_is_refused():
     assert {key[2] for key in without.values} == METRICS
     with pytest.raises(LensError, match="no LSE drift from 'a' to 'b'"):
         without.reusable("a", "b")
+
+
+def test_cross_attention_is_compared_on_all_blocks():
+    """Five queries on seven keys: a diagonal of two sequences means nothing, and LSE go by queries."""
+    model = lens.load(made("bart")).part("cross")
+    one = lens.capture(model, inputs_of("bart"), block_size=2, progress=False)
+    assert one.cross
+    assert one.queries != one.length
+    found = stability({"a": [one], "b": [one]})
+    assert found.values["a", "b", "jaccard", "sink_excluded"] == pytest.approx(1)
+    assert found.values["a", "b", "drift", "raw"] == pytest.approx(0)

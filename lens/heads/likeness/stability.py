@@ -28,11 +28,13 @@ from lens.stats.controls import jaccard_by_chance
 from lens.stats.intervals import known_mean
 from lens.stats.verdicts import by_chance, of_many_told
 from lens.traces.trace import AttentionTrace
+from lens.traces.uniform import UniformRows
 
 USABLE = 0.05
 """A cached LSE serves where 99 % of rows have `|exp(drift) - 1|` below this."""
 
 MAP_METRICS = ("jaccard", "recall", "efficiency", "js", "correlation")
+UNIFORM = "jaccard_uniform"
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -85,8 +87,9 @@ class HeadStability(Result):
         return np.all(self.values[key] < USABLE, axis=1)
 
     def findings(self, *, seed: int = 0) -> tuple[Sentence, ...]:
-        """How many heads share more of their strongest blocks than by chance, and which most ("pattern"), once for both
-        orders of two conditions; and in how many the LSE of one serves for the other ("lse")."""
+        """How many heads share more of their strongest blocks than by chance and than with uniform attention, and which
+        most ("pattern"), once for both orders of two conditions; and in how many the LSE of one serves for the other
+        ("lse")."""
         said: list[Sentence] = []
         seen: list[set[str]] = []
         table = self.table(seed=seed)
@@ -94,7 +97,7 @@ class HeadStability(Result):
             between = (table["first"] == first) & (table["second"] == second)
             if {first, second} not in seen:
                 seen.append({first, second})
-                said += self._shared(table[between.to_numpy()], first, second)
+                said += self._shared(table[between.to_numpy()], first, second, seed)
             key = (first, second, "mass_error_p99", "raw")
             if key in self.values:
                 usable, n = self.reusable(first, second), self.values[key].shape[1]
@@ -107,7 +110,18 @@ class HeadStability(Result):
                 )
         return tuple(said)
 
-    def _shared(self, table: pd.DataFrame, first: str, second: str) -> list[Sentence]:
+    def _beyond_uniform(self, first: str, second: str, variant: str, seed: int) -> str:
+        """In how many heads it is the pattern of the head that lasts, and not that of its mask."""
+        even = self.values.get((first, second, UNIFORM, variant))
+        if even is None or np.isnan(even).all():
+            return "what they share with uniform attention is not known"
+        more = self.values[first, second, "jaccard", variant] - even
+        scored = ~np.isnan(more)
+        low, _ = over_units(np.where(scored, more, 0).T, scored.T, seed)
+        heads = int(scored.any(1).sum())
+        return f"{int((low > 0).sum())} of {heads} more than with uniform attention (the median head {np.nanmedian(even):.2f})"
+
+    def _shared(self, table: pd.DataFrame, first: str, second: str, seed: int) -> list[Sentence]:
         """Jaccard indices of two conditions, of maps without the sink and the diagonal where they are."""
         rows = table[(table["metric"] == "jaccard").to_numpy()].dropna(subset="value")
         without = rows[(rows["variant"] == "sink_excluded").to_numpy()]
@@ -118,7 +132,7 @@ class HeadStability(Result):
         above = int((rows["low"] > 0).sum())
         how_many = (
             f"{above} of {len(rows)} heads share more of their strongest {self.density:.0%} of blocks than random ones do "
-            f"({by_chance(len(rows), sides=1):.1f} by chance)"
+            f"({by_chance(len(rows), sides=1):.1f} by chance), {self._beyond_uniform(first, second, rows['variant'].iloc[0], seed)}"
             if n > 1
             else f"one pair has no interval for {len(rows)} heads"
         )
@@ -153,10 +167,12 @@ def stability(
 ) -> HeadStability:
     """Compare each head across conditions; prompt number i of one with number i of the other.
 
-    With M the block masses and I the top `density` of the blocks that can be seen:
+    With M the block masses and I the top `density` of the blocks that a query of the layer sees:
 
         jaccard      (J - J0) / (1 - J0), J = |Ia & Ib| / |Ia | Ib|, J0 = d / (2 - d) what random sets
                      of density d share; 1 = the same blocks, 0 = as by chance
+        jaccard_uniform  the same of uniform attention's blocks and those of a or b, whichever is more: what a
+                     mask alone makes heads share; NaN where a trace does not know who sees whom
         recall       mass of b on the blocks of a: sum over Ia of M_b / sum of M_b
         efficiency   recall / what b's own top blocks hold; 1 = a's pattern serves b as well
         js           mean over block rows of the divergence of M, nats: a lower bound of that of the
@@ -202,25 +218,63 @@ def _compare(
     a: AttentionTrace, b: AttentionTrace, density: float
 ) -> dict[tuple[str, str], np.ndarray]:
     """(metric, variant) -> [heads]."""
-    found: dict[tuple[str, str], np.ndarray] = {}
+    parts: dict[tuple[str, str], list[float]] = {}
     masses = [trace.dataset["block_mass"].values.astype(float) for trace in (a, b)]
-    maps_a, maps_b = (mass.reshape(-1, *mass.shape[2:]) for mass in masses)
-    blocks = maps_a.shape[-1]
-    row, column = np.mgrid[:blocks, :blocks]
-    seen = column <= row if a.attrs["causal"] else np.ones((blocks, blocks), bool)
-    rest = seen & (column > 0) & (column != row)
-    for variant, allowed in (("raw", seen), ("sink_excluded", rest)):
-        if round(density * int(allowed.sum())) < 1:
-            for metric in MAP_METRICS:
-                found[metric, variant] = np.full(len(maps_a), np.nan)
-            continue
-        scores = [map_scores(x, y, allowed, density) for x, y in zip(maps_a, maps_b, strict=True)]
-        for metric in MAP_METRICS:
-            found[metric, variant] = np.array([score[metric] for score in scores])
+    for at, layer in enumerate(a.layers):
+        even, seen = _seen_blocks(a, b, layer)
+        row, column = np.indices(seen.shape)
+        rest = seen & (column > 0)
+        if not a.cross:
+            rest &= column != row
+        for variant, allowed in (("raw", seen), ("sink_excluded", rest)):
+            for x, y in zip(masses[0][at], masses[1][at], strict=True):
+                score = dict.fromkeys((*MAP_METRICS, UNIFORM), np.nan)
+                if round(density * int(allowed.sum())) >= 1:
+                    score = map_scores(x, y, allowed, density)
+                    score[UNIFORM] = max(_with_uniform(even, z, allowed, density) for z in (x, y))
+                for metric, value in score.items():
+                    parts.setdefault((metric, variant), []).append(value)
+    found = {key: np.array(values) for key, values in parts.items()}
     if "lse" in a.dataset and "lse" in b.dataset:
         for metric, values in _drift(a, b).items():
             found[metric, "raw"] = values
     return found
+
+
+def _seen_blocks(
+    a: AttentionTrace, b: AttentionTrace, layer: int
+) -> tuple[np.ndarray | None, np.ndarray]:
+    """[query_block, key_block] of uniform attention where it is known of both, and which blocks a query sees."""
+    size, causal = int(a.attrs["block_size"]), bool(a.attrs["causal"])
+    hidden = [trace.visible.sel(layer=layer).values == 0 for trace in (a, b)]
+    windows = {trace.window(layer) for trace in (a, b)}
+    known = len(windows) == 1 and not np.any(hidden)
+    known = known and all(trace.has_plain_mask(layer) for trace in (a, b))
+    even = UniformRows(
+        np.arange(a.length),
+        causal=causal,
+        window=windows.pop() if len(windows) == 1 else None,
+        prefix=0,
+        queries=a.queries if a.cross else None,
+    ).blocks(size)
+    return (even if known else None), even > 0
+
+
+def _with_uniform(
+    even: np.ndarray | None, mass: np.ndarray, allowed: np.ndarray, density: float
+) -> float:
+    """The Jaccard index above chance of a map and that of uniform attention; blocks that tie are in by their share."""
+    if even is None:
+        return float("nan")
+    x, count = even[allowed], max(1, round(density * int(allowed.sum())))
+    cut = np.sort(x)[-count]
+    tied = np.isclose(x, cut, rtol=1e-9, atol=0)
+    above = (x > cut) & ~tied
+    share = above + tied * (count - above.sum()) / tied.sum()
+    both = float(share[stats.top(mass[allowed], count)].sum())
+    by_chance = float(jaccard_by_chance(np.full(2, count / len(x)))[0, 1])
+    jaccard = both / (2 * count - both)
+    return (jaccard - by_chance) / (1 - by_chance) if by_chance < 1 else float("nan")
 
 
 def map_scores(
@@ -260,7 +314,7 @@ def _row_divergence(a: np.ndarray, b: np.ndarray) -> float:
 
 def _drift(a: AttentionTrace, b: AttentionTrace) -> dict[str, np.ndarray]:
     """LSE metrics [heads] of `b` against `a`."""
-    drift = (b.dataset["lse"].values.astype(float) - a.dataset["lse"].values).reshape(-1, a.length)
+    drift = (b.dataset["lse"].values.astype(float) - a.dataset["lse"].values).reshape(-1, a.queries)
     return {
         "drift": drift.mean(1),
         "drift_std": drift.std(1),
@@ -283,7 +337,15 @@ def _check(conditions: Mapping[str, Sequence[AttentionTrace]], density: float) -
             if "block_mass" not in trace.dataset:
                 raise LensError("a trace has no block_mass; capture it with statistics='all'")
         sizes = {
-            (trace.layers, trace.heads, trace.length, trace.attrs["block_size"]) for trace in traces
+            (
+                trace.part,
+                trace.layers,
+                trace.heads,
+                trace.queries,
+                trace.length,
+                trace.attrs["block_size"],
+            )
+            for trace in traces
         }
         if len(sizes) > 1:
             raise LensError(
