@@ -7,7 +7,7 @@ is never built.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -82,6 +82,30 @@ def read_heads(
 
     with torch.no_grad():
         return _run(model, ids, on_layer)
+
+
+def mean_outputs(
+    model: LoadedModel, parts: Iterable[tuple[Given, Tensor | None]], *, keep_positions: bool
+) -> dict[int, Tensor]:
+    """Mean z of each layer, [1, heads, queries | 1, value_dim] float64, over prompts of one length (and positions).
+
+    Args:
+        parts: what is given at a time, and which positions are a prompt's own, [rows, tokens] bool; None: all.
+        keep_positions: a mean at each position; else one over all, of pictures in windows over patches alone.
+    """
+    sums: dict[int, Tensor] = {}
+    counts: dict[int, Tensor] = {}
+    axes = (0,) if keep_positions else (0, 2)
+    for given, own in parts:
+        weights = None if own is None else own.to(model.device)[:, None, :, None].double()
+
+        def add(layer: int, output: Tensor, weights: Tensor | None = weights) -> None:
+            each = torch.ones_like(output[:, :1, :, :1]).double() if weights is None else weights
+            sums[layer] = sums.get(layer, 0) + (output.double() * each).sum(axes, keepdim=True)
+            counts[layer] = counts.get(layer, 0) + each.sum(axes, keepdim=True)
+
+        read_heads(model, given, add, padding=keep_positions)
+    return {layer: total / counts[layer].clamp(min=1) for layer, total in sums.items()}
 
 
 def without_padding(call: LayerCall, output: Tensor) -> Tensor:

@@ -168,8 +168,6 @@ class Task:
             LensError: no corrupt prompts, or prompts that the model does not take.
         """
         self.check(model)
-        if corrupt:
-            self.corrupt_or_refuse()
         found = []
         with torch.no_grad():
             for rows in self.chunks(self.rows_at_once(model)):
@@ -258,15 +256,15 @@ class Task:
             return {"pixel_values": self.clean} if continuous else self.clean
         return [*zip(self.clean.split(1) if continuous else self.clean, self.targets, strict=True)]
 
-    def refuse_lengths(self, what: str) -> None:
-        """What compares all positions of the prompts refuses those of several lengths.
+    def refuse_lengths(self, what: str, does: str = "compares prompts by their positions") -> None:
+        """Refuse prompts of several lengths, for what needs one.
 
         Raises:
             LensError: the prompts have several lengths.
         """
         if self.lengths is not None:
             raise LensError(
-                f"{what} compares the prompts position by position, and those of {self.name!r} have "
+                f"{what} {does}, and those of {self.name!r} have "
                 f"{_range(self.lengths)} tokens; give prompts of one length"
             )
 
@@ -348,6 +346,8 @@ class Task:
         if model.info.vocab is None or pictured:
             made = f"{'text without a picture' if pictured else 'tokens'}, and the task {self.name!r} is made of "
             raise LensError(f"{model.name} reads no {made}{'tokens' if pictured else 'them'}")
+        if model.info.sees_later:
+            self.refuse_lengths(model.info.class_name, "lets prompts see what fills them up")
         both = [self.clean] if self.corrupt is None else [self.clean, self.corrupt]
         for row in torch.cat(both).tolist():
             model.check_ids(row)
@@ -366,8 +366,7 @@ class Task:
         yield from torch.arange(self.n).split(size)
 
     def __repr__(self) -> str:
-        better = "more" if self.sign > 0 else "less"
-        corrupt = "with" if self.corrupt is not None else "without"
+        better, corrupt = ("less", "more")[self.sign > 0], ("with", "without")[self.corrupt is None]
         dropped = f", {len(self.dropped)} dropped" if self.dropped else ""
         length = self.length if self.lengths is None else _range(self.lengths)
         if self.targets is not None:

@@ -121,7 +121,7 @@ class UniformRows:
     def blocks(self, size: int) -> np.ndarray:
         """[query_block, key_block] `block_mass` with blocks of so many positions."""
         starts = np.arange(0, len(self._position), size)
-        rows = np.diff([*starts, len(self._position)])
+        rows = np.diff(np.append(starts, len(self._position)))
         found = []
         for start in range(0, len(self._ids), size):
             inside = np.minimum(self._high + 1, start + size) - np.maximum(self._low, start)

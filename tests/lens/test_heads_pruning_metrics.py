@@ -9,6 +9,7 @@ import lens
 from lens.common.errors import LensError
 from lens.heads import importance
 from lens.heads.pruning import metrics
+from lens.passes.head_outputs import mean_outputs, read_heads
 from lens.tasks import induction
 from tests.lens.naive import rms_ratio
 
@@ -135,6 +136,28 @@ def test_a_language_model_by_its_next_tokens():
         metrics(model, {"input_ids": task.clean}, [0] * 5)
 
 
+def test_the_mean_of_texts_that_are_filled_up_is_of_their_own_tokens(monkeypatch):
+    sizes = {"vocab_size": 64, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    config = transformers.BertConfig(**sizes, intermediate_size=8, initializer_range=0.5)
+    model = lens.load(transformers.BertForSequenceClassification(config).eval())
+    own = (torch.arange(7) < torch.tensor([[7], [4], [5]])).long()
+    texts = {"input_ids": torch.arange(21).reshape(3, 7), "attention_mask": own}
+    outputs, means = [], []
+    read_heads(model, texts, lambda _, z: outputs.append(z.double()))
+    right = outputs[0] * own[:, None, :, None]
+    right = right.sum(0) / own.sum(0)[:, None]
+
+    def kept(*given, **options):
+        means.append(mean_outputs(*given, **options))
+        return means[0]
+
+    monkeypatch.setattr("lens.heads.pruning.outputs.mean_outputs", kept)
+    metrics(model, texts, [0, 1, 0], baseline="mean")
+    np.testing.assert_allclose(means[0][0][0], right, atol=1e-6)
+    assert float((right - outputs[0].mean(0)).abs().max()) > 0.1
+
+
 def test_what_does_not_fit_is_refused():
     inputs, labels = images()
     model = lens.load(vit())
@@ -142,6 +165,9 @@ def test_what_does_not_fit_is_refused():
         metrics(model, inputs, labels, baseline="resample")
     with pytest.raises(LensError, match=r"one class for each example; got \[3\] for 11"):
         metrics(model, inputs, labels[:3])
+    for wrong in ([9] * IMAGES, [-1] * IMAGES, [0.5] * IMAGES, ["a"] * IMAGES):
+        with pytest.raises(LensError, match=r"labels must be (whole numbers of 0 to 4|one number)"):
+            metrics(model, inputs, wrong)
     with pytest.raises(LensError, match="no examples were given"):
         metrics(model, {"pixel_values": inputs["pixel_values"][:0]}, [])
     bare = lens.load(vit(transformers.ViTModel))

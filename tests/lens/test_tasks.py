@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import transformers
 
 import lens
 from lens.circuits.graph.activations import Ablation, read_activations
@@ -200,24 +201,36 @@ def test_what_fills_up_a_prompt_enters_no_number(toy, tmp_path):
         row("s2 s5 s8 s2", "s2 s9 s8 s2"),
         row("s4 s5 s1 s4", "s7 s5 s1 s4"),
     ]
-    task = from_jsonl(toy, write(tmp_path / "mine.jsonl", *rows))
+    whole = from_jsonl(toy, write(tmp_path / "mine.jsonl", *rows))
     for method, baseline in (
         ("ablation", "mean"),
         ("ablation", "pooled_mean"),
         ("ablation", "counterfactual"),
         ("attribution", "mean"),
         ("gradient", "zero"),
+        ("ablation", "optimal"),
     ):
-        expected = importance(toy, task, method=method, baseline=baseline)
+        more, task = {}, whole
+        if baseline == "optimal":
+            more, task = {"steps": 1}, whole.with_metric("loss")
+        expected = importance(toy, task, method=method, baseline=baseline, **more)
         other = task.clean.clone()
         other[1:, -1] = 41
         corrupt = task.corrupt.clone()
         corrupt[1:, -1] = 42
         found = importance(
-            toy, replace(task, clean=other, corrupt=corrupt), method=method, baseline=baseline
+            toy,
+            replace(task, clean=other, corrupt=corrupt),
+            method=method,
+            baseline=baseline,
+            **more,
         )
         np.testing.assert_allclose(found.per_prompt, expected.per_prompt, atol=1e-5)
         assert np.abs(expected.per_prompt).max() > 0.01
+    task = whole
+    by_loss = importance(toy, task.with_metric("loss"), baseline="mean").per_prompt
+    found = lens.heads.pruning.metrics(toy, task, baseline="mean").per_example["loss"]
+    np.testing.assert_allclose(found, by_loss, atol=1e-5)
     alone = from_jsonl(toy, write(tmp_path / "short.jsonl", *rows[1:]))
     pair = replace(task.take(torch.tensor([1, 2])), clean=task.clean[1:], corrupt=task.corrupt[1:])
     np.testing.assert_allclose(
@@ -225,7 +238,7 @@ def test_what_fills_up_a_prompt_enters_no_number(toy, tmp_path):
         importance(toy, alone, baseline="mean").per_prompt,
         atol=1e-5,
     )
-    refused = "compares the prompts position by position, and those of 'mine' have 5 to 6 tokens"
+    refused = "compares prompts by their positions, and those of 'mine' have 5 to 6 tokens"
     for call in (
         lambda: importance(toy, task, baseline="resample"),
         lambda: lens.heads.sublayers.block_influence(toy, task),
@@ -234,6 +247,21 @@ def test_what_fills_up_a_prompt_enters_no_number(toy, tmp_path):
     ):
         with pytest.raises(LensError, match=refused):
             call()
+
+
+def test_prompts_of_several_lengths_are_refused_by_a_model_that_would_read_what_fills_them_up():
+    sizes = {"vocab_size": 64, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    bert = lens.load(
+        transformers.BertForMaskedLM(transformers.BertConfig(**sizes, intermediate_size=8)).eval()
+    )
+    task = make(
+        positions=torch.zeros(N, 1, dtype=torch.long), correct=torch.ones(N, 1, dtype=torch.long)
+    )
+    assert task.evaluate(bert).shape == (N,)
+    with pytest.raises(
+        LensError, match="lets prompts see what fills them up, and those of 'made' have 4 to 7"
+    ):
+        importance(bert, replace(task, lengths=torch.tensor([4, 7, 5])))
 
 
 def test_the_reference_of_circuits_is_the_mean_over_own_tokens(toy, tmp_path):

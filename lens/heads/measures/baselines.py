@@ -13,7 +13,7 @@ from lens.heads.measures import optimal
 from lens.heads.measures.methods import Baseline as BaselineName
 from lens.heads.measures.scores import Intervention
 from lens.models.loaded import LoadedModel
-from lens.passes.head_outputs import Source, read_heads
+from lens.passes.head_outputs import Source, mean_outputs, read_heads
 from lens.tasks.task import Task
 
 
@@ -59,7 +59,7 @@ class Baseline:
                     "the mean over one prompt is that prompt, so nothing would change; take more "
                     "prompts, or baseline='pooled_mean', the mean over positions too"
                 )
-            self._means = _means(model, task, keep_positions=name == "mean")
+            self._means = task_means(model, task, keep_positions=name == "mean")
         elif name == "optimal":
             steps = optimal.STEPS if steps is None else steps
             check_counts(steps=steps)
@@ -103,24 +103,14 @@ class Baseline:
         return lambda _, output: torch.zeros_like(output)
 
 
-def _means(model: LoadedModel, task: Task, *, keep_positions: bool) -> dict[int, Tensor]:
-    """Mean z of each layer, [1, heads, queries | 1, value_dim], over the prompts (and positions)."""
-    sums: dict[int, Tensor] = {}
-    counts: dict[int, Tensor] = {}
-    axes = (0,) if keep_positions else (0, 2)
-    for rows in task.chunks(task.rows_at_once(model)):
-        own = None if task.lengths is None else task.own[rows].to(model.device)[:, None, :, None]
-
-        def add(layer: int, output: Tensor, own: Tensor | None = own) -> None:
-            weights = torch.ones_like(output[:, :1, :, :1]) if own is None else own
-            weights = weights.double()
-            total = (output.double() * weights).sum(axes, keepdim=True)
-            sums[layer] = sums.get(layer, 0) + total
-            counts[layer] = counts.get(layer, 0) + weights.sum(axes, keepdim=True)
-
-        # a mean over positions is one of patches, and not of what fills windows up
-        read_heads(model, task.given(model, rows), add, padding=keep_positions)
-    return {layer: total / counts[layer].clamp(min=1) for layer, total in sums.items()}
+def task_means(model: LoadedModel, task: Task, *, keep_positions: bool) -> dict[int, Tensor]:
+    """See `mean_outputs`: over the clean prompts of a task, without what fills them up."""
+    chunks = task.chunks(task.rows_at_once(model))
+    parts = (
+        (task.given(model, rows), None if task.lengths is None else task.own[rows])
+        for rows in chunks
+    )
+    return mean_outputs(model, parts, keep_positions=keep_positions)
 
 
 def other_rows(n: int, seed: int) -> Tensor:

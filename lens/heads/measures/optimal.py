@@ -52,7 +52,7 @@ def check_metric(task: Task) -> None:
         why = {
             "accuracy": "has no gradient to fit a constant by",
             "logit_difference": "has no best value: a constant could raise it without end",
-        }[task.metric]
+        }.get(task.metric, "is no loss of answers")
         raise LensError(
             f"the metric {task.metric!r} {why}; use task.with_metric('loss') for baseline='optimal'"
         )
@@ -162,21 +162,25 @@ def _source(group: Sequence[HeadId], constants: Sequence[Tensor]) -> Source:
 def _moments(
     model: LoadedModel, task: Task, rows: Tensor
 ) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
-    """Of each layer the mean z [heads, value_dim] over prompts and positions, and its RMS deviation [heads, 1]."""
+    """Of each layer the mean z [heads, value_dim] over the prompts' own positions, and its RMS deviation [heads, 1]."""
     sums: dict[int, Tensor] = {}
     squares: dict[int, Tensor] = {}
-
-    def add(layer: int, output: Tensor) -> None:
-        z = output.double()
-        sums[layer] = sums.get(layer, 0) + z.sum(0).mean(1)
-        squares[layer] = squares.get(layer, 0) + z.square().sum(0).mean(1)
-
+    counts: dict[int, Tensor] = {}
     for chunk in rows.split(task.rows_at_once(model)):
+        own = None if task.lengths is None else task.own[chunk].to(model.device)[:, None, :, None]
+
+        def add(layer: int, output: Tensor, own: Tensor | None = own) -> None:
+            z = output.double()
+            weights = (torch.ones_like(z[:, :1, :, :1]) if own is None else own).double()
+            sums[layer] = sums.get(layer, 0) + (z * weights).sum((0, 2))
+            squares[layer] = squares.get(layer, 0) + (z.square() * weights).sum((0, 2))
+            counts[layer] = counts.get(layer, 0) + weights.sum()
+
         read_heads(model, task.given(model, chunk), add, padding=False)
     means, spreads = {}, {}
     for layer, total in sums.items():
-        mean = total / len(rows)
-        variance = (squares[layer] / len(rows) - mean.square()).clamp(min=0)
+        mean = total / counts[layer]
+        variance = (squares[layer] / counts[layer] - mean.square()).clamp(min=0)
         means[layer] = mean.to(model.dtype)
         spreads[layer] = variance.mean(-1, keepdim=True).sqrt().to(model.dtype)
     return means, spreads

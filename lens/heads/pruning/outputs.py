@@ -32,9 +32,11 @@ from lens.common.errors import LensError
 from lens.common.head_ids import HeadId, head_columns
 from lens.common.progress import advancing
 from lens.common.results import Result, Sentence, ends
+from lens.heads.measures.baselines import task_means
 from lens.heads.pruning.distances import jensen_shannon
 from lens.models.loaded import LoadedModel
-from lens.passes.head_outputs import Source, edited_outputs
+from lens.passes.head_outputs import Source, edited_outputs, mean_outputs
+from lens.passes.logits import labels_of
 from lens.passes.sessions import transformer
 from lens.stats.intervals import columns, of_share
 from lens.stats.verdicts import of_many, of_many_told
@@ -208,7 +210,7 @@ def metrics(
         inputs: what the model takes, tensors [examples, ...] such as `pixel_values` or `input_ids`;
             or a task, whose answers are the labels of the next-token distributions.
         labels: [examples] classes; a task has its own.
-        baseline: "zero", or "mean", the head's mean over the examples at each position.
+        baseline: "zero", or "mean", the head's mean at each position over the examples whose own token it is.
         progress: show a bar with the time left, on stderr, if that is a terminal.
 
     Example:
@@ -220,20 +222,27 @@ def metrics(
         LensError: labels that do not fit, an unknown baseline, or a model whose outputs cannot be read.
     """
     model.info.check_all_attend("pruning.metrics")
-    capacity = min(_ROWS, inputs.rows_at_once(model)) if isinstance(inputs, Task) else _ROWS
+    check_choice("baseline", baseline, words(Baseline))
+    task = inputs if isinstance(inputs, Task) else None
+    capacity = _ROWS if task is None else min(_ROWS, task.rows_at_once(model))
     inputs, positions, correct = _examples(model, inputs, labels)
     info, n = model.info, len(correct)
     heads = info.every_head
-    sums: dict[int, Tensor] = {}
-
-    def keep(layer: int, z: Tensor) -> Tensor:
-        sums[layer] = sums.get(layer, 0) + z.double().sum(0, keepdim=True)
-        return z
+    means: dict[int, Tensor] = {}
+    if baseline == "mean" and task is not None:
+        means = task_means(model, task, keep_positions=True)
+    elif baseline == "mean":
+        chunks = torch.arange(n).split(capacity)
+        some = ({name: tensor[rows] for name, tensor in inputs.items()} for rows in chunks)
+        parts = (
+            (one, own if (own := one.get("attention_mask")) is None else own != 0) for one in some
+        )
+        means = mean_outputs(model, parts, keep_positions=True)
 
     def instead(layer: int, z: Tensor) -> Tensor:
-        return torch.zeros_like(z[:1]) if baseline == "zero" else sums[layer] / n
+        return means[layer] if means else torch.zeros_like(z[:1])
 
-    (whole,) = _outputs(model, inputs, positions, [heads], keep, capacity)
+    (whole,) = _outputs(model, inputs, positions, [heads], lambda _, z: z, capacity)
     found = {metric: np.empty((info.layers, info.heads, n)) for metric in METRICS}
     stack = max(1, capacity // n)
     with advancing(f"{model.name}: heads pruned", len(heads), progress) as advance:
@@ -269,7 +278,10 @@ def _examples(
         of_tokens = inputs.labels is None
         return {name: inputs.clean}, inputs.positions if of_tokens else None, inputs.correct
     lengths = {len(tensor) for tensor in inputs.values()}
-    correct = torch.as_tensor([] if labels is None else labels)
+    try:
+        correct = torch.as_tensor([] if labels is None else labels)
+    except (ValueError, TypeError) as error:
+        raise LensError(f"labels must be one number for each example, got {labels!r}") from error
     if len(lengths) != 1 or correct.dim() != 1 or lengths != {len(correct)}:
         raise LensError(
             f"labels must be one class for each example; got {list(correct.shape)} for "
@@ -277,6 +289,13 @@ def _examples(
         )
     if not len(correct):
         raise LensError("no examples were given; pass at least one with its label")
+    classes = labels_of(model)
+    if classes is not None and not set(correct.tolist()) <= set(range(classes)):
+        raise LensError(
+            f"labels must be whole numbers of 0 to {classes - 1}, the classes of {model.info.class_name}; got "
+            f"{sorted(set(correct.tolist()) - set(range(classes)))}"
+        )
+    correct = correct.long()
     return inputs, None, correct[:, None]
 
 
