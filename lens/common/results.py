@@ -70,6 +70,16 @@ def with_ends(row: Any, name: str, form: str = ".3g", *, plain: bool = False) ->
     return f"{row[name]:{form}}{ends(row[f'{start}low'], row[f'{start}high'], form)}"
 
 
+def counted(count: int, one: str) -> str:
+    """ "1 prompt", "2 prompts": a number with its noun, whose plural takes an s.
+
+    Example:
+        >>> counted(1, "random order"), counted(0, "head")
+        ('1 random order', '0 heads')
+    """
+    return f"{count} {one}{'s' * (count != 1)}"
+
+
 def few(names: Sequence[object], most: int = 6, joint: str = ", ") -> str:
     """The first names and how many more there are: `L0H1, L0H2 and 3 more`."""
     more = f" and {len(names) - most} more" if len(names) > most else ""

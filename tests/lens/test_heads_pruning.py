@@ -103,14 +103,14 @@ def test_twelve_of_eighteen_heads_can_go_by_the_best_order():
     verdict = of_kind(found.findings(), "prunable")[0]
     assert verdict.startswith(
         "12 of 18 heads can go, least by ablation (mean) on language modelling first (the best of 3 orders "
-        "tried), before the loss on held-out prompts of language modelling is more than 5% worse: "
+        "tried), before the loss on these prompts of language modelling is more than 5% worse: "
     )
     assert of_kind(found.findings(), "order") == (
         "Going least by size of attribution (mean) on language modelling first, 10 of 18 can.",
-        "Going as given first, 0 of 18 can.",
+        "Going as given, 0 of 18 can.",
     )
     (worse,) = of_kind(found.findings(), "worse_than_random")
-    assert worse.startswith("Going as given first is worse than at random: it costs 2.8")
+    assert worse.startswith("Going as given is worse than at random: it costs 2.8")
 
 
 def test_the_random_orders_of_one_curve_stand_beside_all(small):
@@ -133,21 +133,22 @@ def test_an_order_is_worse_than_random_by_its_mean_cost():
     dear = curve_of([1.0, 1.6, 1.3, 2.0], random=[[1, 1.2, 1.2, 2], [1, 1.3, 1.5, 2]])
     both = PruningOrders((dear, cheap), 0.05)
     assert both.best is cheap
-    kinds = ["prunable", "order", "worse_than_random"]
+    kinds = ["prunable", "order", "limit", "worse_than_random"]
     assert [one.kind for one in both.findings()] == [*kinds, "limit"]
     own = f"The mean over {dear.n} prompts that stands in for a head is to 1/{dear.n} the prompt's own output"
     assert both.findings()[-1].startswith(own)
     pooled = [replace(one, intervention=Intervention("pooled_mean")) for one in (dear, cheap)]
     assert [one.kind for one in PruningOrders(tuple(pooled), 0.05).findings()] == kinds
     assert (
-        "it costs 0.45 on the mean over all steps, 2 random orders 0.3 [0.2, 0.4]"
-        in both.findings()[2]
+        "it costs 0.45 on the mean over all steps, 2 random orders 0.3 (0.2 to 0.4)"
+        in both.findings()[3]
     )
     alone = PruningOrders((pooled[1],), 0.05).findings()
     assert [str(one) for one in alone] == [
-        "1 of 3 heads can go, as given first (as asked), before the loss on held-out prompts of toy is more "
-        "than 5% worse: it is then worse by 0.020 (+2.0%), and by 0.250 [0.200, 0.300] without as many in "
-        "random orders."
+        "1 of 3 heads can go, as given (as asked), before the loss on these prompts of toy is more "
+        "than 5% worse: it is then worse by 0.020 (+2.0%), and by 0.250 (0.200 to 0.300) without as many in "
+        "2 random orders.",
+        "Of one prompt there is no interval, so that how many can go is not told for sure.",
     ]
 
 
@@ -220,7 +221,8 @@ def test_what_is_no_order_is_refused(small):
         ({"order": scores}, "the scores are of text-lm-3l"),
         ({"order": []}, "the order names no heads"),
         ({"order": ["L0H1", (0, 1)]}, "L0H1 is named twice"),
-        ({"order": pd.DataFrame({"name": ["L0H1"]})}, "columns 'name' and 'value', got name"),
+        ({"order": pd.DataFrame({"name": ["L0H1"]})}, "columns name, value and nearest; got name"),
+        ({"order": pd.DataFrame({"name": ["L0H1"], "value": [1.0]})}, "nearest; got name, value"),
         ({"order": ["L0H1"], "steps": 0}, "steps must be a positive integer"),
         ({"order": ["L0H1"], "draws": -1}, "draws must be an integer of at least 0"),
         ({"order": ["L7H1"]}, "there is no L7H1"),

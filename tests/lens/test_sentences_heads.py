@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from lens.common.errors import LensError
 from lens.common.head_ids import HeadId
 from lens.heads.behaviour.roles import HeadRoles
 from lens.heads.behaviour.streaming import StreamingScores
@@ -132,11 +133,14 @@ def curve(draws):
 
 
 def test_a_curve_says_what_half_of_its_heads_cost_beside_random_orders():
-    told = "The first 1 of 2 heads by attribution cost 0.2 [0.1, 0.3] of loss on text (n = 2)"
+    told = "The first 1 of 2 heads, attribution first, cost 0.2 [0.1, 0.3] of loss on text (n = 2)"
     assert list(curve(2).findings()) == [
         f"{told}; as many in 2 random orders 0.5 on the mean (0.4 to 0.6)."
     ]
     assert list(curve(0).findings()) == [f"{told}."]
+    assert "as many in 1 random order 0.4 on" in str(curve(1).findings()[0])
+    with pytest.raises(LensError, match="cost must be a number, in units of the metric, got 'x'"):
+        curve(1).prunable("x")
 
 
 @pytest.mark.parametrize("floor", [None, np.full((3, 3), 0.25)])

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from lens.common.choices import Seed, check_counts
+from lens.common.choices import Seed, check_counts, is_number
 from lens.common.errors import LensError
 from lens.common.head_ids import AnyHead, HeadId
-from lens.common.results import Result, Sentence, with_ends
+from lens.common.results import Result, Sentence, counted, with_ends
 from lens.heads.measures.scores import HeadScores, Intervention
 from lens.heads.pruning.groups import ablate_each
 from lens.stats.intervals import columns
@@ -24,6 +24,9 @@ from lens.stats.intervals import columns
 if TYPE_CHECKING:
     from lens.models.loaded import LoadedModel
     from lens.tasks.task import Task
+
+
+AS_GIVEN = "as given"
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -58,6 +61,11 @@ class PruningCurve(Result):
         return self.per_prompt.shape[1]
 
     @property
+    def going(self) -> str:
+        """The order in words, such as "most redundant first"."""
+        return self.ranking if self.ranking == AS_GIVEN else f"{self.ranking} first"
+
+    @property
     def values(self) -> np.ndarray:
         """[step] mean of the metric over the prompts."""
         return self.per_prompt.mean(1)
@@ -72,7 +80,12 @@ class PruningCurve(Result):
 
         Args:
             cost: in units of the metric.
+
+        Raises:
+            LensError: no number.
         """
+        if not is_number(cost):
+            raise LensError(f"cost must be a number, in units of the metric, got {cost!r}")
         over = np.flatnonzero(self.cost.mean(1) > cost)
         last = len(self.removed) - 1 if not len(over) else over[0] - 1
         return self.order[: int(self.removed[last])] if last >= 0 else ()
@@ -109,10 +122,10 @@ class PruningCurve(Result):
         table = self.table(seed=seed)
         half = table.iloc[len(table) // 2]
         draws = len(self.random)
-        random = f"; as many in {draws} random orders {half['random_cost']:.3g} on the mean ({half['random_low']:.3g} to {half['random_high']:.3g})"
+        random = f"; as many in {counted(draws, 'random order')} {half['random_cost']:.3g} on the mean ({half['random_low']:.3g} to {half['random_high']:.3g})"
         return (
             Sentence(
-                f"The first {half['removed']} of {len(self.order)} heads by {self.ranking} cost "
+                f"The first {half['removed']} of {len(self.order)} heads, {self.going}, cost "
                 f"{with_ends(half, 'cost', plain=True)} of {self.metric} on {self.task} (n = {self.n}){random * bool(draws)}.",
                 kind="cost",
             ),
@@ -215,14 +228,15 @@ def _order(
         heads = sorted(info.every_head, key=lambda head: values[head])
         return heads, f"least by {label} on {order.task}"
     if isinstance(order, pd.DataFrame):
-        if not {"name", "value"} <= set(order):
+        if not {"name", "value", "nearest"} <= set(order):
             raise LensError(
-                f"a table must have the columns 'name' and 'value', got {', '.join(map(str, order))}"
+                "a table is an order where it is that of HeadSimilarity.redundancy(), with the columns name, value and "
+                f"nearest; got {', '.join(map(str, order))}. Give scores themselves, or heads in the order in which they go"
             )
         ranked = order.sort_values("value", ascending=False, kind="stable", na_position="last")
         names, ranking = ranked["name"].tolist(), "most redundant"
     else:
-        names, ranking = list(order), "as given"
+        names, ranking = list(order), AS_GIVEN
     heads = [info.head(head) for head in names]
     if not heads:
         raise LensError("the order names no heads; give at least one")

@@ -16,7 +16,7 @@ import pandas as pd
 from lens.common.choices import Seed, is_number
 from lens.common.errors import LensError
 from lens.common.head_ids import AnyHead
-from lens.common.results import Result, Sentence, ends
+from lens.common.results import Result, Sentence, counted, ends
 from lens.heads.measures.scores import HeadScores
 from lens.heads.pruning.curves import PruningCurve, curve
 
@@ -67,8 +67,8 @@ class PruningOrders(Result):
         )
         said = [
             Sentence(
-                f"{spared} of {total} heads can go, {best.ranking} first ({tried}), before the "
-                f"{best.metric} on held-out prompts of {best.task} is more than {self.bearable:.0%} "
+                f"{spared} of {total} heads can go, {best.going} ({tried}), before the "
+                f"{best.metric} on these prompts of {best.task} is more than {self.bearable:.0%} "
                 f"worse{_cost(best, spared)}.",
                 kind="prunable",
             )
@@ -76,10 +76,15 @@ class PruningOrders(Result):
         for one in self.curves:
             if one is not best:
                 count = len(one.prunable(self.limit))
-                text = f"Going {one.ranking} first, {count} of {total} can."
+                text = f"Going {one.going}, {count} of {total} can."
                 said.append(Sentence(text, kind="order"))
         table = best.table()
         step = table[table["removed"] == spared].iloc[0]
+        if best.n == 1:
+            text = (
+                "Of one prompt there is no interval, so that how many can go is not told for sure."
+            )
+            said.append(Sentence(text, kind="limit"))
         if spared and step["high"] > self.limit:
             text = (
                 f"How many can go is not told for sure: of {spared} the interval reaches to {step['high']:.3f}, "
@@ -90,9 +95,9 @@ class PruningOrders(Result):
             random, own = _areas(one), float(one.cost[1:-1].mean()) if len(one.cost) > 2 else np.nan
             if len(random) and own > random.max():
                 text = (
-                    f"Going {one.ranking} first is worse than at random: it costs {own:.3g} on the mean "
+                    f"Going {one.going} is worse than at random: it costs {own:.3g} on the mean "
                     f"over all steps, {len(random)} random orders {random.mean():.3g} "
-                    f"[{random.min():.3g}, {random.max():.3g}]."
+                    f"({random.min():.3g} to {random.max():.3g})."
                 )
                 said.append(Sentence(text, kind="worse_than_random"))
         if text := best.intervention.own_share(best.n):
@@ -167,8 +172,8 @@ def _cost(one: PruningCurve, removed: int) -> str:
     random = (
         ""
         if np.isnan(last["random_cost"])
-        else f", and by {last['random_cost']:.3f}{ends(last['random_low'], last['random_high'], '.3f')} "
-        "without as many in random orders"
+        else f", and by {last['random_cost']:.3f} ({last['random_low']:.3f} to {last['random_high']:.3f}) "
+        f"without as many in {counted(len(one.random), 'random order')}"
     )
     whole = abs(float(one.values[0]))
     share = f" ({last['cost'] / whole:+.1%})" if whole else ""
