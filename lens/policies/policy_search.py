@@ -15,7 +15,7 @@ from lens.common.results import Result, Sentence, with_ends
 from lens.policies.a_shape import AShape
 from lens.policies.per_head import PerHead
 from lens.policies.scores import PolicyScores
-from lens.stats import draws, interval
+from lens.stats import over_units
 from lens.stats.prediction import prediction
 from lens.stats.verdicts import verdict
 
@@ -77,7 +77,7 @@ class PolicySearch(Result):
         for kind, tolerance in dict.fromkeys(one[:2] for one in self.curve_points):
             by_prompt = self._by_prompt(kind, tolerance)
             changes = np.concatenate(by_prompt)
-            low, high = interval(_means(by_prompt, self.seed))
+            low, high = _of_blocks(by_prompt, self.seed)
             rows.append(
                 {
                     "kind": kind,
@@ -228,10 +228,9 @@ class PolicySearch(Result):
         )
 
 
-def _means(by_prompt: list[np.ndarray], seed: int) -> np.ndarray:
-    """[draws]: mean of all values, contiguous blocks of about sqrt(n) of one prompt drawn again (Künsch 1989)."""
+def _of_blocks(by_prompt: list[np.ndarray], seed: int) -> tuple[Any, Any]:
+    """Interval of the mean of all values, contiguous blocks of about sqrt(n) of one prompt drawn again (Künsch 1989)."""
     step = max(1, int(np.sqrt(sum(map(len, by_prompt)))))
     blocks = [one[at : at + step] for one in by_prompt for at in range(0, len(one), step)]
     sums, counts = (np.array(list(map(of, blocks))) for of in (np.sum, len))
-    drawn = draws(len(blocks), seed)
-    return drawn @ sums / (drawn @ counts)
+    return over_units(sums, counts, seed)

@@ -90,6 +90,7 @@ class LogitTerms(Result):
                 float(low[layer, head]),
                 float(high[layer, head]),
                 low.size,
+                more.shape[-1],
             )
         )
         without = [mean_told(one, self.seed, ".0%") for one in self.change[layer, head]]

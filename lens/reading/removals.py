@@ -73,7 +73,9 @@ class Removals(Result):
         """The part without which the attention falls most ("part"), and how far predictions are off ("agreement")."""
         table = self.table()
         least = table.iloc[int(np.argmin(table["measured"]))]
-        told = of_many_told(least, "measured", ".1%", len(table), least=0, most=1)
+        told = of_many_told(
+            least, "measured", ".1%", len(table), self.measured.shape[-1], least=0, most=1
+        )
         others = table.drop(index=least.name)["measured"]
         beside = (
             f"; without one of the others {others.median():.1%} (median)" if len(others) else ""

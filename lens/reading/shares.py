@@ -10,7 +10,7 @@ import pandas as pd
 
 from lens.common.head_ids import HeadId
 from lens.common.results import Result, Sentence, ends
-from lens.stats.intervals import columns, draws, interval, over_units
+from lens.stats.intervals import around, columns, draws, over_units
 from lens.stats.verdicts import of_many_told
 
 if TYPE_CHECKING:
@@ -89,8 +89,11 @@ class ComponentShares(Result):
         if prompts < 2:
             return ["", ""]
         drawn = draws(prompts, self.seed)
-        found = (interval(_participation(drawn @ one.T)) for one in (self.logits, self.energy))
-        return [ends(*one, ".1f") for one in found]
+        maps = zip(self.participation, (self.logits, self.energy), strict=True)
+        return [
+            ends(*around(of, _participation(drawn @ one.T), prompts, least=1, most=len(one)), ".1f")
+            for of, one in maps
+        ]
 
     def findings(self) -> tuple[Sentence, ...]:
         """How many components carry each map ("participation"), and the first of them ("component")."""
@@ -110,7 +113,9 @@ class ComponentShares(Result):
             least, most = (
                 (-np.inf, np.inf) if name == MAPS[0] else (0, 1)
             )  # parts of a logit have a sign
-            held = of_many_told(best, "share", ".0%", len(rows), least=least, most=most)
+            held = of_many_told(
+                best, "share", ".0%", len(rows), self.logits.shape[1], least=least, most=most
+            )
             said.append(
                 Sentence(
                     f"{name}: component {best['component']} (singular value {best['singular_value']:.3g}) carries "

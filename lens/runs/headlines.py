@@ -52,6 +52,7 @@ class Headline:
         unit: of value and baseline, "" for a share or a score.
         figure: of the section that shows it, "" for none.
         many: how many values it was chosen of, as the highest head of 24; 1: none.
+        units: such as prompts, that the interval is of; 0: not known.
 
     Example:
         >>> from lens.runs.headlines import Headline
@@ -70,6 +71,7 @@ class Headline:
     unit: str = ""
     figure: str = ""
     many: int = 1
+    units: int = 0
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.value) and math.isfinite(self.baseline)):
@@ -90,7 +92,7 @@ class Headline:
         """How many times the baseline's scale the value lies beyond it, as this module defines it."""
         low, high = self.value, self.value
         if self.is_sure:
-            low, high = of_many(self.value, self.low, self.high, self.many)
+            low, high = of_many(self.value, self.low, self.high, self.many, self.units)
         gap = max(low - self.baseline, self.baseline - high, 0.0)
         scale = self.spread if math.isfinite(self.spread) else abs(self.baseline)
         if math.isnan(self.spread) and not self.unit and 0 <= self.baseline <= 1:
@@ -123,15 +125,16 @@ class Headline:
 
 
 def highest(
-    values: Iterable[float], lows: Iterable[float], highs: Iterable[float]
+    values: Iterable[float], lows: Iterable[float], highs: Iterable[float], units: int = 0
 ) -> tuple[int, dict[str, Any]]:
     """The largest of many like values, beside the others: their median and how far they scatter.
 
     Args:
         values, lows, highs: of each, such as one a head; NaN where there is none.
+        units: such as prompts, that the intervals are of; 0: not known.
 
     Returns:
-        Its number, and the fields of a `Headline` from value to spread, and many. A median that single precision cannot tell
+        Its number, and the fields of a `Headline` from value to spread, many and units. A median that single precision cannot tell
         from nothing beside the largest is 0. The spread is 1.4826 times the median absolute deviation of the
         others, and where these are all alike half of the interval.
 
@@ -156,6 +159,7 @@ def highest(
         "baseline": median,
         "spread": scatter or (high - low) / 2,
         "many": len(others) + 1,
+        "units": units,
     }
 
 
@@ -196,7 +200,8 @@ def is_above_nothing(found: Mapping[str, Any], whole: float = 0.0) -> bool:
     """
     low = found["value"]
     if not math.isnan(found["low"]):
-        low, _ = of_many(low, found["low"], low, int(found.get("many", 1)))
+        many, units = (int(found.get(name, 1 - at)) for at, name in enumerate(("many", "units")))
+        low, _ = of_many(low, found["low"], low, many, units)
     return low > 0 and found["value"] > _ROUNDING * abs(whole)
 
 

@@ -162,7 +162,9 @@ def _checked(run: Run, name: str, values: ArrayLike, definition: str, layers: in
 def _told(table: pd.DataFrame, name: str, unit: str) -> tuple[Headline, ...]:
     """The highest head beside the median one, its interval that of the highest of all; nothing where it is as high."""
     try:
-        best, fields = highest(table[name], table[f"{name}_low"], table[f"{name}_high"])
+        best, fields = highest(
+            table[name], table[f"{name}_low"], table[f"{name}_high"], int(table["n"].iloc[0])
+        )
     except LensError:  # one head alone
         return ()
     if not fields["value"] > fields["baseline"]:

@@ -198,6 +198,7 @@ class _HeadlineEntry(_Open):
     unit: _Line = ""
     figure: str = ""
     many: Annotated[int, Field(ge=1, le=2**53)] = 1
+    units: Annotated[int, Field(ge=0, le=2**53)] = 0
 
     @model_validator(mode="after")
     def _fit(self) -> _HeadlineEntry:

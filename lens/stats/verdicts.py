@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
 from math import inf
-from statistics import NormalDist
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -48,28 +48,46 @@ def leave_out_0(low: Any, high: Any) -> Any:
 
 
 def of_many(
-    value: float, low: float, high: float, many: int, *, least: float = -inf, most: float = inf
+    value: float,
+    low: float,
+    high: float,
+    many: int,
+    units: int,
+    *,
+    least: float = -inf,
+    most: float = inf,
 ) -> tuple[float, float]:
     """The interval of the highest or lowest of many values, wide enough that it holds what there is by chance.
 
     One of 24 intervals of 95 % lies beside the truth more often than not, and the highest value is the likeliest one.
-    Both arms are as much longer as those of a normal interval at a level of 1 - 0.05 / many (Bonferroni).
+    Both arms are as much longer as those of Student's t at a level of 1 - 0.05 / many (Bonferroni).
 
     Args:
         value, low, high: as if it had not been chosen; many: that it was chosen of.
+        units: such as prompts, that the interval is of; 0: not known, as if they were many.
         least, most: that a value can be, such as 0 and 1 of a share; the ends lie between.
 
     Example:
         >>> from lens.stats.verdicts import of_many
-        >>> [round(end, 2) for end in of_many(1.0, 0.0, 2.0, 24)]
+        >>> [round(end, 2) for end in of_many(1.0, 0.0, 2.0, 24, units=1000)]
         [-0.57, 2.57]
     """
     check_counts(many=many)
-    miss = (1 - LEVEL) / 2
-    longer = NormalDist().inv_cdf(1 - miss / many) / NormalDist().inv_cdf(1 - miss)
-    found = value - longer * (value - low), value + longer * (high - value)
+    check_counts(0, units=units)
+    times = _times(many, units)
+    found = value - times * (value - low), value + times * (high - value)
     low, high = np.clip(found, least, most).tolist()
     return low, high
+
+
+@cache
+def _times(many: int, units: int) -> float:
+    """How many times as long the arms of the highest of many are as those of one that was not chosen."""
+    from scipy.special import stdtrit
+
+    free = max(units - 1, 1) if units else inf
+    miss = (1 - LEVEL) / 2
+    return float(stdtrit(free, 1 - miss / many) / stdtrit(free, 1 - miss))
 
 
 def of_many_told(
@@ -77,6 +95,7 @@ def of_many_told(
     name: str,
     form: str,
     many: int,
+    units: int,
     *,
     plain: bool = False,
     unit: str = "",
@@ -86,11 +105,12 @@ def of_many_told(
     """The highest or lowest of many in words, its interval that of `of_many`; `row` and `plain` as of `with_ends`."""
     start = "" if plain else f"{name}_"
     held = row[f"{start}low"], row[f"{start}high"]
-    return f"{row[name]:{form}}{unit}{ends(*of_many(row[name], *held, many, least=least, most=most), form)}"
+    return f"{row[name]:{form}}{unit}{ends(*of_many(row[name], *held, many, units, least=least, most=most), form)}"
 
 
 def rivals(values: Float[np.ndarray, "members units"], best: int, seed: Seed) -> list[int]:
-    """The members that are not told apart from the highest one, by the interval of their paired difference; highest first.
+    """The members that are not told apart from the highest one, by the interval of their paired difference, as of one of as
+    many (`of_many`): the highest of noise is no better than the others; highest first.
 
     Args:
         values: of each member (such as a head) in each unit (such as a prompt); where the lowest is meant, their negatives.
@@ -108,7 +128,9 @@ def rivals(values: Float[np.ndarray, "members units"], best: int, seed: Seed) ->
     if values.shape[1] < 2:
         return []
     apart = (values[best] - values).T
-    low, _ = over_units(apart, np.ones_like(apart), seed)
+    plain, _ = over_units(apart, np.ones_like(apart), seed)
+    mean = apart.mean(0)
+    low = mean - _times(max(len(values) - 1, 1), len(apart)) * (mean - plain)
     order = np.argsort(-values.mean(1), kind="stable")
     return [int(one) for one in order if one != best and not low[one] > 0]
 

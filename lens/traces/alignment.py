@@ -132,7 +132,7 @@ class Alignment(Result):
                 told = f"{first['name']} goes on most as the target does, of one prompt without an interval"
             elif (
                 tau <= self.random_order
-                or verdict(*of_many(tau, low, high, len(ordered))) != "above"
+                or verdict(*of_many(tau, low, high, len(ordered), int(first["prompts"]))) != "above"
             ):
                 told = f"No head is told to go on as the target does, {first['name']} most"
             shown = "" if np.isnan(low) else f" [{low:.2f}, {high:.2f}]"

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from lens import stats
 from lens.common.choices import Count, Seed, check_mapping
 from lens.common.errors import LensError
 from lens.common.head_ids import HeadId
 from lens.common.results import Result, Sentence, with_ends
+from lens.stats.intervals import around
 from lens.traces.profiles import prompt_table
 from lens.traces.trace import AttentionTrace
 
@@ -56,14 +56,15 @@ class VarianceShares(Result):
 
     def table(self) -> pd.DataFrame:
         """One row per source: `source`, `share`, `low`, `high` (95 % bootstrap over prompts), `n`."""
-        low, high = stats.interval(self.drawn)
+        shares, n = list(self.shares.values()), self.values.shape[1]
+        low, high = around(shares, self.drawn, n, least=0, most=1)
         return pd.DataFrame(
             {
                 "source": list(SOURCES),
-                "share": list(self.shares.values()),
+                "share": shares,
                 "low": low,
                 "high": high,
-                "n": self.values.shape[1],
+                "n": n,
             }
         )
 

@@ -221,7 +221,7 @@ class Shapes(Result):
             above = int((self.low[..., number] > fair[:, None] + SMALLEST).sum())
             best = int(np.nanargmax(share))
             low, high = (one[..., number].ravel()[best] for one in (self.low, self.high))
-            low, high = of_many(share[best], low, high, share.size, least=0, most=1)
+            low, high = of_many(share[best], low, high, share.size, 0, least=0, most=1)
             found.append(
                 Sentence(
                     f"{shape.replace('_', '-')}: {above} of {share.size} heads above uniform attention ({in_words(fair, '.1%')}); "

@@ -192,7 +192,9 @@ def test_a_super_neuron_is_found_and_shares_are_those_of_its_weights():
     assert origin["channels"][1] == pytest.approx(1)
     assert origin["channels"][0] > 5
     row = origin.iloc[1]
-    held = of_many(row["neuron_share"], row["neuron_share_low"], row["neuron_share_high"], 3)
+    held = of_many(
+        row["neuron_share"], row["neuron_share_low"], row["neuron_share_high"], 3, int(row["n"])
+    )
     assert f"makes {row['neuron_share']:.0%}{ends(*held, '.0%')} of what" in " ".join(
         of_kind(result.findings(), "origin")
     )

@@ -83,6 +83,7 @@ def _headlines(heads: pd.DataFrame) -> Iterator[Headline]:
             against="random weights",
             figure=str(by),
             many=len(rows),
+            units=int(top.get("n", 0)),
         )
 
 

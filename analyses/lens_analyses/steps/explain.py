@@ -204,7 +204,7 @@ def _without(found: dict[HeadId, Removals]) -> Iterator[Headline]:
         row: dict[Any, Any] = table.iloc[least].to_dict()
         change = columns("change", one.measured[[least]] - one.clean, one.seed).values()
         mean, low, high = (float(column[0]) for column in change)
-        if verdict(*of_many(mean, low, high, len(table))) != "below":
+        if verdict(*of_many(mean, low, high, len(table), one.measured.shape[-1])) != "below":
             continue
         ways = columns("measured", one.clean[None], one.seed)
         clean = {name: float(column[0]) for name, column in ways.items()}

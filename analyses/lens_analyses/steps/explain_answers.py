@@ -182,6 +182,7 @@ def _replaceable(table: pd.DataFrame) -> Iterator[Headline]:
             "a row that nothing else can stand for",
             figure="adversary",
             many=len(table),
+            units=int(row.get("n", 0)),
         )
 
 

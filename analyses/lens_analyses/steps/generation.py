@@ -116,6 +116,7 @@ def _headlines(heads: pd.DataFrame) -> Iterator[Headline]:
             against="uniform attention",
             figure="heads",
             many=len(scored),
+            units=int(one.get("n", 0)),
         )
 
 

@@ -48,6 +48,7 @@ def of_roles(table: pd.DataFrame, random: Mapping[str, float], figure: str) -> I
             against,
             figure=figure,
             many=len(scored),
+            units=int(top.get("n", 0)),
         )
 
 
@@ -361,6 +362,7 @@ def beside(
         unit=unit,
         figure=figure,
         many=many,
+        units=int(one.get("n", 0)),
     )
 
 
@@ -378,7 +380,8 @@ def _rows(table: pd.DataFrame, column: str) -> dict[Any, _Row]:
 def _highest_row(table: pd.DataFrame, column: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """The row with most of a column, and the fields of a headline."""
     low, high = _names_of_ends(table, column)
-    best, found = highest(table[column], table[low], table[high])
+    units = int(table["n"].iloc[0]) if "n" in table else 0
+    best, found = highest(table[column], table[low], table[high], units)
     return dict(zip(map(str, table.columns), table.iloc[best], strict=True)), found
 
 

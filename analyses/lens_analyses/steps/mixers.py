@@ -216,6 +216,7 @@ def _headlines(heads: pd.DataFrame, uniform: float) -> Iterator[Headline]:
             unit="tokens",
             figure="heads",
             many=len(rows),
+            units=int(row.get("n", 0)),
         )
 
 

@@ -151,7 +151,9 @@ def _strongest(name: str, found: PatchEffects) -> Headline | None:
     largest = max(np.abs(found.base).max(), np.abs(found.source).max())
     if not whole or len(table) < 2 or (sign * table["change"]).max() <= ROUNDING * largest:
         return None
-    best, fields = highest(*(sign * table[end] for end in ("change", low, high)))
+    best, fields = highest(
+        *(sign * table[end] for end in ("change", low, high)), units=len(found.base)
+    )
     row = {str(column): value for column, value in table.iloc[best].items()}
     place = "" if row["position"] == "all" else f" at token {row['position']}"
     return Headline(

@@ -89,7 +89,8 @@ class Completeness(Result):
         table = self.table()
         row = table.iloc[self.worst]
         many = 1 + self.tried + self.kind.count("random")
-        interval = ends(*of_many(row["gap"], row["low"], row["high"], many), "+z.3g")
+        found = of_many(row["gap"], row["low"], row["high"], many, self.model.shape[1])
+        interval = ends(*found, "+z.3g")
         others = table.drop(index=self.worst)  # it may be a random one itself
         alike = others.query("kind == 'random' and size == @row['size']")["gap"].abs()
         beside = (

@@ -25,6 +25,7 @@ from lens.common.given import given_as
 from lens.common.progress import advancing
 from lens.common.results import Result, Sentence, ends
 from lens.models.loaded import LoadedModel
+from lens.stats.intervals import around
 from lens.tasks.task import Task
 
 SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
@@ -66,14 +67,14 @@ class Outcome:
         return ratio(self.metric.mean(1) - self.empty.mean(), self.full.mean() - self.empty.mean())
 
     def interval(self, seed: int) -> tuple[np.ndarray, np.ndarray]:
-        """95 % percentile bootstrap interval of `faithfulness` over prompts: low and high, [circuits].
+        """95 % interval of `faithfulness` from prompts drawn again: low and high, [circuits].
 
         NaN for a single prompt. The denominator is drawn along with the numerator, so the interval is
         wide where prompts disagree on what ablation does. `lens.stats.over_units` takes no negative counts.
         """
         if len(self.full) < 2:
             return np.full(len(self.metric), np.nan), np.full(len(self.metric), np.nan)
-        return stats.interval(self.drawn(seed))
+        return around(self.faithfulness(), self.drawn(seed), len(self.full))
 
     def drawn(self, seed: int) -> np.ndarray:
         """[draws, circuits], `faithfulness` on prompts drawn again."""
@@ -168,7 +169,8 @@ class CircuitEvaluation(Result):
         several = prompts > 1
         own_cpr, own_cmd = (
             f"{value:.2f}"
-            + ends(*stats.interval(area(self.shares, outcome.drawn(self.seed))), ".2f") * several
+            + ends(*around(value, area(self.shares, outcome.drawn(self.seed)), prompts), ".2f")
+            * several
             for value, area, outcome in (
                 (self.cpr, cpr, self.signed),
                 (self.cmd, cmd, self.absolute),

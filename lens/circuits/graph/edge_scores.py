@@ -177,7 +177,7 @@ class EdgeScores(Result):
         form, least = ("+z.3g", -np.inf) if signed else (".3g", 0)
         best = "; ".join(
             f"{row['edge'].replace('->', ' to ')} "
-            + of_many_told(row, "value", form, known, plain=True, least=least)
+            + of_many_told(row, "value", form, known, self.n, plain=True, least=least)
             for row in rows.loc[order[:_NAMED]].to_dict("records")
         )
         unit = _UNITS.get(self.method, _IMPORTED if self.method == "imported" else _SIGNED)

@@ -115,13 +115,13 @@ class PatchEffects(Result):
         away = bool(best["effect"] < 0)
         text = (
             f"Of {len(rows)} places {_place(best)} moves most{', away from the other run' * away}: "
-            f"{_change(best, len(rows))} of the {self.whole:+.3g} {self.metric} between both runs, "
+            f"{_change(best, len(rows), len(self.base))} of the {self.whole:+.3g} {self.metric} between both runs, "
             f"the median place {rows['change'].median():+z.3g}"
         )
         most = int(np.argmax(rows["effect"]))
         towards = rows.iloc[most]
         if away and towards["effect"] > 0 and moved.iloc[most]:
-            text += f"; towards it {_place(towards)} most, {_change(towards, len(rows))}"
+            text += f"; towards it {_place(towards)} most, {_change(towards, len(rows), len(self.base))}"
         many = f"{clear} of {len(rows)} places {clear_told(len(rows))}."
         said = Sentence(f"{text}.", kind="most")
         return (said, Sentence(many, kind="chance")) if len(self.base) > 1 else (said,)
@@ -139,9 +139,10 @@ class PatchEffects(Result):
         )
 
 
-def _change(row: pd.Series, many: int) -> str:
+def _change(row: pd.Series, many: int, prompts: int) -> str:
     """With its interval as of the largest of so many."""
-    return f"{row['change']:+z.3g}{ends(*of_many(row['change'], row['low'], row['high'], many), '+z.3g')}"
+    found = of_many(row["change"], row["low"], row["high"], many, prompts)
+    return f"{row['change']:+z.3g}{ends(*found, '+z.3g')}"
 
 
 def _place(row: pd.Series) -> str:

@@ -92,7 +92,7 @@ class FlowRoutes(Result):
             text = f"No head is on the routes to the answers of {self.task} ({prompts}, {edges})."
             return (Sentence(text, kind="routes"),)
         best = [
-            f"{row['name']} {of_many_told(row, 'value', '.2g', len(table), plain=True, least=0)}"
+            f"{row['name']} {of_many_told(row, 'value', '.2g', len(table), self.n, plain=True, least=0)}"
             + f" in {row['used']:.0%} of the prompts" * several
             for row in used.head(3).to_dict("records")
         ]

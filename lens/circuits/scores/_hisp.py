@@ -123,7 +123,7 @@ class GateScores(Result):
         """The gates on which most hangs, beside the median one ("largest")."""
         table, many = self.table(), len(self.nodes)
         best = ", ".join(
-            f"{row['node']} {of_many_told(row, 'value', '.3g', many, plain=True, least=0)}"
+            f"{row['node']} {of_many_told(row, 'value', '.3g', many, self.n, plain=True, least=0)}"
             for row in table.head(3).to_dict("records")
         )
         several = self.n > 1

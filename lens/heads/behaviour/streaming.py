@@ -102,13 +102,13 @@ class StreamingScores(Result):
             Sentence(
                 f"With the first {self.first} and the last {self.last} keys rows keep "
                 f"{mean_told(self.kept.mean((0, 1)), seed, '.1%')} of their attention (the poorest head, {poorest['name']}, "
-                f"{of_many_told(poorest, 'kept', '.1%', many, least=0, most=1)}), and head outputs are off by "
+                f"{of_many_told(poorest, 'kept', '.1%', many, self.n, least=0, most=1)}), and head outputs are off by "
                 f"{mean_told(self.rms_error.mean((0, 1)), seed, '.1%')}.",
                 kind="kept",
             ),
             Sentence(
                 f"The outputs of {furthest['name']} change most: by "
-                f"{of_many_told(furthest, 'row_error', '.2f', many, least=0)} of their size, mean over rows, those of "
+                f"{of_many_told(furthest, 'row_error', '.2f', many, self.n, least=0)} of their size, mean over rows, those of "
                 f"the median head by {table['row_error'].median():.2f}.",
                 kind="error",
             ),

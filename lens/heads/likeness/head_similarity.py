@@ -14,6 +14,7 @@ from lens.common.errors import LensError
 from lens.common.head_ids import AnyHead, HeadId, head_id
 from lens.common.results import Result, Sentence
 from lens.heads.likeness.redundancy import HeadClusters, clusters, redundancy
+from lens.stats.intervals import around
 from lens.stats.verdicts import of_many_told
 
 Likeness = Literal["js", "log_odds", "cka"]
@@ -72,6 +73,11 @@ class HeadSimilarity(Result):
         return cosine(sums, own, own)
 
     @property
+    def _range(self) -> tuple[float, float]:
+        """That a value can be in."""
+        return (0, float(np.log(2))) if self.method == "js" else (-1, 1)
+
+    @property
     def distances(self) -> np.ndarray:
         """[head, head] for clustering, Euclidean: root of the divergence, or of twice `1 - cosine`."""
         return self.distances_of(self.values)
@@ -96,15 +102,17 @@ class HeadSimilarity(Result):
         return (values for part in parts for values in self._of_pairs(part, *pairs))
 
     def interval(self, *, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-        """Low and high end [head, head] of the 95 % bootstrap interval over prompts; NaN for one."""
+        """Low and high end [head, head] of the 95 % interval over prompts; NaN for one."""
         ends = np.full((2, *self.sums.shape[1:]), np.nan)
         if self.n > 1:
-            weights = stats.draws(self.n, seed)
+            weights, values, (least, most) = stats.draws(self.n, seed), self.values, self._range
             rows, columns = np.triu_indices(len(self.names))
             step = max(1, _LARGEST // len(weights))
             for start in range(0, len(rows), step):
                 a, b = rows[start : start + step], columns[start : start + step]
-                ends[:, a, b] = ends[:, b, a] = stats.interval(self._of_pairs(weights, a, b))
+                drawn = self._of_pairs(weights, a, b)
+                found = around(values[a, b], drawn, self.n, least=least, most=most)
+                ends[:, a, b] = ends[:, b, a] = found
         return ends[0], ends[1]
 
     def _of_pairs(self, weights: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -208,8 +216,10 @@ class HeadSimilarity(Result):
         if table.empty:
             return ()
         row = table.iloc[0]
-        least, most = (0, np.log(2)) if self.method == "js" else (-1, 1)
-        closest = of_many_told(row, "value", ".3g", len(table), plain=True, least=least, most=most)
+        least, most = self._range
+        closest = of_many_told(
+            row, "value", ".3g", len(table), self.n, plain=True, least=least, most=most
+        )
         across = "" if np.isnan(row["floor"]) else f", across different prompts {row['floor']:.3g}"
         return (
             Sentence(

@@ -140,7 +140,7 @@ class HeadStability(Result):
         return [
             Sentence(
                 f"Between {first} and {second}, {_pairs(n)}{left}: {how_many}; most {best['name']}, Jaccard index above chance "
-                f"{of_many_told(best, 'value', '.2f', len(rows), plain=True, most=1)}, the median head "
+                f"{of_many_told(best, 'value', '.2f', len(rows), n, plain=True, most=1)}, the median head "
                 f"{rows['value'].median():.2f} (0 is chance, 1 the same blocks).",
                 kind="pattern",
             )

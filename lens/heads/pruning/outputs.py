@@ -161,12 +161,12 @@ class PruningMetrics(Result):
         table = self.table(seed=seed)
         rows = table[(table["metric"] == "probability").to_numpy()]
         best, many = rows.iloc[int(rows["value"].to_numpy().argmax())], len(rows)
-        apart = of_many(best["value"], best["low"], best["high"], many)[0] > 0
+        apart = of_many(best["value"], best["low"], best["high"], many, self.n)[0] > 0
         none = "" if apart else f"No head is told apart from none as the worst of {many}. "
         said.append(
             Sentence(
                 f"{none}The right answer loses most probability without {best['name']}: "
-                f"{of_many_told(best, 'value', '.3g', many, plain=True, least=-1, most=1)}, without the median head "
+                f"{of_many_told(best, 'value', '.3g', many, self.n, plain=True, least=-1, most=1)}, without the median head "
                 f"{rows['value'].median():.3g} (n = {self.n}).",
                 kind="most" if apart else "none",
             )

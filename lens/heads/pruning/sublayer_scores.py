@@ -54,11 +54,11 @@ class SkipSweep(Result):
         table, worst = self.table(seed=seed), int(self.drops.mean(1).argmax())
         row, many = table.iloc[worst], len(table)
         told = (
-            f"{self.names[worst]} {self.metric} is worse by {of_many_told(row, 'drop', '.3g', many)} (on {self.task}, "
+            f"{self.names[worst]} {self.metric} is worse by {of_many_told(row, 'drop', '.3g', many, len(self.clean))} (on {self.task}, "
             f"n = {len(self.clean)}), without the median sub-layer by {table['drop'].median():.3g}"
         )
         rounding = _ROUNDING * np.abs(self.clean).max()
-        low, _ = of_many(row["drop"], row["drop_low"], row["drop_high"], many)
+        low, _ = of_many(row["drop"], row["drop_low"], row["drop_high"], many, len(self.clean))
         if not (low > 0 and row["drop"] > rounding):
             text = f"No sub-layer is told apart from none as the most missed of {many}: without {told}."
             return (Sentence(text, kind="none"),)

@@ -90,7 +90,7 @@ def _of_heads(heads: pd.DataFrame, a: str, b: str) -> Iterator[_Change]:
             (-part[other]).where(falls, part[end])
             for end, other in (("low", "high"), ("high", "low"))
         )
-        best, fields = highest(size, low, high)
+        best, fields = highest(size, low, high, int(part["n"].max()))
         row = part.iloc[best]
         head = str(HeadId(int(row["layer"]), int(row["head"])))
         ends = f"from {a} to {b}"
@@ -109,7 +109,8 @@ def _of_heads(heads: pd.DataFrame, a: str, b: str) -> Iterator[_Change]:
 def _of_losses(losses: pd.DataFrame, a: str, b: str, *, steps: int = 1) -> Iterator[_Change]:
     """Of each loss its change, with an interval as of one chosen of so many steps."""
     for row in losses.dropna(subset=["low"]).to_dict("records"):
-        row["low"], row["high"] = of_many(row["difference"], row["low"], row["high"], steps)
+        held = row["low"], row["high"]
+        row["low"], row["high"] = of_many(row["difference"], *held, steps, int(row["n"]))
         ends = f"from {row['a']:.2f} nats a token in {a} to {row['b']:.2f} in {b}"
         low, high = sorted((abs(row["low"]), abs(row["high"])))
         if row["low"] * row["high"] <= 0 or abs(row["difference"]) < SEEN:

@@ -78,7 +78,9 @@ class EffectiveGates(Result):
             mean = mean_told(self.means[str(mechanism)], self.seed, ".0%")
             even = rows["gate_baseline"].mean()
             beside = "" if np.isnan(even) else f"; {even:.0%} with even attention"
-            least = of_many_told(lowest, "gate", ".1%", len(rows), plain=True, least=0, most=1)
+            least = of_many_told(
+                lowest, "gate", ".1%", len(rows), len(self.tokens), plain=True, least=0, most=1
+            )
             text = (
                 f"{_NAMES[str(mechanism)].format(mean)} on average (effective gate{beside}); "
                 f"{lowest['name']} least, {least}."

@@ -165,7 +165,7 @@ def _highest(
     """The row with the highest value of 0 to `most`, and this in words, with the interval of the highest of all."""
     row = table.iloc[int(np.nanargmax(table[name]))]
     many = int(table[name].notna().sum())
-    return row, of_many_told(row, name, form, many, least=0, most=most, unit=unit)
+    return row, of_many_told(row, name, form, many, int(row["n"]), least=0, most=most, unit=unit)
 
 
 def _beside(row: Mapping[Any, Any]) -> str:

@@ -71,7 +71,9 @@ class PersistentMemory(Result):
     def findings(self) -> tuple[Sentence, ...]:
         """How much the memory takes, whether that changes along the prompt, and the `limit`."""
         lowest = self.rows.sort_values("gate").iloc[0]
-        least = of_many_told(lowest, "gate", ".1%", len(self.rows), plain=True, least=0, most=1)
+        least = of_many_told(
+            lowest, "gate", ".1%", len(self.rows), len(self.tokens), plain=True, least=0, most=1
+        )
         mean = self.rows.mean(numeric_only=True)
         change, low, high = self.drift
         beside = "" if verdict(low, high) in APART else ", not told apart from no change"

@@ -114,7 +114,9 @@ class BandLosses(Result):
             f"{_told(most, len(table))}; without the weakest by {_told(dark)} "
             f"({len(self.tokens)} prompts, BOS {self.bos})."
         )
-        low, _ = of_many(most["delta_loss"], most["low"], most["high"], len(table))
+        low, _ = of_many(
+            most["delta_loss"], most["low"], most["high"], len(table), len(self.tokens)
+        )
         if not low > 0 and not (np.isnan(low) and most["delta_loss"] > 0):
             said = (
                 f"Without none of {len(table)} bands the loss is told to rise; without the weakest it changes "
@@ -130,7 +132,7 @@ class BandLosses(Result):
 def _told(row: Any, many: int = 1) -> str:
     """What a band, the dearest of `many`, is worth, beside as many random directions."""
     return (
-        f"{of_many_told(row, 'delta_loss', '.3f', many, plain=True)} nats per token, without as many random directions "
+        f"{of_many_told(row, 'delta_loss', '.3f', many, row['n'], plain=True)} nats per token, without as many random directions "
         f"by {with_ends(row, 'control', '.3f')}"
     )
 

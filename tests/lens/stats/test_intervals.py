@@ -6,9 +6,11 @@ import pytest
 from lens import stats
 from lens.common.errors import LensError
 from lens.stats import intervals
-from lens.stats.intervals import known_mean, of_share
+from lens.stats.intervals import around, known_mean, longer, of_share
+from lens.stats.verdicts import leave_out_0, of_many
 
-Z = 1.959964  # of a normal: 2.5 % lie above it
+T = {8: 2.306004, 40: 2.021075}  # of Student's t by its degrees of freedom: 2.5 % lie above it
+Z = 1.959964  # of a normal
 
 
 def test_the_middle_95_percent_of_even_draws():
@@ -18,24 +20,67 @@ def test_the_middle_95_percent_of_even_draws():
     assert stats.interval(np.arange(5)) == pytest.approx((0.1, 3.9))  # between two draws
 
 
-def test_the_interval_of_a_mean_is_that_of_the_normal_limit():
-    """Means of units drawn again are normal, with the variance of the units over their number."""
+def test_the_interval_of_a_mean_is_that_of_student():
+    """Means of units drawn again are about normal; Student's t makes up for the units' spread being known from them alone."""
     units, seeds = 41, 200
     values = np.linspace(2.0, 5.0, units)
-    error = values.std() / np.sqrt(units)
+    error = values.std(ddof=1) / np.sqrt(units)
     ends = np.mean(
         [stats.over_units(values, np.ones(units), seed) for seed in range(seeds)], axis=0
     )
     # 200,000 draws place an end to 0.006 errors; 90 % instead of 95 % moves it by 0.32
-    assert (ends - values.mean()) / error == pytest.approx([-Z, Z], abs=0.03)
+    assert (ends - values.mean()) / error == pytest.approx([-T[40], T[40]], abs=0.03)
 
 
 def test_the_interval_of_a_share_is_that_of_the_binomial():
     """With a 1 in 5 of 9 units the ones of a draw are binomial: P(< 2) = 0.8 %, P(< 3) = 4.6 %,
-    P(> 7) = 4.1 %, P(> 8) = 0.5 %, so that 2.5 % end at 2 and at 8, and 5 % at 3 and at 7."""
+    P(> 7) = 4.1 %, P(> 8) = 0.5 %, so that 2.5 % end at 2 and at 8, and 5 % at 3 and at 7: arms of three ones, longer
+    as Student's are."""
     ones = np.arange(9) < 5
     drawn = [stats.over_units(ones, np.ones(9), seed) for seed in range(10)]
-    assert np.array(drawn) == pytest.approx(np.tile([2 / 9, 8 / 9], (10, 1)))
+    arm = 3 / 9 * T[8] / Z * (9 / 8) ** 0.5
+    assert np.array(drawn) == pytest.approx(np.tile([5 / 9 - arm, 5 / 9 + arm], (10, 1)))
+
+
+@pytest.mark.parametrize("units", [2, 3, 4, 8, 32])
+def test_about_one_interval_of_twenty_leaves_the_truth_out_however_few_units_there_are(units):
+    """Not longer, it is every second one of two units and every fifth one of four."""
+    values = np.random.default_rng(units).normal(size=(units, 4000))
+    low, high = stats.over_units(values, np.ones_like(values), seed=0)
+    assert leave_out_0(low, high).mean() == pytest.approx(0.05, abs=0.02)
+
+
+@pytest.mark.parametrize("units", [2, 4, 8, 32])
+def test_the_highest_of_24_is_above_nothing_by_chance_as_seldom(units):
+    values = np.random.default_rng(units).normal(size=(units, 400, 24))
+    low, high = stats.over_units(values, np.ones_like(values), seed=0)
+    means = values.mean(0)
+    found = [
+        of_many(means[case, best], low[case, best], high[case, best], 24, units)[0] > 0
+        for case, best in enumerate(means.argmax(-1))
+    ]
+    assert np.mean(found) <= 0.06
+
+
+def test_intervals_end_where_values_do():
+    """Shares stay shares, and of what never falls it is not said that it may."""
+    low, high = stats.over_units(np.array([0.2, 0.7]), np.ones(2), seed=0)
+    assert (low, high) == (0, 1)
+    low, high = stats.over_units(np.array([2.0, 3.0]), np.ones(2), seed=0)
+    assert low == 0 and high > 3
+    low, high = stats.over_units(np.array([-2.0, -3.0]), np.ones(2), seed=0)
+    assert low < -3 and high == 0
+
+
+def test_a_statistic_of_few_units_has_the_longer_interval_too():
+    """`around` of a mean is `over_units`."""
+    values = np.random.default_rng(3).normal(size=(6, 5))
+    drawn = stats.draws(6, 0) @ values / 6
+    mine = around(values.mean(0), drawn, 6)
+    theirs = stats.over_units(values, np.ones_like(values), 0)
+    assert np.array(mine) == pytest.approx(np.array(theirs))
+    low, high = around(values.mean(0), drawn, 6, least=-0.1, most=0.1)
+    assert (low >= -0.1).all() and (high <= 0.1).all()
 
 
 def test_quantiles_are_those_of_numpy():
@@ -97,14 +142,15 @@ def test_the_mean_weighs_units_by_their_counts():
     low, high = stats.over_units(sums, counts, 0)
     drawn = stats.draws(3, 0)
     ratios = sorted((drawn @ sums / (drawn @ counts))[:, 0])
-    assert low[0] == pytest.approx(np.quantile(ratios, 0.025))
-    assert high[0] == pytest.approx(np.quantile(ratios, 0.975))
+    times = longer(3)
+    assert low[0] == 0  # where the arm of the lower quantile ends below any value
+    assert high[0] - 13 / 12 == pytest.approx(times * (np.quantile(ratios, 0.975) - 13 / 12))
 
 
 def test_one_unit_has_no_interval():
     low, high = stats.over_units(np.array([[0.5, 0.5], [0.0, 0.7]]), np.array([[1, 1], [0, 1]]), 0)
     assert np.isnan([low[0], high[0]]).all()
-    assert 0.5 <= low[1] < high[1] <= 0.7
+    assert 0 == low[1] < 0.6 < high[1] == 1
 
 
 def test_intervals_of_dependent_rows_are_wider_than_if_they_were_independent():
