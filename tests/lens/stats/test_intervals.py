@@ -67,9 +67,11 @@ def test_intervals_end_where_values_do():
     low, high = stats.over_units(np.array([0.2, 0.7]), np.ones(2), seed=0)
     assert (low, high) == (0, 1)
     low, high = stats.over_units(np.array([2.0, 3.0]), np.ones(2), seed=0)
-    assert low == 0 and high > 3
+    assert low == 0
+    assert high > 3
     low, high = stats.over_units(np.array([-2.0, -3.0]), np.ones(2), seed=0)
-    assert low < -3 and high == 0
+    assert low < -3
+    assert high == 0
 
 
 def test_a_statistic_of_few_units_has_the_longer_interval_too():
@@ -80,7 +82,8 @@ def test_a_statistic_of_few_units_has_the_longer_interval_too():
     theirs = stats.over_units(values, np.ones_like(values), 0)
     assert np.array(mine) == pytest.approx(np.array(theirs))
     low, high = around(values.mean(0), drawn, 6, least=-0.1, most=0.1)
-    assert (low >= -0.1).all() and (high <= 0.1).all()
+    assert (low >= -0.1).all()
+    assert (high <= 0.1).all()
 
 
 def test_quantiles_are_those_of_numpy():
