@@ -66,7 +66,7 @@ def test_evaluation():
     varied = np.array([[0.0, 0, 0, 0], [0.2, 0.6, 1, 1.4], ONES])
     wide = replace(found, signed=Outcome(varied, varied * 0, ONES, ZEROS))
     assert wide.cpr == pytest.approx(0.65)
-    assert "is 0.65 [0.45, 0.85] and of random" in wide.findings()[0]
+    assert "is 0.65 [0.28, 1.02] and of random" in wide.findings()[0]
     single = Outcome(varied[:, :1], varied[:, :1] * 0, ONES[:1], ZEROS[:1])
     said = " ".join(replace(found, signed=single, absolute=single).findings())
     assert "on 1 prompt, the circuit performance ratio (CPR, more is better) is 0.35 and of" in said
@@ -134,7 +134,7 @@ def patched():
 
 def test_patch_effects(patched):
     assert patched.findings() == (
-        "Of 3 places a0.h0 at 7 moves most: -0.5 [-0.592, -0.408] of the -1 loss between both runs, the median place "
+        "Of 3 places a0.h0 at 7 moves most: -0.5 [-0.715, -0.285] of the -1 loss between both runs, the median place "
         "+1e-09.",
         "2 of 3 places have a 95 % interval that leaves out 0 (0.2 by chance).",
     )

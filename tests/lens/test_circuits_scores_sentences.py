@@ -43,8 +43,8 @@ def test_edges(edges):
     names = [name.replace("->", " to ") for name in GRAPH.edges]
     assert [said.kind for said in edges.findings()] == ["largest", "chance", "integral"]
     assert one(edges, "largest") == (
-        f"On made (4 prompts) eap-ig scores the edges {names[0]} -2 [-2.2, -1.8]; {names[1]} +0.5 [+0.5, +0.5]; {names[3]} "
-        f"+1e-09 [+1e-09, +1e-09]; {names[2]} +0 [-1.31, +1.31] highest by size (intervals as of the largest of all), in units "
+        f"On made (4 prompts) eap-ig scores the edges {names[0]} -2 [-2.52, -1.48]; {names[1]} +0.5 [+0.5, +0.5]; {names[3]} "
+        f"+1e-09 [+1e-09, +1e-09]; {names[2]} +0 [-3.44, +3.44] highest by size (intervals as of the largest of all), in units "
         "of loss; positive: the task goes worse without the edge. The median size of 5 edges is 1e-09."
     )
     assert one(edges, "chance") == (
@@ -72,8 +72,8 @@ def test_sizes_of_edges_have_no_sign_and_none_is_0_by_chance():
     values = np.array([[2.0, 1, 0, 0, 0], [4.0, 1, 1.8, 0, 0]])
     found = EdgeScores(GRAPH, values, "atp*-grad-drop", Ablation(), "loss", "made", "toy")
     assert found.findings() == (
-        "On made (2 prompts) atp*-grad-drop scores the edges input to a0.h0<q> 3 [1.69, 4.31]; input to a0.h0<k> 1 "
-        "[1, 1]; input to a0.h0<v> 0.9 [0, 2.08]; input to logits 0 [0, 0] highest by size (intervals as of the "
+        "On made (2 prompts) atp*-grad-drop scores the edges input to a0.h0<q> 3 [0, 48.9]; input to a0.h0<k> 1 "
+        "[1, 1]; input to a0.h0<v> 0.9 [0, 42.2]; input to logits 0 [0, 0] highest by size (intervals as of the "
         "largest of all), mean sizes in units of loss, without a sign. The median size of 5 edges is 0.9.",
     )
 
@@ -159,7 +159,7 @@ def gates():
 def test_gates(gates):
     names = GRAPH.readers
     assert gates.findings() == (
-        f"On made (2 prompts) the metric changes fastest with the gates of {names[0]} 3 [1.78, 4.22], {names[1]} 1 [1, 1], "
+        f"On made (2 prompts) the metric changes fastest with the gates of {names[0]} 3 [0, 30.6], {names[1]} 1 [1, 1], "
         f"{names[2]} 0 [0, 0], in units of loss and without a sign (intervals as of the largest of all); the median of 3 gates "
         "has 1.",
     )
@@ -195,7 +195,7 @@ def test_routes():
     )  # fmt: skip
     assert one(found, "routes") == (
         "Routes to the answers of made (2 prompts, 1 edge a prompt from a share of 0.04 on) pass most through L0H1 0.25 "
-        "[0, 0.56] in 50% of the prompts, the median head 0 (summed importance; intervals as of the largest of all)."
+        "[0, 2.5] in 50% of the prompts, the median head 0 (summed importance; intervals as of the largest of all)."
     )
     nothing = replace(found, per_prompt=found.per_prompt * 0)
     assert nothing.findings() == (

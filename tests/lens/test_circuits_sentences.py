@@ -68,12 +68,12 @@ def test_overlap(overlap):
 
 @pytest.fixture
 def redirection():
-    """As it is 1 of 4 prompts is right, redirected all, with either control 1."""
-    wrong, right = [1.0, 0, 0, 0], [1.0] * 4
+    """As it is 2 of 8 prompts are right, redirected all, with either control 2."""
+    wrong, right = [1.0, 0, 0, 0] * 2, [1.0] * 8
     runs = np.array([wrong, right, wrong, wrong])
     controls = ((HeadId(0, 0), HeadId(1, 2)), (HeadId(0, 2), HeadId(1, 1)))
     return Redirection(
-        HEADS, controls, runs, 2 - runs, np.full((2, 4), 0.05), "answer", 1.0, "equal", "layers", "loss",
+        HEADS, controls, runs, 2 - runs, np.full((2, 8), 0.05), "answer", 1.0, "equal", "layers", "loss",
         -1, "broken", "m", 0,
     )  # fmt: skip
 
@@ -178,12 +178,12 @@ def test_parts_of_heads():
     assert "most at 'BOS' in 1 of 2 prompts (with 90% of it)" in one(joined, "none")
     assert one(joined, "none").endswith("has 45% on the first key, mean of all.")
     assert one(joined, "none").startswith(
-        "L1H0: effect -1 [-3, +1], the interval holds 0; its last"
+        "L1H0: effect -1 [-19.3, +17.3], the interval holds 0; its last"
     )
     apart = effects.copy()
     apart[0, 1:3] = [[3, -1], [0, 6]]  # by the means more through its values
     assert (
-        "through its pattern or its values, which are not told apart (pattern +1 [-1, +3], value +3 [+0, +6]"
+        "through its pattern or its values, which are not told apart (pattern +1 [-17.3, +19.3], value +3 [+0, +30.5]"
         in one(replace(joined, effects=apart), "effect")
     )
     turned = replace(joined, effects=effects[:, [0, 2, 1, 3, 4]])

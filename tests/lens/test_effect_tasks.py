@@ -98,13 +98,13 @@ def test_the_sentences_name_the_amount_that_gains_most_and_what_the_last_one_doe
     gains = np.array([[0.1, 0.1, 0.1], [0.5, 0.7, 0.6], [-0.2, -0.4, -0.3]])
     said = {one.kind: str(one) for one in an_effect(gains).findings()}
     assert said["best"] == (
-        "Of 3 amounts 0.5 is best in accuracy of toy: it goes better by 0.6000 [0.5000, 0.7000]. It was chosen on "
+        "Of 3 amounts 0.5 is best in accuracy of toy: it goes better by 0.6000 [0.3311, 0.8689]. It was chosen on "
         "these prompts, which flatters it."
     )
     assert said["gain"] == (
-        "toy goes worse by 0.3000 [0.2000, 0.4000] in accuracy, which is then 0.0000."
+        "toy goes worse by 0.3000 [0.0311, 0.5689] in accuracy, which is then 0.0000."
     )
-    assert "and -0.3000 [-0.4000, -0.2000] in accuracy." in said["size"]
+    assert "and -0.3000 [-0.5689, -0.0311] in accuracy." in said["size"]
 
 
 @pytest.mark.parametrize(
@@ -143,9 +143,9 @@ def test_a_loss_is_not_told_to_grow_by_a_step_whose_interval_holds_0():
 @pytest.mark.parametrize(
     ("last", "words"),
     [
-        ((0.2, 0.4, 0.3), "toy goes better by 0.3000 [0.2000, 0.4000]"),
+        ((0.2, 0.4, 0.3), "toy goes better by 0.3000 [0.0311, 0.5689]"),
         ((-0.2, 0.4, 0.0), "the interval holds 0"),
-        ((0.2, -0.2, 0.0), "toy goes better by 0.0000 [-0.2000, 0.2000]"),
+        ((0.2, -0.2, 0.0), "toy goes better by 0.0000 [-0.5377, 0.5377]"),
         ((-3e-6, -1e-6, -2e-6), "toy goes neither better nor worse by 0.0001 in"),
     ],
 )

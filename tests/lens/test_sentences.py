@@ -164,7 +164,7 @@ SAID = {
         "L0H1 0.1 [0.1, 0.1] come first; the median head has 0.5.",
         "Retrieval heads by what they bring from it to the answer (output): L0H2 0.9 [0.9, 0.9], L0H0 0.5 [0.5, 0.5], "
         "L0H1 0.1 [0.1, 0.1] come first; the median head has 0.5.",
-        "Recall is 0.75 [0.50, 1.00] over 2 trials; without the first 1: literal 0.50 [0.50, 0.50], query 0.25 [0.25, "
+        "Recall is 0.75 [0.00, 1.00] over 2 trials; without the first 1: literal 0.50 [0.50, 0.50], query 0.25 [0.25, "
         "0.25], output 0.00 [0.00, 0.00]; without random others 0.70 [0.70, 0.70].",
         "Rank correlations of 3 heads: literal and query -1.00, literal and output -0.50, query and output 0.50.",
     ],
@@ -189,9 +189,9 @@ SAID = {
         "A deleted token is the mean embedding at its place, which the model was not trained on.",
     ],
     importance: [
-        "Worth most to copying: L0H0 0.4 [0.3, 0.5], L1H1 0.02 [0.02, 0.02], L0H1 0 [-0.1, 0.1] (ablation (mean), in units of "
+        "Worth most to copying: L0H0 0.4 [0, 1], L1H1 0.02 [0.02, 0.02], L0H1 0 [-0.917, 0.917] (ablation (mean), in units of "
         "loss, n = 2).",
-        "3 of 4 heads have a 95 % interval that leaves out 0 (0.2 by chance).",
+        "1 of 4 heads have a 95 % interval that leaves out 0 (0.2 by chance).",
         "One head is out at a time, so that what others make up for does not show.",
         "The mean over 2 prompts that stands in for a head is to 1/2 the prompt's own output, so that what is lost is "
         "understated; take more prompts, or baseline='pooled_mean'.",

@@ -465,14 +465,14 @@ def test_what_is_said_and_what_is_not(found, said):
 def test_a_change_of_0_on_average_keeps_an_interval_that_is_wide():
     """It was told as 0.0000 alone, as if it were 0 on every prompt."""
     found = replace(adversaries(), change=np.array([[0.1, -0.1], [0.0, 0.0]]))
-    assert "the answer's loss by +0.0000 [-0.1000, +0.1000]; even" in found.findings()[0]
+    assert "the answer's loss by +0.0000 [-0.9168, +0.9168]; even" in found.findings()[0]
 
 
 def test_the_part_that_costs_most_has_the_interval_of_the_lowest_of_all():
     measured = removals().measured.copy()
     measured[0] = [0.05, 0.15]
     assert (
-        "key side 10.0% [3.9%, 16.1%] (predicted"
+        "key side 10.0% [0.0%, 100.0%] (predicted"
         in replace(removals(), measured=measured).findings()[0]
     )
 

@@ -133,7 +133,7 @@ class PositionScores(Result):
             rows = self._rows(chosen, units[:, chosen])
             best = ", ".join(
                 f"{row['edge']} at {row['span']}" + (f" from {row['key_span']}" if row["key_span"] else "")
-                + f" {row['value']:.3g}{ends(*of_many(row['value'], row['low'], row['high'], own.size, self.n))}"
+                + f" {row['value']:.3g}{ends(*of_many(row['value'], row['low'], row['high'], own.size, len(units)))}"
                 for row in rows.to_dict("records")
             )  # fmt: skip
             median = f"the median size of {own.size:,} is {np.median(own):.2g}"

@@ -58,7 +58,9 @@ def of_series(series: RunSeries) -> list[Shown]:
     for place in range(1, len(series.runs)):
         ends = series.names[place - 1], series.names[place]
         rows = series.heads[series.heads["place"] == place]
-        steps = {"since_last": "difference", "since_last_low": "low", "since_last_high": "high"}
+        steps = {"since_last": "difference"} | {
+            f"since_last_{end}": end for end in ("low", "high", "n")
+        }
         rows = rows.rename(columns=steps).rename(columns={"value": "b"})
         rows = rows.assign(a=rows["b"] - rows["difference"])
         if _tokens(series.runs[place - 1]) != _tokens(series.runs[place]):

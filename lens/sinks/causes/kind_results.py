@@ -112,7 +112,7 @@ class SinkKinds(Result):
         for name, word in _ORIGIN.items():
             if self.origin[name].isna().all():
                 continue
-            row, told = _highest(self.origin, name, ".3g", np.inf, " times")
+            row, told = _highest(self.origin, name, ".3g", len(self.tokens), np.inf, " times")
             said.append(f"{word} {told} in layer {row['layer']:.0f}")
         if not said:
             return []
@@ -123,7 +123,7 @@ class SinkKinds(Result):
         """The layer in which one neuron makes the largest share of what its MLP writes at the sources."""
         if self.origin["neuron_share"].isna().all():
             return []
-        row, share = _highest(self.origin, "neuron_share", ".0%", 1)
+        row, share = _highest(self.origin, "neuron_share", ".0%", len(self.tokens), 1)
         return [
             Sentence(
                 f"Neuron {row['neuron']:.0f} of the MLP in layer {row['layer']:.0f} makes {share} of what is written there at the sources, "
@@ -160,12 +160,12 @@ def is_sure(row: Mapping[Any, Any]) -> bool:
 
 
 def _highest(
-    table: pd.DataFrame, name: str, form: str, most: float, unit: str = ""
+    table: pd.DataFrame, name: str, form: str, prompts: int, most: float, unit: str = ""
 ) -> tuple[pd.Series, str]:
     """The row with the highest value of 0 to `most`, and this in words, with the interval of the highest of all."""
     row = table.iloc[int(np.nanargmax(table[name]))]
     many = int(table[name].notna().sum())
-    return row, of_many_told(row, name, form, many, int(row["n"]), least=0, most=most, unit=unit)
+    return row, of_many_told(row, name, form, many, prompts, least=0, most=most, unit=unit)
 
 
 def _beside(row: Mapping[Any, Any]) -> str:
