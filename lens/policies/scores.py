@@ -186,7 +186,7 @@ class PolicyScores(Result):
                 Sentence(
                     f"{len(poor)} of {len(heads)} heads keep less than {POOR:.0%} under {row['policy']}, with the whole "
                     f"interval: {few(poor['name'].tolist())}; the poorest keeps "
-                    f"{of_many_told(least, 'recall', '.1%', len(heads), least=0, most=1)}, and its output is off by "
+                    f"{of_many_told(least, 'recall', '.1%', len(heads), row['n'], least=0, most=1)}, and its output is off by "
                     f"{with_ends(least, 'output_error', '.1%')}.",
                     kind="heads",
                 )

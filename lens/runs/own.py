@@ -169,7 +169,9 @@ def _told(table: pd.DataFrame, name: str, unit: str) -> tuple[Headline, ...]:
         return ()
     if not fields["value"] > fields["baseline"]:
         return ()
-    low, high = of_many(fields["value"], fields["low"], fields["high"], fields["many"])
+    low, high = of_many(
+        fields["value"], fields["low"], fields["high"], fields["many"], fields["units"]
+    )
     median = f"the median head has {fields['baseline']:.3g}"
     words = name.replace("_", " ").capitalize()
     text = (

@@ -93,7 +93,7 @@ class Flow(Result):
                 float(one[place])
                 for one in (self.largest, self.low["largest"], self.high["largest"])
             )
-            low, high = of_many(value, low, high, above.size, least=0)
+            low, high = of_many(value, low, high, above.size, self.n, least=0)
             more = (
                 f"In {int(above.sum())} of {above.size} heads rows have a key in common ({by_chance(above.size, sides=1):.1f} by chance), most in {name}: it receives "
                 f"{self.largest[place]:.2f} [{low:.2f}, {high:.2f}] times what it has under uniform attention, over {self.n} pictures."

@@ -66,13 +66,13 @@ class Grounding(Result):
         return (
             Sentence(
                 f"{best['map']}{self._beside('pointing', best, many)} points into a box in "
-                f"{of_many_told(best, 'pointing', '.0%', many, least=0, most=1)} of {_counted(best['n'])}; a blind point "
+                f"{of_many_told(best, 'pointing', '.0%', many, 0, least=0, most=1)} of {_counted(best['n'])}; a blind point "
                 f"does in {best['pointing_blind']:.0%}, the middle in {best['pointing_middle']:.0%}.",
                 kind="pointing",
             ),
             Sentence(
                 f"{covers['map']}{self._beside('iou', covers, many)} covers the boxes best: IoU "
-                f"{of_many_told(covers, 'iou', '.2f', many, least=0, most=1)} at the best threshold of each picture; the whole picture has {covers['iou_whole']:.2f}, patches round its middle {covers['iou_middle']:.2f}.",
+                f"{of_many_told(covers, 'iou', '.2f', many, covers['n'], least=0, most=1)} at the best threshold of each picture; the whole picture has {covers['iou_whole']:.2f}, patches round its middle {covers['iou_middle']:.2f}.",
                 kind="iou",
             ),
         )
