@@ -1,6 +1,7 @@
 """Two runs side by side: pairs of prompts, differences against loops, refusals, figures."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -112,8 +113,8 @@ def test_differences_are_means_over_the_shared_prompts(pair):
         assert row["a"] == pytest.approx(np.mean(x), rel=1e-12)
         assert row["b"] == pytest.approx(np.mean(y), rel=1e-12)
         assert row["difference"] == pytest.approx(np.mean(each), rel=1e-12)
-        # two prompts: the interval runs from the smaller difference to the larger one
-        assert (row["low"], row["high"]) == pytest.approx((min(each), max(each)))
+        ends = stats.over_units(np.array(each), np.ones(2), 0)
+        assert (row["low"], row["high"]) == pytest.approx(tuple(map(float, ends)))
         assert row["n"] == 2
     assert "top_key" not in set(comparison.heads["metric"])
 
@@ -350,8 +351,14 @@ def test_refused_tables_are_limits(tmp_path):
 
 def test_the_scatter_holds_a_and_b_and_sets_off_what_differs(pair):
     comparison = compare_runs(*pair)
-    figure = comparison.plot("entropy", title="T", width=310, height=210, theme="dark")
+    sure = comparison.heads.index % 2 == 0  # two prompts tell nothing apart
+    ends = {
+        end: comparison.heads[end].where(~sure, comparison.heads["difference"])
+        for end in ("low", "high")
+    }
+    comparison = replace(comparison, heads=comparison.heads.assign(**ends))
     rows = comparison.heads[comparison.heads["metric"] == "entropy"]
+    figure = comparison.plot("entropy", title="T", width=310, height=210, theme="dark")
     differs = (rows["low"] > 0) | (rows["high"] < 0)
     assert list(figure.data[0].x) == list(figure.data[0].y)
     by_name = {trace.name: trace for trace in figure.data}

@@ -127,7 +127,7 @@ def test_of_a_loss_the_largest_step_is_told_and_not_the_surest(tmp_path):
     )
     found = of_series(replace(series, losses=steps))
     (told,) = (one.headline.text for one in found if "loss" in one.headline.text)
-    assert f"falls by 4 [0.57, 7.4], from 3.40 nats a token in {series.names[1]}" in told
+    assert f"falls by 4 [0.063, 7.9], from 3.40 nats a token in {series.names[1]}" in told
 
 
 def test_a_kind_of_head_that_a_run_did_not_measure_is_not_counted_as_none(tmp_path):

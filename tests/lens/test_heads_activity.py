@@ -17,9 +17,9 @@ def model():
 
 @pytest.fixture(scope="module")
 def found(model):
-    copied = [lens.tasks.copied(model, 31, seed=seed) for seed in range(4)]
+    copied = [lens.tasks.copied(model, 31, seed=seed) for seed in range(8)]
     domains = {"text": lens.tasks.text("moby-dick"), "copied": copied}
-    return activity(model, domains, length=63, n=4, tolerance=0.02, progress=False)
+    return activity(model, domains, length=63, n=8, tolerance=0.02, progress=False)
 
 
 def test_the_strongest_sink_rests_on_text_and_not_on_copies(model):
@@ -140,8 +140,8 @@ def test_heads_that_only_their_means_call_dormant_are_told_from_others():
 
 
 def test_only_the_heads_that_are_named_are_taken_out(model, found):
-    copied = [lens.tasks.copied(model, 31, seed=seed) for seed in range(4)]
-    some = activity(model, {"copied": copied}, heads=["L1H3"], length=63, n=4, progress=False)
+    copied = [lens.tasks.copied(model, 31, seed=seed) for seed in range(8)]
+    some = activity(model, {"copied": copied}, heads=["L1H3"], length=63, n=8, progress=False)
     loss = some.loss["copied"]
     np.testing.assert_allclose(loss[1, 3], found.loss["copied"][1, 3], atol=1e-6)
     assert np.isnan(np.delete(loss.reshape(-1, 4), 1 * loss.shape[1] + 3, 0)).all()

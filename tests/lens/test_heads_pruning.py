@@ -170,7 +170,7 @@ def test_how_many_heads_can_go_is_not_sure_where_the_interval_is_beyond_what_may
     assert len(steady.best.prunable(0.05)) == len(scattered.best.prunable(0.05)) == 1
     assert not any(sure in one for one in of_kind(steady.findings(), "limit"))
     assert of_kind(scattered.findings(), "limit")[0] == (
-        f"{sure}: of 1 the interval reaches to 0.200, beyond the 0.050 that may be lost."
+        f"{sure}: of 1 the interval reaches to 0.504, beyond the 0.050 that may be lost."
     )
 
 

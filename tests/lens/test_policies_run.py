@@ -22,7 +22,7 @@ def model():
 @pytest.fixture(scope="module")
 def task(model):
     ids = model.encode(lens.tasks.text("moby-dick"))
-    return lens.tasks.language_modelling(model, [ids[at : at + 64] for at in range(0, 256, 64)])
+    return lens.tasks.language_modelling(model, [ids[at : at + 64] for at in range(0, 512, 64)])
 
 
 def test_metric_and_divergence_are_those_of_an_edited_run(model, task):

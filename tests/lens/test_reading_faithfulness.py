@@ -291,7 +291,7 @@ def test_prompts_whose_answer_hangs_on_no_token_leave_the_soft_curves_to_the_oth
     found = judged([[0.4, 0.2, 0.3], [0.1, 0.1, 0.1]], [[0.5, np.nan, 0.7], [0.2, np.nan, 0.4]])
     table = found.table()
     assert table["soft_sufficiency"].tolist() == pytest.approx([0.6, 0.3])
-    assert table["soft_sufficiency_low"].tolist() == [0.5, 0.2]
+    assert table["soft_sufficiency_low"].tolist() == [0, 0]
     assert table["n_soft"].tolist() == [2, 2]
     assert table["n"].tolist() == [3, 3]
 

@@ -281,7 +281,9 @@ LIMIT = (
 
 def test_bands():
     random = np.array([[0.0, 0.2], [0.1, 0.1], [0.3, 0.3]])
-    losses = BandLosses(np.array([[0.1, 0.3], [0.599, 0.601], [0.0, 0.2]]), random, (9, 9), "added", 0)
+    losses = BandLosses(
+        np.array([[0.1, 0.3], [0.599, 0.601], [0.0, 0.2]]), random, (9, 9), "added", 0
+    )
     worth = ("losses", "Without band 1 of 3 the loss rises most, by 0.600 [0.572, 0.628] nats per token, without as many random "
                        "directions by 0.100 [0.100, 0.100]; without the weakest by 0.100 [0.000, 1.000] nats per token, without "
                        "as many random directions by 0.300 [0.300, 0.300] (2 prompts, BOS added).")  # fmt: skip

@@ -192,9 +192,8 @@ def test_a_super_neuron_is_found_and_shares_are_those_of_its_weights():
     assert origin["channels"][1] == pytest.approx(1)
     assert origin["channels"][0] > 5
     row = origin.iloc[1]
-    held = of_many(
-        row["neuron_share"], row["neuron_share_low"], row["neuron_share_high"], 3, int(row["n"])
-    )
+    held = [row["neuron_share_low"], row["neuron_share_high"]]
+    held = of_many(row["neuron_share"], *held, 3, len(result.tokens), least=0, most=1)
     assert f"makes {row['neuron_share']:.0%}{ends(*held, '.0%')} of what" in " ".join(
         of_kind(result.findings(), "origin")
     )

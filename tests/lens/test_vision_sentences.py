@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import lens
+from lens.stats import over_units
 from lens.stats.grouping import Groups
 from lens.vision.coding import CodingRate, _ends, rate
 from lens.vision.patterns import Grouping, PatternSummary
@@ -214,7 +215,8 @@ def test_that_change_is_over_prompts():
     several = lens.vision.coding_rate(model, pictures, progress=False)
     alone = [lens.vision.coding_rate(model, one, progress=False) for one in pictures]
     gained = [float((one.rate[-1] - one.rate[0]).mean()) for one in alone]
-    assert min(gained) <= several.change[0] <= np.mean(gained) <= several.change[1] <= max(gained)
+    expected = over_units(np.array(gained), np.ones(3), 0)
+    assert list(several.change) == pytest.approx([float(end) for end in expected])
     assert np.isnan(alone[0].change).all()
 
 
