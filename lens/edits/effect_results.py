@@ -93,7 +93,9 @@ class Effect(Result):
                 more = self.values["edit"][measure][place] - values[measure]
                 shown[name] = more if condition != "edit" else np.full_like(more, np.nan)
         for name, numbers in shown.items():
-            low, high = over_units(numbers, np.ones(len(numbers)), self.seed)
+            low, high = over_units(
+                numbers, np.ones(len(numbers)), self.seed, shares=name == "flip_rate"
+            )
             row |= {name: numbers.mean(), f"{name}_low": float(low), f"{name}_high": float(high)}
         return row
 

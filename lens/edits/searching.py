@@ -55,7 +55,7 @@ class HeadSearch(Result):
         """One row per head, largest gain first: `gain` with 95 % interval over prompts, `chosen`, `n`."""
         places = np.argwhere(~np.isnan(self.gains).all(-1))
         gains = self.gains[tuple(places.T)]
-        low, high = over_units(gains.T, np.ones_like(gains.T), self.seed)
+        low, high = over_units(gains.T, np.ones_like(gains.T), self.seed, shares=False)
         names = [HeadId(*place) for place in places.tolist()]
         rows = pd.DataFrame(
             {
@@ -79,7 +79,7 @@ class HeadSearch(Result):
             ("chosen", "test", self.test),
             ("all", "test", self.everywhere),
         ):
-            low, high = over_units(values, np.ones(len(values)), self.seed)
+            low, high = over_units(values, np.ones(len(values)), self.seed, shares=False)
             rows.append(
                 {
                     "heads": heads,

@@ -68,7 +68,7 @@ class PolicyRuns(Result):
         for name, values in (
             ("dense", dense), ("sparse", self.sparse), ("change", self.sparse - dense), ("kl", self.kl),
         ):  # fmt: skip
-            table |= columns(name, values, self.seed)
+            table |= columns(name, values, self.seed, shares=False)
         return pd.DataFrame(table)
 
     def findings(self) -> tuple[Sentence, ...]:

@@ -110,7 +110,8 @@ class PolicyScores(Result):
         for name in COLUMNS:
             table |= columns(name, self.of(name).mean((1, 2)), self.seed)
         return pd.DataFrame(
-            table | columns("loss_change", self.sparse_loss - self.dense_loss, self.seed)
+            table
+            | columns("loss_change", self.sparse_loss - self.dense_loss, self.seed, shares=False)
         )
 
     def findings(self) -> tuple[Sentence, ...]:

@@ -140,7 +140,7 @@ def circuit(
         "reader": [_said(edge.reader) for edge in edges],
         "side": [edge.side for edge in edges],
         **_shares([shares.get(edge) for edge in edges], seed),
-        **columns("drop", drops, seed),
+        **columns("drop", drops, seed, shares=False),
     }
     rows = pd.DataFrame(table)
     gaps = outcome.full - outcome.empty

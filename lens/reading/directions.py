@@ -58,7 +58,9 @@ class SubspaceRemovals(Result):
         found = {"basis": BASES[1:], "rank": self.rank}
         found |= columns("mass", self.mass[1:], self.seed, known=True)
         found |= columns("other", self.other[1:], self.seed, known=True)
-        found |= columns("loss_change", self.loss[1:] - self.loss[0], self.seed, known=True)
+        found |= columns(
+            "loss_change", self.loss[1:] - self.loss[0], self.seed, known=True, shares=False
+        )
         clean, other = self.mass[0], self.other[0]
         return pd.DataFrame(found).assign(
             clean=known_mean(clean),

@@ -62,8 +62,8 @@ class LogitTerms(Result):
             {
                 **head_columns(rows),
                 "term": list(self.terms) * (layers * heads),
-                **columns("lift", self.lift, self.seed),
-                **columns("change", self.change, self.seed),
+                **columns("lift", self.lift, self.seed, shares=False),
+                **columns("change", self.change, self.seed, shares=False),
                 "n": prompts,
             }
         )

@@ -48,8 +48,8 @@ class Robustness(Result):
         tables = []
         for place, size in enumerate(self.sizes):
             found = head_columns(self.heads) | {"size": size}
-            found |= columns("worst", self.worst[:, place], self.seed)
-            found |= columns("random", self.random[:, place], self.seed)
+            found |= columns("worst", self.worst[:, place], self.seed, shares=False)
+            found |= columns("random", self.random[:, place], self.seed, shares=False)
             tables.append(pd.DataFrame(found))
         return pd.concat(tables, ignore_index=True).assign(n=self.worst.shape[-1])
 

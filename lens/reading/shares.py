@@ -67,7 +67,7 @@ class ComponentShares(Result):
                         "map": name,
                         "component": np.arange(len(mean)),
                         "singular_value": values,
-                        **columns("carried", carried, self.seed),
+                        **columns("carried", carried, self.seed, shares=False),
                         "share": mean / mean.sum(),
                         "share_low": low,
                         "share_high": high,

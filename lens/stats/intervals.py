@@ -102,16 +102,21 @@ def draws(
 
 
 def over_units(
-    sums: Shaped[np.ndarray, "units *rest"], counts: Shaped[np.ndarray, "units *rest"], seed: Seed
+    sums: Shaped[np.ndarray, "units *rest"],
+    counts: Shaped[np.ndarray, "units *rest"],
+    seed: Seed,
+    *,
+    shares: bool = True,
 ) -> tuple[Float[np.ndarray, "*rest"], Float[np.ndarray, "*rest"]]:
     """Interval of `sum(sums) / sum(counts)` when whole units (such as prompts) are drawn again.
 
-    The arms of the percentile interval, `longer` for the few units that there are. Where no unit is below 0 or none
-    above it, where all are shares, ends do not pass 0 and 1 either.
+    The arms of the percentile interval, `longer` for the few units that there are. Where no unit is below 0, or none
+    above it, the ends do not pass 0 either.
 
     Args:
         sums, counts: [units, ...] of each unit; counts are not negative.
         seed: of the draws.
+        shares: that values which all lie between 0 and 1 are shares, so that ends do not pass 1 either.
 
     Returns:
         Low and high end, [...] each; NaN where fewer than two units have a count.
@@ -136,14 +141,16 @@ def over_units(
     drawn = draws(units, seed)
     step = max(1, _AT_ONCE // len(drawn))
     parts = [
-        _drawn_ends(drawn, sums[:, start : start + step], counts[:, start : start + step])
+        _drawn_ends(drawn, sums[:, start : start + step], counts[:, start : start + step], shares)
         for start in range(0, max(1, sums.shape[1]), step)
     ]
     low, high = np.concatenate(parts, -1)
     return low.reshape(shape), high.reshape(shape)
 
 
-def _drawn_ends(drawn: np.ndarray, sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
+def _drawn_ends(
+    drawn: np.ndarray, sums: np.ndarray, counts: np.ndarray, shares: bool
+) -> np.ndarray:
     """[2, columns]: ends of the interval of each column of `sums / counts` [units, columns]."""
     units = (counts > 0).sum(0)
     few = units < 2
@@ -153,14 +160,14 @@ def _drawn_ends(drawn: np.ndarray, sums: np.ndarray, counts: np.ndarray) -> np.n
     mean = sums.sum(0) / np.where(few, 1, counts).sum(0)
     arms = longer(units) * (np.stack(interval(means)) - mean)
     each = sums / np.where(counts > 0, counts, np.nan)
-    return np.where(few, np.nan, np.clip(mean + arms, *_ends_of_values(each)))
+    return np.where(few, np.nan, np.clip(mean + arms, *_ends_of_values(each, shares)))
 
 
-def _ends_of_values(each: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _ends_of_values(each: np.ndarray, shares: bool) -> tuple[np.ndarray, np.ndarray]:
     """How far an interval of means of these values [units, columns] goes at most."""
     least, most = np.fmin.reduce(each), np.fmax.reduce(each)
-    shares = (least >= 0) & (most <= 1)
-    return np.where(least >= 0, 0, -np.inf), np.where(shares, 1, np.where(most <= 0, 0, np.inf))
+    within = shares & (least >= 0) & (most <= 1)
+    return np.where(least >= 0, 0, -np.inf), np.where(within, 1, np.where(most <= 0, 0, np.inf))
 
 
 def around(
@@ -243,6 +250,7 @@ def columns(
     *,
     plain: bool = False,
     known: bool = False,
+    shares: bool = True,
 ) -> dict[str, Any]:
     """Columns of a table: `name`, a mean over units (such as prompts), and the ends of its interval.
 
@@ -252,10 +260,11 @@ def columns(
         seed: of the draws.
         plain: call the ends `low` and `high`, where the table has one interval; else `<name>_low`, `<name>_high`.
         known: leave units out that have NaN, of each row its own; else one of them makes the row NaN.
+        shares: as in `over_units`; not of losses, scores and changes.
     """
     units = np.moveaxis(values, -1, 0)
     counted = ~np.isnan(units) if known else np.ones_like(units)
-    low, high = over_units(np.where(counted, units, 0), counted, seed)
+    low, high = over_units(np.where(counted, units, 0), counted, seed, shares=shares)
     start = "" if plain else f"{name}_"
     return {
         name: np.ravel(known_mean(values) if known else values.mean(-1)),

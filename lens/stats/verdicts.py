@@ -128,7 +128,7 @@ def rivals(values: Float[np.ndarray, "members units"], best: int, seed: Seed) ->
     if values.shape[1] < 2:
         return []
     apart = (values[best] - values).T
-    plain, _ = over_units(apart, np.ones_like(apart), seed)
+    plain, _ = over_units(apart, np.ones_like(apart), seed, shares=False)
     mean = apart.mean(0)
     low = mean - _times(max(len(values) - 1, 1), len(apart)) * (mean - plain)
     order = np.argsort(-values.mean(1), kind="stable")

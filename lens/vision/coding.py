@@ -151,7 +151,7 @@ def coding_rate(
     layers = tuple(sorted(rates[0]))
     each = np.array([[one[layer] for layer in layers] for one in rates])
     gained = each[:, -1].mean(-1) - each[:, 0].mean(-1)
-    change = over_units(gained, np.ones_like(gained), seed)
+    change = over_units(gained, np.ones_like(gained), seed, shares=False)
     lowest, highest = np.mean(ends, 0).tolist()
     return CodingRate(
         rate=each.mean(0),

@@ -61,7 +61,7 @@ class KnockOut(Effect):
         gained = each.mean(0)
         second, most = np.argsort(gained, kind="stable")[-2:]
         more = each[:, most] - each[:, second]
-        low, high = over_units(more, np.ones_like(more), self.seed)
+        low, high = over_units(more, np.ones_like(more), self.seed, shares=False)
         beside = f", {low:.1%} to {high:.1%} more than to {PLACES[1 + second]}"
         if not low > 0:
             beside = f", which is not told apart from {PLACES[1 + second]}"

@@ -73,9 +73,9 @@ class TextFlow(Result):
                 "layer": np.tile(self.layers, len(ROUTES)),
                 "keys": np.repeat(self.keys.mean(-1), len(self.layers)),
                 "mass": self.mass.mean(-1).ravel(),
-                **columns("delta_loss", self.delta_loss, self.seed),
-                **columns("kl", self.kl, self.seed),
-                **columns("excess", excess, self.seed),
+                **columns("delta_loss", self.delta_loss, self.seed, shares=False),
+                **columns("kl", self.kl, self.seed, shares=False),
+                **columns("excess", excess, self.seed, shares=False),
                 "n": self.kl.shape[-1],
             }
         )

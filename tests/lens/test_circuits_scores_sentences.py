@@ -195,7 +195,7 @@ def test_routes():
     )  # fmt: skip
     assert one(found, "routes") == (
         "Routes to the answers of made (2 prompts, 1 edge a prompt from a share of 0.04 on) pass most through L0H1 0.25 "
-        "[0, 2.5] in 50% of the prompts, the median head 0 (summed importance; intervals as of the largest of all)."
+        "[0, 7.1] in 50% of the prompts, the median head 0 (summed importance; intervals as of the largest of all)."
     )
     nothing = replace(found, per_prompt=found.per_prompt * 0)
     assert nothing.findings() == (

@@ -113,7 +113,7 @@ def test_differences_are_means_over_the_shared_prompts(pair):
         assert row["a"] == pytest.approx(np.mean(x), rel=1e-12)
         assert row["b"] == pytest.approx(np.mean(y), rel=1e-12)
         assert row["difference"] == pytest.approx(np.mean(each), rel=1e-12)
-        ends = stats.over_units(np.array(each), np.ones(2), 0)
+        ends = stats.over_units(np.array(each), np.ones(2), 0, shares=False)
         assert (row["low"], row["high"]) == pytest.approx(tuple(map(float, ends)))
         assert row["n"] == 2
     assert "top_key" not in set(comparison.heads["metric"])

@@ -144,7 +144,7 @@ def test_only_the_heads_that_are_named_are_taken_out(model, found):
     some = activity(model, {"copied": copied}, heads=["L1H3"], length=63, n=8, progress=False)
     loss = some.loss["copied"]
     np.testing.assert_allclose(loss[1, 3], found.loss["copied"][1, 3], atol=1e-6)
-    assert np.isnan(np.delete(loss.reshape(-1, 4), 1 * loss.shape[1] + 3, 0)).all()
+    assert np.isnan(np.delete(loss.reshape(-1, 8), 1 * loss.shape[1] + 3, 0)).all()
     np.testing.assert_array_equal(some.activity["copied"], found.activity["copied"])
     with pytest.raises(LensError, match="heads is empty"):
         activity(model, {"copied": copied}, heads=[], progress=False)

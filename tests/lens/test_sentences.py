@@ -189,7 +189,7 @@ SAID = {
         "A deleted token is the mean embedding at its place, which the model was not trained on.",
     ],
     importance: [
-        "Worth most to copying: L0H0 0.4 [0, 1], L1H1 0.02 [0.02, 0.02], L0H1 0 [-0.917, 0.917] (ablation (mean), in units of "
+        "Worth most to copying: L0H0 0.4 [0, 1.32], L1H1 0.02 [0.02, 0.02], L0H1 0 [-0.917, 0.917] (ablation (mean), in units of "
         "loss, n = 2).",
         "1 of 4 heads have a 95 % interval that leaves out 0 (0.2 by chance).",
         "One head is out at a time, so that what others make up for does not show.",

@@ -80,7 +80,7 @@ class Completeness(Result):
                 "size": [len(names) for names in self.sets],
                 "model": self.model.mean(1),
                 "circuit": self.circuit.mean(1),
-                **columns("gap", self.model - self.circuit, self.seed, plain=True),
+                **columns("gap", self.model - self.circuit, self.seed, plain=True, shares=False),
             }
         )
 

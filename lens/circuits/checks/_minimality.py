@@ -76,7 +76,7 @@ class Minimality(Result):
             {
                 "node": self.nodes,
                 "given": [", ".join(names) for names in self.given],
-                **columns("drop", self.drops, self.seed, plain=True),
+                **columns("drop", self.drops, self.seed, plain=True, shares=False),
                 "share": self.shares,
                 "random": stats.quantile(np.abs(self.random), 0.95),
             }

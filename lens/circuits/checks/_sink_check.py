@@ -71,7 +71,9 @@ class SinkCheck(Result):
             sets = {"circuit": self.edited[name][None], "others": self.others[name]}
             for heads, values in sets.items():
                 if len(values):
-                    row = pd.DataFrame(columns("change", values.mean(0) - self.plain, self.seed))
+                    row = pd.DataFrame(
+                        columns("change", values.mean(0) - self.plain, self.seed, shares=False)
+                    )
                     row.insert(0, "value", values.mean())
                     row["draws"] = len(values) if heads == "others" else np.nan
                     rows.append(row.assign(edit=name, heads=heads))

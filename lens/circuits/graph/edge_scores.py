@@ -152,7 +152,7 @@ class EdgeScores(Result):
                 "edge": [self.graph.edges[edge] for edge in chosen],
                 "writer": [self.graph.writers[number] for number in writer],
                 "reader": [self.graph.readers[number] for number in reader],
-                **columns("value", units.T, seed, plain=True),
+                **columns("value", units.T, seed, plain=True, shares=False),
                 "n": self.n,
             }
         )

@@ -85,7 +85,7 @@ class PatchEffects(Result):
             {
                 "node": np.repeat(self.nodes, len(self.positions)),
                 "position": list(self.positions) * len(self.nodes),
-                **columns("change", self.patched - self.base, self.seed, plain=True),
+                **columns("change", self.patched - self.base, self.seed, plain=True, shares=False),
                 "effect": self.effects.ravel(),
                 "relative": self.relative.ravel(),
                 "n": len(self.base),

@@ -69,7 +69,7 @@ class JoinedHeads(Result):
         """
         found = head_columns(self.heads)
         for number, part in enumerate(PARTS):
-            found |= columns(part, self.effects[:, number], self.seed)
+            found |= columns(part, self.effects[:, number], self.seed, shares=False)
         table = pd.DataFrame(found).merge(self.roles, on="name", sort=False)
         most = [self._most(str(head)) for head in self.heads]
         for number, name in enumerate(("attends_to", "attends_prompts", "attends_mass")):

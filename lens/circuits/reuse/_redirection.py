@@ -105,7 +105,7 @@ class Redirection(Result):
         for name, values in self._runs().items():
             row: dict[str, object] = {"run": [name]}
             for column, units in zip(("accuracy", self.name), values, strict=True):
-                row |= columns(column, units, self.seed)
+                row |= columns(column, units, self.seed, shares=column == "accuracy")
             rows.append(pd.DataFrame(row))
         return pd.concat(rows, ignore_index=True).assign(n=self.n)
 

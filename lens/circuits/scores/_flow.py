@@ -74,7 +74,7 @@ class FlowRoutes(Result):
         table = pd.DataFrame(
             {
                 **head_columns(list(np.ndindex(self.values.shape))),
-                **columns("value", self.per_prompt, seed, plain=True),
+                **columns("value", self.per_prompt, seed, plain=True, shares=False),
                 "used": (self.per_prompt > 0).mean(-1).ravel(),
                 "n": self.n,
             }

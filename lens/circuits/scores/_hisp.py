@@ -115,7 +115,9 @@ class GateScores(Result):
         Columns: `node`, `layer`, `value`, `low`, `high` (95 % bootstrap interval over prompts, the
         layers' lengths kept; NaN for one prompt), `n`.
         """
-        value = columns("value", (self.per_prompt / self._lengths()).T, seed, plain=True)
+        value = columns(
+            "value", (self.per_prompt / self._lengths()).T, seed, plain=True, shares=False
+        )
         table = pd.DataFrame({"node": self.nodes, "layer": self._layers, **value, "n": self.n})
         return table.sort_values("value", ascending=False, kind="stable", ignore_index=True)
 

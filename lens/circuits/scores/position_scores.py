@@ -109,7 +109,7 @@ class PositionScores(Result):
         return pd.DataFrame(
             {
                 **dict(zip(("edge", "span", "key_span"), zip(*names, strict=True), strict=True)),
-                **columns("value", units.T, seed, plain=True),
+                **columns("value", units.T, seed, plain=True, shares=False),
                 "n": len(units),
             }
         )

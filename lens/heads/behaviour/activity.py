@@ -78,7 +78,7 @@ class HeadActivity(Result):
             )
             found = {"domain": domain, **head_columns(heads), "n": activity.shape[-1]}
             for name, values in (("activity", activity), ("loss", self.loss[domain])):
-                found |= columns(name, values[tuple(places.T)], seed)
+                found |= columns(name, values[tuple(places.T)], seed, shares=name == "activity")
             parts.append(pd.DataFrame(found | {"dormant": [head in dormant for head in heads]}))
         return pd.concat(parts, ignore_index=True)
 

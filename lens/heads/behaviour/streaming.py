@@ -130,7 +130,7 @@ class StreamingScores(Result):
         return (*said, Sentence(limit, kind="limit"))
 
     def _loss(self, seed: int) -> Mapping[str, float]:
-        found = columns("delta_loss", self.delta_loss, seed)
+        found = columns("delta_loss", self.delta_loss, seed, shares=False)
         return {name: value.item() for name, value in found.items()}
 
     def __repr__(self) -> str:

@@ -150,7 +150,7 @@ class HeadScores(Result):
         Columns: `name`, `layer`, `head`, `value`, `stderr`, `low`, `high` (95 % bootstrap interval
         over prompts, draws by `seed`; NaN for one prompt), `n`.
         """
-        value = columns("value", self.rows, seed, plain=True)
+        value = columns("value", self.rows, seed, plain=True, shares=False)
         rows = pd.DataFrame(head_columns(self._places) | value | {"n": self.n})
         rows.insert(4, "stderr", self.stderr[tuple(self._places.T)])
         return rows.sort_values("value", ascending=False, kind="stable", ignore_index=True)

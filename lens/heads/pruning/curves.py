@@ -109,7 +109,7 @@ class PruningCurve(Result):
                 "removed": self.removed,
                 "name": ["", *(str(self.order[count - 1]) for count in self.removed[1:])],
                 "value": self.values,
-                **columns("cost", self.cost, seed, plain=True),
+                **columns("cost", self.cost, seed, plain=True, shares=False),
                 "random_cost": random.mean(0) if has else nothing,
                 "random_low": random.min(0) if has else nothing,
                 "random_high": random.max(0) if has else nothing,

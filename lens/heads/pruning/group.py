@@ -69,7 +69,7 @@ class GroupAblation:
 
     def interval(self, *, seed: int = 0) -> tuple[float, float]:
         """95 % bootstrap interval of `value` over prompts; NaN for a single prompt."""
-        low, high = over_units(self.per_prompt, np.ones(self.n), seed)
+        low, high = over_units(self.per_prompt, np.ones(self.n), seed, shares=False)
         return float(low), float(high)
 
     def interaction(self, single: HeadScores) -> float:
@@ -100,7 +100,7 @@ class GroupAblation:
         """95 % bootstrap interval of `interaction` over prompts, paired; NaN for a single prompt. Errors as there."""
         self.interaction(single)
         alone = np.sum([single.per_prompt[head] for head in self.heads], axis=0)
-        low, high = over_units(self.per_prompt - alone, np.ones(self.n), seed)
+        low, high = over_units(self.per_prompt - alone, np.ones(self.n), seed, shares=False)
         return float(low), float(high)
 
     def findings(self, single: HeadScores, *, seed: int = 0) -> tuple[Sentence, ...]:

@@ -45,7 +45,9 @@ class SkipSweep(Result):
     def table(self, *, seed: int = 0) -> pd.DataFrame:
         """One row per sub-layer, in order: `name`, `drop`, `drop_low`, `drop_high`, `distance`,
         `distance_low`, `distance_high` (95 % bootstrap intervals over prompts) and `n`."""
-        ends = columns("drop", self.drops, seed) | columns("distance", self.distances, seed)
+        ends = columns("drop", self.drops, seed, shares=False) | columns(
+            "distance", self.distances, seed
+        )
         return pd.DataFrame({"name": list(self.names), **ends, "n": len(self.clean)})
 
     def findings(self, *, seed: int = 0) -> tuple[Sentence, ...]:
@@ -109,7 +111,7 @@ class GreedyRemoval(Result):
             {
                 "removed": np.arange(len(self.losses)),
                 "name": ["", *self.order],
-                **columns("metric", self.losses, seed, plain=True),
+                **columns("metric", self.losses, seed, plain=True, shares=False),
                 "distance": [0.0, *self.distances.mean(1)],
                 "n": self.losses.shape[1],
             }

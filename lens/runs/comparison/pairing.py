@@ -167,5 +167,5 @@ def _paired(
     if n < 2:
         unknown = np.full(a.shape, np.nan)
         return a, b, b - a, unknown, unknown
-    low, high = over_units(np.where(both, y - x, 0.0), both, seed)
+    low, high = over_units(np.where(both, y - x, 0.0), both, seed, shares=False)
     return a, b, b - a, low, high

@@ -92,7 +92,7 @@ def tests_of(
                     for prompt, place, new in zip(prompts, places, instead, strict=True)
                 ]
                 row = said | {"test": test, "mass": found[-1]["mass"]}
-                cells = columns("delta_loss", np.array([changed]), seed)
+                cells = columns("delta_loss", np.array([changed]), seed, shares=False)
                 found.append(row | {name: float(cell[0]) for name, cell in cells.items()})
             advance(1)
     for kind, test in OF_MODEL.items():

@@ -48,7 +48,7 @@ def origins_of(
     layers = list(model.info.attending)
     table = {"layer": layers}
     for name, values in zip(_MEASURES, measured, strict=True):
-        table |= columns(name, values, seed)
+        table |= columns(name, values, seed, shares=False)
     table |= neurons_of(model, prompts, sources, seed=seed)
     table["mass"] = rows.groupby("layer")["mass"].mean().loc[layers].to_numpy()
     return pd.DataFrame(table)

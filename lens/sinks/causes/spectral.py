@@ -101,8 +101,8 @@ class BandLosses(Result):
         """One row per band: `delta_loss` with `low` and `high` (95 % over prompts), and `control` with `control_low` and
         `control_high`, of as many random directions."""
         found = {"band": range(len(self.delta_loss))}
-        found |= columns("delta_loss", self.delta_loss, self.seed, plain=True)
-        found |= columns("control", self.random, self.seed)
+        found |= columns("delta_loss", self.delta_loss, self.seed, plain=True, shares=False)
+        found |= columns("control", self.random, self.seed, shares=False)
         return pd.DataFrame(found).assign(bos=self.bos, n=len(self.tokens))
 
     def findings(self) -> tuple[Sentence, ...]:
