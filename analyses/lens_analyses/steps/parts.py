@@ -87,7 +87,7 @@ def _aligned(table: pd.DataFrame, found: Alignment) -> tuple[Headline, ...]:
             "random order",
             figure="heads",
             many=len(ordered),
-            units=int(best["prompts"]),
+            units=found.per_prompt["monotonicity"].shape[1],
         ),
     )
 
