@@ -23,7 +23,7 @@ HEAD = "L1H3"  # a head that looks at what followed an earlier copy of the token
 reading = lens.reading
 model = lens.load(MODEL)
 is_default = MODEL == "induction-2l"
-prompts = [lens.tasks.copied(model, 20, seed) for seed in range(4)]  # 20 random symbols, twice
+prompts = [lens.tasks.copied(model, 20, seed) for seed in range(8)]  # 20 random symbols, twice
 model
 
 # %% [markdown]

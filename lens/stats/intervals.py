@@ -24,6 +24,7 @@ _AT_ONCE = 2**24  # means of draws that are held at a time
 LEVEL = 0.95  # of every interval: this share of the draws lies inside
 _ENDS = ((1 - LEVEL) / 2, (1 + LEVEL) / 2)
 _RESAMPLES = 1000
+_ROUNDING = 1e-6  # that shares of single precision pass 0 and 1 by
 
 
 def quantile(values: ArrayLike, share: float, *, axis: int = -1) -> Any:
@@ -136,6 +137,8 @@ def over_units(
             f"sums and counts must have one shape, got {np.shape(sums)} and {np.shape(counts)}; give "
             "each unit its sum and how many values are in it"
         )
+    if not isinstance(shares, bool):
+        raise LensError(f"shares must be True or False, got {shares!r}")
     units, shape = len(sums), sums.shape[1:]
     sums, counts = sums.reshape(units, -1), counts.reshape(units, -1).astype(float)
     drawn = draws(units, seed)
@@ -166,8 +169,12 @@ def _drawn_ends(
 def _ends_of_values(each: np.ndarray, shares: bool) -> tuple[np.ndarray, np.ndarray]:
     """How far an interval of means of these values [units, columns] goes at most."""
     least, most = np.fmin.reduce(each), np.fmax.reduce(each)
-    within = shares & (least >= 0) & (most <= 1)
-    return np.where(least >= 0, 0, -np.inf), np.where(within, 1, np.where(most <= 0, 0, np.inf))
+    above, below = least >= -_ROUNDING, most <= _ROUNDING
+    within = shares & above & (most <= 1 + _ROUNDING)
+    return (
+        np.where(above, np.minimum(least, 0), -np.inf),
+        np.where(within, np.maximum(most, 1), np.where(below, np.maximum(most, 0), np.inf)),
+    )
 
 
 def around(
@@ -188,7 +195,7 @@ def around(
     Example:
         >>> from lens.stats.intervals import around
         >>> [round(float(end), 1) for end in around(50.0, range(101), units=8)]
-        [-11.4, 111.4]
+        [-11.3, 111.3]
     """
     arms = longer(units) * (np.stack(interval(drawn)) - value)
     low, high = np.clip(value + arms, least, most)

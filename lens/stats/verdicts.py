@@ -152,7 +152,7 @@ def mean_told(values: Shaped[np.ndarray, " units"], seed: int, form: str = ".3g"
     Example:
         >>> from lens.stats.verdicts import mean_told
         >>> mean_told(np.array([1.0, 2.0, 3.0, 2.0]), seed=0, form=".1f")
-        '2.0 [1.2, 2.5]'
+        '2.0 [0.6, 2.9]'
     """
     (mean,), (low,), (high,) = columns("", values[None], seed).values()
     return f"{mean:{form}}{ends(low, high, form)}"

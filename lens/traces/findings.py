@@ -155,7 +155,7 @@ def findings(table: pd.DataFrame, *, most: Count = 6) -> list[Finding]:
         >>> from lens.traces.profiles import prompt_table
         >>> first = lens.traces.findings(prompt_table(trace, "text"))[0]
         >>> first.kind, len(first.heads)
-        ('sink', 5)
+        ('sink', 4)
     """
     given_table(table, "prompt_id", "metric", "variant", "value", "low", "uniform")
     made = [finding for rule in _RULES if (finding := _apply(rule, table, most)) is not None]

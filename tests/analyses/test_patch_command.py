@@ -13,7 +13,7 @@ from lens.circuits.patches.effects import PatchEffects
 from lens.runs import open_run
 from lens.runs.validation import validate
 
-COMMAND = "patch --model induction-2l --copied 1 --n 3 --seed 2"
+COMMAND = "patch --model induction-2l --copied 1 --n 8 --seed 2"
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def task(model):
-    return lens.tasks.induction(model, 3, 2)
+    return lens.tasks.induction(model, 8, 2)
 
 
 def grid(found, stream, nodes):

@@ -165,10 +165,9 @@ def test_the_headline_is_counted_from_the_scores(swept):
     folder, answer = swept
     first = answer.json["runs"][0]
     heads = pd.read_parquet(folder / "runs" / first["run"] / "heads.parquet")
-    scores = heads.query("metric == 'induction' and variant == 'raw' and prompt_id == 'copied'")[
-        "value"
-    ]
-    assert first["headline"]["induction"] == (scores > 0.3).sum() > 0
+    scores = heads.query("metric == 'induction' and variant == 'raw' and prompt_id == 'copied'")
+    sure = scores["low"] > scores[["uniform", "random_weights"]].max(axis=1)
+    assert first["headline"]["induction"] == ((scores["value"] > 0.3) & sure).sum() > 0
     prompts = pd.read_parquet(folder / "runs" / first["run"] / "prompts.parquet")
     text = prompts[prompts["kind"] == "text"]["loss"]
     assert first["headline"]["loss"] == pytest.approx(text.mean())
