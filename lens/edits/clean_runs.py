@@ -67,7 +67,7 @@ class CleanRuns:
         """The prompt run now; `rows`: whose attention is looked at; None: all."""
         watch = Watch(rows=rows, ahead=looks_ahead(self.model))
         found = predictions(self.model, prompt, watch.on_layer, parts=True)
-        received = of_layers(self.model, torch.stack(watch.received))
+        received = of_layers(self.model, watch.layers_received())
         alpha = of_layers(self.model, watch.alpha())
         return CleanRun(found, received, alpha, watch.queries, watch.hides)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -45,7 +46,12 @@ def predictions(
     """
     ids = prompt.predicted or []
     said = told(lambda why: f"{model.info.class_name} cannot run this prompt: {why}")
-    with torch.no_grad(), said, listening(model, on_layer, exclusive=True, parts=parts):
+    attended = (
+        listening(model, on_layer, exclusive=True, parts=parts)
+        if model.info.attending
+        else nullcontext()  # mixers alone, whose edits are hooks
+    )
+    with torch.no_grad(), said, attended:
         if prompt.inputs.keys() <= {"input_ids"}:
             output = model.model(torch.tensor([ids], device=model.device))
         else:  # an image, positions, segments

@@ -80,9 +80,16 @@ class Watch:
             self.visible.append(sum(_to(one[0], keys) for one in seen).cpu())  # type: ignore[union-attr]
         return self._together.on_layer(call)
 
+    def layers_received(self) -> Float[Tensor, "layers heads keys"]:
+        """`received` in one; [0, 1, 1] of a model without softmax attention."""
+        return torch.stack(self.received) if self.received else torch.zeros(0, 1, 1)
+
     def alpha(self) -> Float[Tensor, "layers heads keys"]:
         """`received / visible`, NaN as in `lens.sinks.detection.alphas.alpha_of`."""
-        received, visible = torch.stack(self.received), torch.stack(self.visible)[:, None]
+        received = self.layers_received()
+        if not len(received):
+            return received
+        visible = torch.stack(self.visible)[:, None]
         fewest = torch.full_like(visible, FEWEST_VIEWERS)
         fewest[..., 0] = 1
         return torch.where(visible >= fewest, received / visible.clamp(min=1), torch.nan)

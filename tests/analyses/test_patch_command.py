@@ -75,7 +75,7 @@ def test_what_was_found_is_said_with_interval_and_baseline(run):
     }  # of many single heads none stands out
     for one in found.headlines:
         assert one.low <= one.value <= one.high
-        assert f"{one.value:.3g} [{one.low:.3g}, {one.high:.3g}]" in one.text
+        assert f"{-one.value:.3g} [{-one.high:.3g}, {-one.low:.3g}]" in one.text, "the loss falls"
         assert one.baseline < one.value
     assert "Where the answer is carried in induction-2l" in (run.path / "report.html").read_text()
 
@@ -152,9 +152,12 @@ def test_what_single_precision_makes_of_nothing_is_no_headline():
     assert patching._strongest("mlp", _effects("m", effects)) is None
     effects[1, 2] = 0.4
     told = patching._strongest("mlp", _effects("m", effects))
-    assert "m1 at token 2 'c' alone brings back 0.4" in told.text
-    assert told.text.endswith("between both runs; the median of MLPs 0.")
+    assert "m1 at token 2 'c' alone changes the logit difference by +0.4" in told.text
+    assert told.text.endswith(" between both runs; the median of MLPs by +0.")
     assert told.baseline == 0
+    rises = replace(_effects("m", -effects), source=-np.ones(2) * 2, metric="loss")
+    told = patching._strongest("mlp", rises)
+    assert "alone changes the loss by -0.4" in told.text, "a change has its own sign"
 
 
 @pytest.mark.parametrize(

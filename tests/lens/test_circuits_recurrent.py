@@ -234,6 +234,14 @@ def test_what_is_of_any_model_takes_mixers_alone():
         with lens.mixers.Ablate("L0H1").on(model):
             assert torch.equal(without, model(torch.tensor([IDS])).logits[0])
     assert done.calls == 1
+    found = lens.effect(loaded, [IDS, IDS[::-1]], lens.mixers.Ablate("L0H1"), progress=False)
+    own = [lens.tasks.loss(loaded, ids) for ids in (IDS, IDS[::-1])]
+    with lens.edit(loaded, lens.mixers.Ablate("L0H1")):
+        less = [lens.tasks.loss(loaded, ids) for ids in (IDS, IDS[::-1])]
+    expected = np.subtract(less, own)
+    assert found.values["edit"]["delta_loss"].ravel() == pytest.approx(expected, abs=1e-6)
+    assert {"size"} <= found.values.keys(), "beside as many other heads of mixers"
+    assert "nan" not in " ".join(found.findings())
 
 
 def test_a_stream_that_is_halved_and_a_prompt_in_pieces_are_refused():

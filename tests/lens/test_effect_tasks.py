@@ -332,6 +332,6 @@ def test_importance_by_windows_puts_in_a_mean_of_patches(baseline, monkeypatch):
             means, spreads = optimal._moments(model, task, torch.arange(4))
             seen[spoilt] = means | {10 + layer: one for layer, one in spreads.items()}
         else:
-            seen[spoilt] = baselines._means(model, task, keep_positions=False)
+            seen[spoilt] = baselines.task_means(model, task, keep_positions=False)
     for layer, one in seen[0].items():
         torch.testing.assert_close(one, seen[1][layer])

@@ -157,9 +157,9 @@ def _strongest(name: str, found: PatchEffects) -> Headline | None:
     row = {str(column): value for column, value in table.iloc[best].items()}
     place = "" if row["position"] == "all" else f" at token {row['position']}"
     return Headline(
-        f"{row['node']}{place} alone {_DONE[found.direction]} {fields['value']:.3g}"
-        f"{ends(fields['low'], fields['high'])} of the {abs(whole):.3g} {found.metric} between both runs; the median of "
-        f"{_WORDS[name]} {fields['baseline']:.3g}.",
+        f"{row['node']}{place} alone changes the {found.metric} by {row['change']:+z.3g}"
+        f"{ends(row['low'], row['high'], '+z.3g')} of the {whole:+.3g} between both runs; the median of "
+        f"{_WORDS[name]} by {sign * fields['baseline']:+z.3g}.",
         **fields,
         against=f"the median of {_WORDS[name]}",
         unit=found.metric,

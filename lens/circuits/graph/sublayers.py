@@ -85,7 +85,7 @@ def sublayers(model: LoadedModel) -> tuple[nn.Module | None, list[SubLayer]]:
     for number, (layer, ran) in enumerate(zip(layers, _ran(model, layers), strict=True)):
         children = set(layer.children())
         steps = [one for one in ran if one in children and _has_a_say(one)]
-        if number == 0 and all(map(_is_norm, steps[:2])):
+        if number == 0 and len(steps) > 1 and all(map(_is_norm, steps[:2])):
             opening = steps[0]
         for reader, modules, after in _read_as_one(steps):
             mixing = [one for one in modules if any(id(part) in mixers for part in one.modules())]
