@@ -14,6 +14,7 @@ Each kind of edit has those that make sense for it; of the others `Kind.missing`
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -303,19 +304,25 @@ class OfCoordinates(Kind):
     def _positions(self) -> set[int]:
         return {place for one in self._edits for place in one.places}
 
+    def _shift(self) -> int:
+        """How far the same places are moved so that none is one of the edit's."""
+        own = self._positions()
+        return next(by for by in itertools.count(1) if not own & {place + by for place in own})
+
     def sources(self, case: Case) -> Bool[Tensor, "layers keys"]:
         longest, length = max(self._positions()), case.free.shape[1]
-        if length < longest + 2:
+        needed = longest + 1 + self._shift()
+        if length < needed:
             raise LensError(
                 f"activations reach position {longest}; a prompt has only {length} tokens, give prompts "
-                f"of at least {longest + 2}"
+                f"of at least {needed}"
             )
         found = torch.zeros_like(case.free)
         found[:, sorted(self._positions())] = True
         return found
 
     def trial(self, condition: str, case: Case) -> Trial:
-        shift, edits = int(condition == "position"), []
+        shift, edits = self._shift() if condition == "position" else 0, []
         for layer in dict.fromkeys(one.layer for one in self._edits):
             drawn = iter(case.random.permutation(self._others).tolist())
             for one in self._of(layer):
@@ -326,7 +333,7 @@ class OfCoordinates(Kind):
                     edits.append(Pushed(layer, one.places, one.dims, tuple(others), one.value))
                 else:
                     places = [place + shift for place in one.places]
-                    edits.append(Activation(layer, places, others or one.dims, 0.0))
+                    edits.append(Activation(layer, places, others or one.dims, one.value))
         mass = case.before.received[self.chosen].mean(0).double() / case.free.shape[1]
         held = mass[[place + shift for place in sorted(self._positions())]].sum()
         count = sum(len(one.places) * len(one.dims) for one in self._edits)

@@ -221,10 +221,11 @@ class Effect(Result):
         if rise.isna().all():
             text = "Where the attention went is not known for this edit."
             return [Sentence(text, kind="limit")]
-        taken = int((rise > TOOK_OVER).sum())
+        taken, unknown = int((rise > TOOK_OVER).sum()), int(rise.isna().sum())
         text = (
-            f"In {taken} of {len(rise)} heads another key's alpha rose by more than {TOOK_OVER}"
-            + ("." if taken else "; no other key took their place.")
+            f"In {taken} of {len(rise) - unknown} heads another key's alpha rose by more than {TOOK_OVER}"
+            + ("." if taken or unknown else "; no other key took their place.")
+            + f" In {unknown} others it is not known." * (unknown > 0)
         )
         sentences = [Sentence(text, kind="moved")]
         if taken:

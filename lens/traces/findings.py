@@ -17,7 +17,7 @@ import numpy as np
 
 from lens.common.choices import Count
 from lens.common.given import given_table
-from lens.common.results import few, if_known
+from lens.common.results import few
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -183,12 +183,15 @@ def _apply(rule: _Rule, table: pd.DataFrame, most: int) -> Finding | None:
     scored.sort(key=lambda pair: -pair[0].value)
     passing = tuple(score for score, passed in scored if passed)
     uniform, random = (float(rows[name].max()) for name in ("uniform", "random_weights"))
-    beside = f"uniform attention ({if_known(uniform, '.2f')}) and random weights ({if_known(random, '.2f')})"
+    scores = {"uniform attention": uniform, "random weights": random}
+    beside = " and ".join(
+        f"{name} ({score:.2f})" for name, score in scores.items() if not np.isnan(score)
+    )
     text = (
         _found(rule, passing, len(scored), prompt_id, beside, most)
         if passing
         else f"No {rule.one}: the highest score {_ON[prompt_id]} is {scored[0][0]}; a head needs more "
-        f"than {rule.threshold:g} and an interval above {beside}."
+        f"than {rule.threshold:g} and an interval above {beside or 'chance, which is not known'}."
     )
     heads = passing or (scored[0][0],)
     return Finding(

@@ -1,5 +1,6 @@
 """Every result about sinks says what it found and draws its own numbers."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -8,8 +9,9 @@ import pytest
 import torch
 
 import lens
-from lens.edits import Mask
+from lens.edits import Activation, Mask
 from lens.edits.clean_runs import CleanRuns
+from lens.edits.controls import OfCoordinates
 from lens.edits.effect_results import Effect
 from lens.figures.sink_heads import reach_points
 from lens.sinks import bands, gates
@@ -155,6 +157,31 @@ def test_the_sentences_of_an_effect():
             "Measured on 3 prompts of 9 to 12 tokens, BOS added; intervals are 95 % over prompts.",
         ),
     ]
+
+
+def test_heads_whose_attention_after_is_not_known_are_not_counted_as_unmoved():
+    moved = pd.DataFrame({"other_before": [0.1, 0.1], "other_after": [0.12, np.nan]})
+    said = {one.kind: str(one) for one in a_whole_effect(migration=moved).findings()}
+    assert said["moved"] == (
+        "In 0 of 1 heads another key's alpha rose by more than 0.1. In 1 others it is not known."
+    )
+
+
+@pytest.mark.parametrize("condition", ["size", "position"])
+def test_controls_of_an_activation_set_its_value_elsewhere(model, condition):
+    one = Activation(1, [0, 1], [3, 8], 20.0)
+    kind = OfCoordinates(model, [one])
+    case: Any = SimpleNamespace(
+        random=np.random.default_rng(0),
+        before=SimpleNamespace(received=torch.zeros(*kind.chosen.shape, 29)),
+        free=torch.zeros(3, 29, dtype=torch.bool),
+    )
+    (control,) = kind.trial(condition, case).edits
+    assert isinstance(control, Activation)
+    assert control.value == 20
+    moved = condition == "position"
+    assert list(control.places) == ([2, 3] if moved else [0, 1])
+    assert (set(control.dims) == {3, 8}) == moved
 
 
 def test_the_sentences_of_an_effect_follow_the_data():
