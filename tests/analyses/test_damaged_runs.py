@@ -14,9 +14,7 @@ from tests.benchmarks.damaged import SMALL, bases, tried, tried_models
     "seeds",
     [
         pytest.param([0, 1, 3, 4, 5, 6, 7, 9, 10, 11, 12, 14, 17, 18], id="each kind of file"),
-        pytest.param(
-            [2, 8, 13, 15, 16, *range(19, 50)], id="more", marks=pytest.mark.exhaustive
-        ),
+        pytest.param([2, 8, 13, 15, 16, *range(19, 50)], id="more", marks=pytest.mark.exhaustive),
     ],
 )
 def test_no_damage_fails_raw(tmp_path, seeds):

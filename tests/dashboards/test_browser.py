@@ -31,6 +31,7 @@ def test_runs_lead_to_overview_to_head_and_back(page, address, run):
     page.get_by_role("option", name="Previous token").click()
     page.wait_for_url(re.compile("metric=previous_token"))
     page.wait_for_selector("#strongest li:has-text('L0H0')")
+    page.locator(f"{GRID} .nsewdrag").scroll_into_view_if_needed()  # below the findings
     cell = page.locator(f"{GRID} .nsewdrag").bounding_box()
     page.mouse.click(cell["x"] + cell["width"] * 2.5 / 6, cell["y"] + cell["height"] * 1.5 / 3)
     ready(page)

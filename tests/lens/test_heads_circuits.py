@@ -105,4 +105,4 @@ def test_disagreement_and_redundancy_are_said_in_words():
     known = logic_gate("and")
     made = importance(known.model, known.task, baseline="zero", progress=False)
     pair = ablate(known.model, known.task, heads=["L0H0", "L0H1"], baseline="zero", progress=False)
-    assert "no more and no less" in pair.findings(made)[0]  # one prompt has no interval
+    assert "one prompt tells nothing of single heads beside the group" in pair.findings(made)[0]
