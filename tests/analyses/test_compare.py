@@ -142,7 +142,7 @@ def test_a_series_of_runs_is_one_page(lens_command, run_folder, other_folder, tm
 
 def test_a_sink_emerges_over_the_checkpoints_of_a_training(lens_command, tmp_path):
     prompts = tmp_path / "prompts.txt"
-    prompts.write_text("\n".join(sink_checkpoints.texts(6, seed=1)))
+    prompts.write_text("\n".join(sink_checkpoints.texts(16, seed=1)))
     runs = []
     for _, folder in sink_checkpoints.checkpoints((0, 25, 50), tmp_path):
         words = ["run", "--model", folder, "--prompts", prompts, "--copied", "0"]
@@ -154,8 +154,7 @@ def test_a_sink_emerges_over_the_checkpoints_of_a_training(lens_command, tmp_pat
     sinks = json.loads((tmp_path / "series.json").read_text())["sinks"]
     assert [row["run"] for row in sinks] == ["step-0", "step-25", "step-50"]
     assert sinks[0]["mass"] == pytest.approx(sinks[0]["uniform"], abs=0.01)
-    assert sinks[2]["mass_low"] > sinks[2]["uniform"]
-    assert sinks[2]["mass"] > 1.5 * sinks[2]["uniform"]
+    assert sinks[2]["mass_low"] > 1.5 * sinks[2]["uniform"]
     said = " ".join(answer.json["summary"])
     assert ", for the first time at step-50" in said
     assert 'id="first-token"' in (tmp_path / "series.html").read_text(encoding="utf-8")
