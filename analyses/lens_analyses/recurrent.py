@@ -1,7 +1,7 @@
 """`lens mixers` and `lens circuit` of a model of mixers alone: a run with its sections and report, without traces, since nothing attends."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,8 @@ from lens_analyses.steps.subject import Subject
 if TYPE_CHECKING:
     from lens.models.loaded import LoadedModel
 
+_Work = Callable[[Making], None]
+
 
 def execute(
     config: RunConfig,
@@ -37,37 +39,42 @@ def execute(
     Raises:
         UsageError: no mixer that is known, or texts that are too short; a circuit of text, which is a profile's.
     """
-    if config.what == "circuit":
-        return _circuit(config, model, sources, runs, output, again)
-    return _mixers(config, model, sources, runs, again)
+    plan_of = _circuit if config.what == "circuit" else _mixers
+    about, work = plan_of(config, model, sources, output)
+    with making(runs, config.as_mapping(), _meta(config, model, about), again=again) as made:
+        made.writer.table("prompts", empty_table(PROMPTS))
+        made.writer.table("heads", empty_table(HEADS))
+        work(made)
+        report = render(
+            open_run(made.writer.path), status="success" if made.error is None else "partial"
+        )
+        report.write(made.writer)
+        made.headline = report.headline
+    return made
 
 
 def _circuit(
-    config: RunConfig,
-    model: "LoadedModel",
-    sources: Sequence[Source],
-    runs: Path,
-    output: Output,
-    again: bool,
-) -> Making:
+    config: RunConfig, model: "LoadedModel", sources: Sequence[Source], output: Output
+) -> tuple[str, _Work]:
+    """What the run is about, and what is done in it; what cannot be is refused before."""
     from lens_analyses.inputs import plan
     from lens_analyses.steps.subject import analysed
 
     settings: Any = config.analysis
     with refused_as_usage():
         analysed(config, model, plan(model, config, list(sources)))
-    about = f"a circuit of {settings.task}"
-    with making(runs, config.as_mapping(), _meta(config, model, about), again=again) as made:
-        _without_heads(made)
+
+    def work(made: Making) -> None:
         subject = Subject(model, open_run(made.writer.path), config, output)
         made.error = analyse(subject, made.writer, Pace({}))
-        _report(made)
-    return made
+
+    return f"a circuit of {settings.task}", work
 
 
 def _mixers(
-    config: RunConfig, model: "LoadedModel", sources: Sequence[Source], runs: Path, again: bool
-) -> Making:
+    config: RunConfig, model: "LoadedModel", sources: Sequence[Source], _: Output
+) -> tuple[str, _Work]:
+    """See `_circuit`."""
     from lens_analyses.inputs import plan
     from lens_analyses.steps.mixers import measured
     from lens_analyses.steps.subject import window_length, windows_of
@@ -79,27 +86,14 @@ def _mixers(
         length = window_length(texts, pair, settings)
         windows = windows_of(texts, pair, settings)
         lens.mixers.capture(model, windows[0][:2], progress=False)  # whether it has one
-    about = f"{len(windows)} windows of text"
-    with making(runs, config.as_mapping(), _meta(config, model, about), again=again) as made:
+
+    def work(made: Making) -> None:
         start = time.monotonic()
         section = measured(model, windows, length, settings.block, config.seed)
         log.debug("%d windows in %.1f s", len(windows), time.monotonic() - start)
-        _without_heads(made)
         made.writer.record(*section.save(made.writer.path))
-        _report(made)
-    return made
 
-
-def _without_heads(made: Making) -> None:
-    made.writer.table("prompts", empty_table(PROMPTS))
-    made.writer.table("heads", empty_table(HEADS))
-
-
-def _report(made: Making) -> None:
-    status = "success" if made.error is None else "partial"
-    report = render(open_run(made.writer.path), status=status)
-    report.write(made.writer)
-    made.headline = report.headline
+    return f"{len(windows)} windows of text", work
 
 
 def _meta(config: RunConfig, model: "LoadedModel", about: str) -> dict[str, Any]:

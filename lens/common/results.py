@@ -80,6 +80,23 @@ def counted(count: int, one: str) -> str:
     return f"{count} {one}{'s' * (count != 1)}"
 
 
+def numbered(names: Iterable[object], form: str = "{} ({})") -> tuple[str, ...]:
+    """Names, of which those that came before have a number behind them: "A", "B", "A (2)".
+
+    Example:
+        >>> numbered(["patch", "patch"], "{}_{}")
+        ('patch', 'patch_2')
+    """
+    found: list[str] = []
+    for own in map(str, names):
+        name, count = own, 1
+        while name in found:
+            count += 1
+            name = form.format(own, count)
+        found.append(name)
+    return tuple(found)
+
+
 def few(names: Sequence[object], most: int = 6, joint: str = ", ") -> str:
     """The first names and how many more there are: `L0H1, L0H2 and 3 more`."""
     more = f" and {len(names) - most} more" if len(names) > most else ""

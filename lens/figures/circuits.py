@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any, Unpack
 import numpy as np
 import plotly.graph_objects as go
 
-from lens.common.colors import ACCENT, DIVERGING, LINE, scale
+from lens.common.colors import DIVERGING, LINE, scale
 from lens.common.errors import LensError
 from lens.common.plots import draws
 from lens.figures.importance import grid
-from lens.figures.rows import bars
+from lens.figures.rows import draw_rankings
 from lens.figures.style import Look, band, escaped, style
 
 if TYPE_CHECKING:
@@ -355,20 +355,8 @@ def faithfulness_curve(evaluation: CircuitEvaluation, **look: Unpack[Look]) -> g
     random = band(once.share, once.random_low, once.random_high, "rgba(128,128,128,0.25)")
     named = {"name": f"{len(evaluation.random)} random circuits", "showlegend": True}
     figure.add_trace(random.update(named))
-    colors = {"signed": ACCENT, "absolute": LINE}
-    for ranking, rows in table.groupby("ranking", sort=False):
-        figure.add_scatter(
-            x=rows.share,
-            line={"color": colors[str(ranking)]},
-            y=rows.faithfulness,
-            error_y=bars(rows, "faithfulness", plain=True),
-            mode="lines+markers",
-            name=f"{ranking} scores",
-            customdata=rows[["edges", "kl"]],
-            hovertemplate="%{customdata[0]:,} edges: %{y:.3f}, KL %{customdata[1]:.3g}",
-        )
-    figure.update_xaxes(title="share of edges kept", type="log", tickformat="~%")
-    figure.update_yaxes(title="faithfulness")
+    draw_rankings(figure, table, "share", ["edges"], "%{customdata[1]:,} edges")
+    figure.update_xaxes(title="share of edges kept", tickformat="~%")
     return style(
         figure,
         f"{evaluation.method} on {evaluation.task}: CPR {evaluation.cpr:.3g}, CMD {evaluation.cmd:.3g}",

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Unpack
 import plotly.graph_objects as go
 
 from lens.common.plots import draws
-from lens.figures.rows import bars
+from lens.figures.rows import draw_rankings
 from lens.figures.style import Look, style
 
 if TYPE_CHECKING:
@@ -45,24 +45,15 @@ def faithfulness_by_size(found: FoundCircuit, **look: Unpack[Look]) -> go.Figure
     """Faithfulness of each circuit that was tried over its number of edges, what was asked for, and the chosen one."""
     table, circuit = found.table(), found.circuit
     figure = go.Figure()
-    for ranking, rows in table[table.edges > 0].groupby("ranking", sort=False):
-        figure.add_scatter(
-            x=rows.edges,
-            y=rows.faithfulness,
-            error_y=bars(rows, "faithfulness", plain=True),
-            mode="lines+markers",
-            name=f"{ranking} scores",
-            customdata=rows[["writers", "kl"]],
-            hovertemplate="%{x:,} edges between %{customdata[0]:,} parts: %{y:.3f}, KL %{customdata[1]:.3g}",
-        )
+    words = "%{x:,} edges between %{customdata[1]:,} parts"
+    draw_rankings(figure, table[table.edges > 0], "edges", ["writers"], words)
     chosen = table[table.chosen]
     marker = {"size": 14, "symbol": "circle-open", "line": {"width": 2}}
     figure.add_scatter(
         x=chosen.edges, y=chosen.faithfulness, mode="markers", marker=marker, name="chosen"
     )
     figure.add_hline(y=found.least, line={"dash": "dot", "width": 1}, annotation_text="asked for")
-    figure.update_xaxes(title=f"edges kept of {circuit.graph.n:,}", type="log")
-    figure.update_yaxes(title="faithfulness")
+    figure.update_xaxes(title=f"edges kept of {circuit.graph.n:,}")
     scores = found.scores
     return style(
         figure,

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pandas as pd
+import plotly.graph_objects as go
 
 from lens.common.colors import ACCENT, BASELINE, LINE
 
@@ -42,3 +43,27 @@ def head_names(layers: pd.Series, heads: pd.Series) -> list[str]:
 def samples(row: pd.Series) -> str:
     """What a row was measured on, "BOS added, n = 8"; of what is no tokens "n = 8"."""
     return f"BOS {row['bos']}, n = {row['n']}" if row["bos"] else f"n = {row['n']}"
+
+
+def draw_rankings(
+    figure: go.Figure, table: pd.DataFrame, over: str, told: list[str], words: str
+) -> None:
+    """Faithfulness of circuits by signed and by absolute scores, each with its interval.
+
+    Args:
+        over: column across, on a log scale; told: columns of the hover behind the KL divergence, as `words` say.
+    """
+    colors = {"signed": ACCENT, "absolute": LINE}
+    for ranking, rows in table.groupby("ranking", sort=False):
+        figure.add_scatter(
+            x=rows[over],
+            line={"color": colors[str(ranking)]},
+            y=rows.faithfulness,
+            error_y=bars(rows, "faithfulness", plain=True),
+            mode="lines+markers",
+            name=f"{ranking} scores",
+            customdata=rows[["kl", *told]],
+            hovertemplate=f"{words}: %{{y:.3f}}, KL %{{customdata[0]:.3g}}",
+        )
+    figure.update_xaxes(type="log")
+    figure.update_yaxes(title="faithfulness")

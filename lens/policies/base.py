@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -207,18 +207,6 @@ def several(name: str, given: Any) -> list[Policy]:
     if not found:
         raise LensError(f"{name} is an empty list; give at least one policy")
     return found
-
-
-def names_of(policies: Sequence[Policy]) -> tuple[str, ...]:
-    """As they write themselves; where several write themselves alike, the later ones with a number."""
-    found: list[str] = []
-    for policy in policies:
-        name, count = str(policy), 1
-        while name in found:
-            count += 1
-            name = f"{policy} ({count})"
-        found.append(name)
-    return tuple(found)
 
 
 def check_counts(policy: Policy, *names: str, least: int = 0) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from lens.common.choices import Seed, check_counts
 from lens.common.errors import LensError
 from lens.common.progress import advancing
+from lens.common.results import numbered
 from lens.edits.running import edit
 from lens.edits.sparse import Sparse
 from lens.models.loaded import LoadedModel
@@ -21,7 +22,7 @@ from lens.passes.calls import LayerCall
 from lens.passes.inputs import Prompt, read_prompts
 from lens.passes.replay import proved
 from lens.passes.sessions import base, listening
-from lens.policies.base import Policy, names_of, several
+from lens.policies.base import Policy, several
 from lens.policies.measures import Dense, measure, ranked
 from lens.policies.scores import COLUMNS, PolicyScores
 from lens.tasks.prompts import token_losses
@@ -104,7 +105,7 @@ def evaluate(
         values=values,
         dense_loss=losses[0],
         sparse_loss=losses[1:],
-        policies=names_of(policies),
+        policies=numbered(policies),
         references=tuple(one.is_reference for one in policies),
         layers=layers,
         block_sizes=tuple(sizes),

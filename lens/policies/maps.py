@@ -12,13 +12,13 @@ import torch
 
 from lens.common.errors import LensError
 from lens.common.head_ids import AnyHead, HeadId, head_columns, head_id
-from lens.common.results import Result, Sentence
+from lens.common.results import Result, Sentence, numbered
 from lens.models.loaded import LoadedModel
 from lens.passes.blocks import BlockView, check_block_size
 from lens.passes.calls import LayerCall
 from lens.passes.inputs import read_prompts
 from lens.passes.sessions import base, listening
-from lens.policies.base import Policy, names_of, several
+from lens.policies.base import Policy, several
 
 MOST_POLICIES = 62
 """Whose choices fit one number of the table."""
@@ -149,7 +149,7 @@ def maps(
         kept=np.moveaxis(kept, 1, 0),
         masses=np.where(visible, masses, 0),
         visible=visible,
-        policies=names_of(policies),
+        policies=numbered(policies),
         layers=layers,
         block_size=size,
         tokens=max(positions) if read[0].ids is None else len(read[0].ids),

@@ -14,13 +14,13 @@ from lens.common.choices import Seed, check_counts
 from lens.common.errors import LensError
 from lens.common.given import given_as
 from lens.common.progress import advancing
-from lens.common.results import Result, Sentence, ends
+from lens.common.results import Result, Sentence, ends, numbered
 from lens.edits.running import edit
 from lens.edits.sparse import Sparse
 from lens.models.loaded import LoadedModel
 from lens.passes.blocks import check_block_size
 from lens.passes.logits import fills_masks
-from lens.policies.base import Full, Policy, names_of, several
+from lens.policies.base import Full, Policy, several
 from lens.stats.intervals import columns
 from lens.stats.verdicts import verdict
 from lens.tasks import Task
@@ -189,7 +189,7 @@ def run(
         sparse=values[0, 1:],
         kl=values[1, 1:],
         density=density[1:],
-        policies=names_of(policies),
+        policies=numbered(policies),
         metric=given.metric.replace("_", " ") if isinstance(given, Task) else NEEDLES,
         sign=given.sign if isinstance(given, Task) else 1,
         question=question,

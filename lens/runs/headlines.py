@@ -200,7 +200,7 @@ def is_above_nothing(found: Mapping[str, Any], whole: float = 0.0) -> bool:
     """
     low = found["value"]
     if not math.isnan(found["low"]):
-        many, units = (int(found.get(name, 1 - at)) for at, name in enumerate(("many", "units")))
+        many, units = int(found.get("many", 1)), int(found.get("units", 0))
         low, _ = of_many(low, found["low"], low, many, units)
     return low > 0 and found["value"] > _ROUNDING * abs(whole)
 

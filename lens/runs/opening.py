@@ -14,7 +14,7 @@ import pandas as pd
 from lens.common.errors import LensError
 from lens.common.files import as_path
 from lens.common.plots import background
-from lens.common.results import Result
+from lens.common.results import Result, numbered
 from lens.common.version import __version__
 from lens.runs.folders import Run
 from lens.runs.schema import HEADS, PROMPTS, Kind
@@ -149,12 +149,7 @@ def _written(traces: list[AttentionTrace], results: list[Result], runs: Path) ->
     together = [pooled_table(tables, "text")] if tables else []
     every = [*together, *tables] or [empty_table(HEADS)]
     writer.table("heads", pd.concat(every, ignore_index=True))
-    names: set[str] = set()
-    for result in results:
-        name = own = _name(result)
-        while name in names:
-            name = f"{own}_{sum(one.startswith(own) for one in names) + 1}"
-        names.add(name)
+    for result, name in zip(results, numbered(map(_name, results), "{}_{}"), strict=True):
         writer.record(*_section(result, name).save(writer.path))
     return writer.finish()
 

@@ -161,9 +161,8 @@ def _drawn_ends(
     some = total > 0  # a resample may miss every unit that has a count
     means = np.where(some, drawn @ sums / np.where(some, total, 1), np.nan)
     mean = sums.sum(0) / np.where(few, 1, counts).sum(0)
-    arms = longer(units) * (np.stack(interval(means)) - mean)
-    each = sums / np.where(counts > 0, counts, np.nan)
-    return np.where(few, np.nan, np.clip(mean + arms, *_ends_of_values(each, shares)))
+    least, most = _ends_of_values(sums / np.where(counts > 0, counts, np.nan), shares)
+    return np.where(few, np.nan, around(mean, means, units, least=least, most=most))
 
 
 def _ends_of_values(each: np.ndarray, shares: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -180,10 +179,10 @@ def _ends_of_values(each: np.ndarray, shares: bool) -> tuple[np.ndarray, np.ndar
 def around(
     value: ArrayLike,
     drawn: ArrayLike,
-    units: int,
+    units: ArrayLike,
     *,
-    least: float = -np.inf,
-    most: float = np.inf,
+    least: ArrayLike = -np.inf,
+    most: ArrayLike = np.inf,
 ) -> tuple[Any, Any]:
     """Interval of any statistic of few units that is about as often too high as too low when they are drawn again.
 

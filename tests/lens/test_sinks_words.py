@@ -15,6 +15,8 @@ from lens.edits.controls import OfCoordinates
 from lens.edits.effect_results import Effect
 from lens.figures.sink_heads import reach_points
 from lens.sinks import bands, gates
+from lens.stats import over_units
+from lens.stats.verdicts import verdict
 from tests.lens.architectures import build
 
 IDS = torch.randint(3, 97, (2, 29), generator=torch.Generator().manual_seed(5))
@@ -40,7 +42,10 @@ def test_dose_in_words(model, clean):
     half, whole = result.values["edit"]["delta_loss"].mean(1)
     assert f"0.5: {half:+.4f}" in found["dose"]
     assert f"1: {whole:+.4f}" in found["dose"]
-    assert found["trend"].endswith("with every step of the amount.")
+    steps = np.diff(result.values["edit"]["delta_loss"], axis=0).T
+    ends = (float(end[0]) for end in over_units(steps, np.ones_like(steps), result.seed))
+    way = {"above": "grows", "below": "falls"}.get(verdict(*ends), "is not told to grow or to fall")
+    assert found["trend"] == f"The loss {way} with every step of the amount."
     assert "the control of equal mass" in found["mass"]
     kinds = {one.kind for one in lens.effect(model, IDS, Mask(), clean=clean).findings()}
     assert not kinds & {"dose", "trend"}
