@@ -2,7 +2,7 @@
 PYTHON ?= python3
 PORT ?= 8765
 MODEL ?=
-WORKERS ?= 3
+WORKERS ?= 4
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
@@ -72,7 +72,7 @@ $(VENV)/.triton-3.6: $(BIN)/python
 	$(PIP) --no-deps --upgrade --target $(VENV)/triton-3.6 triton==3.6.0
 	@touch $@
 
-# Workers of one thread each, three: on two cores one is always waiting, for a browser or a process of its own.
+# Workers of one thread each, four: of two cores three left a quarter idle, waiting for a browser or a process of their own.
 # Types are checked beside them, and fail the command too. What pytest made of the test files is kept for the next time.
 unexport PYTHONDONTWRITEBYTECODE
 test: lint browser $(VENV)/.triton-3.6
