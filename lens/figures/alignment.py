@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Unpack
 
 import plotly.graph_objects as go
 
-from lens.common.colors import VIRIDIS, scale
 from lens.common.plots import draws
-from lens.figures.style import Look, escaped, style, tick_step
+from lens.figures.grids import grid
+from lens.figures.style import Look, escaped
 
 if TYPE_CHECKING:
     from lens.traces.alignment import Alignment
@@ -18,21 +18,14 @@ if TYPE_CHECKING:
 def alignment_map(found: Alignment, **look: Unpack[Look]) -> go.Figure:
     """Layers down, heads across: accuracy of the strongest key, or its monotonicity where there are no labels."""
     name = "accuracy" if found.labelled else "monotonicity"
-    table = found.table()
-    grid = table.pivot(index="layer", columns="head", values=name)
-    figure = go.Figure(
-        go.Heatmap(
-            z=grid.values,
-            x=grid.columns,
-            y=grid.index,
-            colorscale=scale(VIRIDIS),
-            zmin=0 if found.labelled else -1,
-            zmax=1,
-            colorbar={"title": name},
-            hovertemplate="L%{y}H%{x}: %{z:.3f}<extra></extra>",
-        )
+    wide = found.table().pivot(index="layer", columns="head", values=name)
+    return grid(
+        wide.to_numpy(),
+        f"{escaped(found.model)}: {name} of the strongest key",
+        look,
+        unit=name,
+        layers=wide.index,
+        signed=not found.labelled,
+        most=1,
+        meta={"figure": "alignment_map", "model": found.model},
     )
-    figure.update_xaxes(title="head", dtick=tick_step(grid.shape[1]))
-    figure.update_yaxes(title="layer", autorange="reversed", dtick=tick_step(grid.shape[0]))
-    title = f"{escaped(found.model)}: {name} of the strongest key"
-    return style(figure, title, look, meta={"figure": "alignment_map", "model": found.model})

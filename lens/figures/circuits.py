@@ -12,7 +12,7 @@ import plotly.graph_objects as go
 from lens.common.colors import DIVERGING, LINE, scale
 from lens.common.errors import LensError
 from lens.common.plots import draws
-from lens.figures.importance import grid
+from lens.figures.grids import grid
 from lens.figures.rows import draw_rankings
 from lens.figures.style import Look, band, escaped, style
 
@@ -212,10 +212,11 @@ def head_map(circuit: Circuit, scores: EdgeScores, **look: Unpack[Look]) -> go.F
     figure = grid(
         values,
         f"{inside.sum()} of {(at >= 0).sum()} heads are in the circuit: score of what they write",
+        look,
         unit=scores.metric,
         text=[[f" over {count:.0f} edges" for count in row] for row in counts[at]],
         meta={"task": circuit.task, "model": circuit.model, "edges": circuit.n},
-        **look,
+        signed=True,
     )
     if letter != "H":
         shown = f"L%{{y}}{letter}%{{x}}: %{{z:.4g}}%{{text}}<extra></extra>"

@@ -11,10 +11,11 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from lens.common.colors import ACCENT, CLASSES, DIVERGING, VIRIDIS, scale
+from lens.common.colors import ACCENT, CLASSES, VIRIDIS, scale
 from lens.common.errors import LensError
+from lens.figures.grids import grid
 from lens.figures.rows import head_names
-from lens.figures.style import Look, escaped, grid_axes, grid_height, style
+from lens.figures.style import Look, escaped, style
 
 
 def column_scatter(
@@ -119,37 +120,20 @@ def column_grid(
         LensError: a column that is not there or has no numbers.
     """
     _check(table, (column,), column)
-    grid = table.pivot(index="layer", columns="head", values=column)
-    values = grid.to_numpy(dtype=float)
-    known = values[np.isfinite(values)]
-    if not known.size:
+    wide = table.pivot(index="layer", columns="head", values=column)
+    values = wide.to_numpy(dtype=float)
+    if not np.isfinite(values).any():
         raise LensError(f"no head has {column!r}")
-    signed = bool((known < 0).any())
-    bound = float(np.abs(known).max()) or 1.0
     words = escaped((labels or {}).get(column, column))
-    figure = go.Figure(
-        go.Heatmap(
-            z=values,
-            x=grid.columns.to_numpy(),
-            y=grid.index.to_numpy(),
-            colorscale=scale(DIVERGING if signed else VIRIDIS),
-            zmin=-bound if signed else 0,
-            zmax=bound,
-            colorbar={"title": {"text": words, "side": "right"}, "thickness": 12},
-            xgap=1,
-            ygap=1,
-            hovertemplate="L%{y}H%{x}: %{z:.4g}<extra></extra>",
-            hoverongaps=False,
-        )
-    )
-    grid_axes(figure, *grid.shape, most=32)
     layer, head = map(int, np.unravel_index(np.nanargmax(values), values.shape))
-    best = f"L{grid.index[layer]}H{grid.columns[head]}"
-    return style(
-        figure,
+    best = f"L{wide.index[layer]}H{wide.columns[head]}"
+    return grid(
+        values,
         f"{words}: highest at {best}, {values[layer, head]:.3g}",
         look,
-        height=grid_height(len(grid.index)),
+        unit=words,
+        layers=wide.index,
+        heads=wide.columns,
         meta={"figure": "column_grid", "column": column},
     )
 

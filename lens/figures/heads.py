@@ -10,11 +10,12 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from lens.common.colors import ACCENT, DIVERGING, LINE, VIRIDIS, scale
+from lens.common.colors import ACCENT, LINE, VIRIDIS, scale
 from lens.common.errors import LensError
 from lens.common.given import given_table
+from lens.figures.grids import grid, heat
 from lens.figures.rows import head_names
-from lens.figures.style import Look, escaped, grid_axes, grid_height, style, tick_step
+from lens.figures.style import Look, escaped, style
 from lens.traces.metrics import metric_of
 
 _COLUMNS = ("prompt_id", "layer", "head", "metric", "variant", "value", "low", "high", "detail")
@@ -65,17 +66,12 @@ def head_grid(
         'Sink rate (probability): highest at L1H0, 1'
     """
     rows = select(table, metric, variant)
-    heat, shape = _heat(rows, metric)
-    figure = go.Figure([heat])
-    grid_axes(figure, *shape, most=32)
-    if np.ptp(layers := heat["y"]) >= len(layers):  # of a hybrid, which has no heads in between
-        figure.update_yaxes(tickmode="array", tickvals=layers[:: tick_step(len(layers), 32)])
-    return style(
-        figure,
-        _finding(rows, metric, variant),
-        look,
-        height=grid_height(shape[0], 26),
+    return grid(
+        found=_finding(rows, metric, variant),
+        look=look,
+        cell=26,
         meta=_meta(rows, "head_grid", metric=metric, variant=variant),
+        **_cells(rows, metric),
     )
 
 
@@ -92,12 +88,12 @@ def plain_grids(
     # of Arrow's strings each choice of rows would take twice as long
     plain = table.astype(dict.fromkeys(table.select_dtypes(exclude="number"), object))
     parts = {pair: select(plain, *pair) for pair in pairs}
-    heats = {pair: _heat(rows, pair[0]) for pair, rows in parts.items()}
-    drawn = go.Figure([heat for heat, _ in heats.values()]).to_plotly_json()["data"]
+    cells = {pair: _cells(rows, pair[0]) for pair, rows in parts.items()}
+    drawn = go.Figure([heat(**one) for one in cells.values()]).to_plotly_json()["data"]
     layouts: dict[tuple[int, int], dict[str, Any]] = {}
     made = {}
     for (pair, rows), trace in zip(parts.items(), drawn, strict=True):
-        shape = heats[pair][1]
+        shape = cells[pair]["values"].shape
         if shape not in layouts:
             layouts[shape] = head_grid(rows, *pair, **look).to_plotly_json()["layout"]
         layout = layouts[shape]
@@ -107,21 +103,13 @@ def plain_grids(
     return made
 
 
-def _heat(rows: pd.DataFrame, metric: str) -> tuple[dict[str, Any], tuple[int, int]]:
-    """The trace of `head_grid`, and how many layers and heads there are."""
+def _cells(rows: pd.DataFrame, metric: str) -> dict[str, Any]:
+    """What `grid` and `heat` take of these rows."""
     layers, down = np.unique(rows["layer"], return_inverse=True)
     heads, across = np.unique(rows["head"], return_inverse=True)
     values, low, high = np.full((3, len(layers), len(heads)), np.nan)
-    for grid, name in ((values, "value"), (low, "low"), (high, "high")):
-        grid[down, across] = rows[name]
-    known = values[np.isfinite(values)]
-    signed = bool((known < 0).any())
-    bound = float(np.abs(known).max(initial=0)) or 1.0
-    if metric_of(metric).unit == "probability":
-        bound = 1.0  # 0.02 must not look like a find
-    limits: dict[str, Any] = (
-        {"zmid": 0, "zmin": -bound, "zmax": bound} if signed else {"zmin": 0, "zmax": bound}
-    )
+    for part, name in ((values, "value"), (low, "low"), (high, "high")):
+        part[down, across] = rows[name]
     interval = [
         [
             "" if np.isnan(a) else f"<br>95 % interval {a:.3g} to {b:.3g}"
@@ -129,21 +117,16 @@ def _heat(rows: pd.DataFrame, metric: str) -> tuple[dict[str, Any], tuple[int, i
         ]
         for pair in zip(low, high, strict=True)
     ]
-    heat = {
-        "type": "heatmap",
-        "z": values,
-        "x": heads,
-        "y": layers,
-        "colorscale": scale(DIVERGING if signed else VIRIDIS),
-        "colorbar": {"title": {"text": metric_of(metric).unit, "side": "right"}, "thickness": 12},
-        "xgap": 1,
-        "ygap": 1,
+    unit = metric_of(metric).unit
+    most = 1.0 if unit == "probability" else None  # 0.02 must not look like a find
+    return {
+        "values": values,
+        "unit": unit,
+        "layers": layers,
+        "heads": heads,
+        "most": most,
         "text": interval,
-        "hovertemplate": "L%{y}H%{x}: %{z:.4g}%{text}<extra></extra>",
-        "hoverongaps": False,
-        **limits,
     }
-    return heat, (len(layers), len(heads))
 
 
 def _finding(rows: pd.DataFrame, metric: str, variant: str) -> str:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Unpack
 
 import numpy as np
 import plotly.graph_objects as go
 
-from lens.common.colors import DIVERGING, scale
 from lens.common.plots import draws
-from lens.figures.style import Look, grid_axes, grid_height, style
+from lens.figures.grids import grid
+from lens.figures.style import Look
 
 if TYPE_CHECKING:
     from lens.heads.measures.scores import HeadScores
@@ -36,45 +35,12 @@ def importance_grid(scores: HeadScores, **look: Unpack[Look]) -> go.Figure:
     return grid(
         scores.values,
         _finding(scores),
+        look,
         unit=scores.metric,
         text=text,
+        signed=True,
         meta={"by": scores.label, "task": scores.task, "model": scores.model},
-        **look,
     )
-
-
-def grid(
-    values: np.ndarray,
-    found: str,
-    *,
-    unit: str,
-    meta: Mapping[str, Any],
-    text: Sequence[Sequence[str]] | None = None,
-    **look: Unpack[Look],
-) -> go.Figure:
-    """A signed number of each head [layer, head]: layers down, heads across; `text` is shown on hover.
-
-    `found` is the title where none is given.
-    """
-    bound = float(np.nanmax(np.abs(values), initial=0.0)) or 1.0
-    layers, heads = values.shape
-    figure = go.Figure(
-        go.Heatmap(
-            z=values,
-            colorscale=scale(DIVERGING),
-            zmin=-bound,
-            zmid=0,
-            zmax=bound,
-            colorbar={"title": {"text": unit, "side": "right"}, "thickness": 12},
-            xgap=1,
-            ygap=1,
-            text=[[""] * heads] * layers if text is None else text,
-            hovertemplate="L%{y}H%{x}: %{z:.4g}%{text}<extra></extra>",
-            hoverongaps=False,
-        )
-    )
-    grid_axes(figure, layers, heads)
-    return style(figure, found, look, height=grid_height(layers), meta=meta)
 
 
 def _finding(scores: HeadScores) -> str:
@@ -97,7 +63,7 @@ def pruning_grid(
     of = "" if label is None else f" of class {label}"
     found = f"{metric}{of} without each head: most at L{layer}H{number}, {values.max():.3g}"
     meta = {"metric": metric, "baseline": metrics.baseline, "model": metrics.model}
-    return grid(values, found, unit=metric, meta=meta, **look)
+    return grid(values, found, look, unit=metric, signed=True, meta=meta)
 
 
 def classes_grid(
@@ -121,7 +87,7 @@ def classes_grid(
     labels = [str(label) for label in by_class]
     found = f"{metric} by class: class {labels[row]} loses most without {names[column]}, {values.max():.3g}"
     meta = {"metric": metric, "baseline": metrics.baseline, "model": metrics.model}
-    figure = grid(values, found, unit=metric, meta=meta, **look)
+    figure = grid(values, found, look, unit=metric, signed=True, meta=meta)
     hover = "class %{y}, %{x}: %{z:.4g}<extra></extra>"
     figure.update_traces(x=names, y=labels, hovertemplate=hover)
     figure.update_xaxes(title="head", type="category", tickmode="auto", tickvals=None)

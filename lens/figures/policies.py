@@ -12,8 +12,9 @@ from lens.common.choices import check_choice
 from lens.common.colors import ACCENT, BASELINE, INK, LINE, VIRIDIS, scale
 from lens.common.head_ids import HeadId
 from lens.common.plots import draws
+from lens.figures.grids import grid
 from lens.figures.rows import bars
-from lens.figures.style import Look, escaped, grid_axes, grid_height, style
+from lens.figures.style import Look, escaped, grid_height, style
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -82,23 +83,17 @@ def _grid(result: PolicyScores, policy: str, look: Look) -> go.Figure:
     place = result.policies.index(policy)
     recall = result.of("recall")[place].mean(-1)
     error = result.of("output_error")[place].mean(-1)
-    figure = go.Figure(
-        go.Heatmap(
-            z=recall,
-            y=[str(layer) for layer in result.layers],
-            customdata=error,
-            colorscale=scale(VIRIDIS),
-            zmin=0,
-            zmax=1,
-            xgap=1,
-            ygap=1,
-            colorbar={"title": {"text": "recall", "side": "right"}, "thickness": 12},
-            hovertemplate="L%{y}H%{x}: %{z:.4f}<br>output off by %{customdata:.4f}<extra></extra>",
-        )
+    return grid(
+        recall,
+        escaped(f"Attention kept by {policy}, mean {recall.mean():.1%}"),
+        look,
+        unit="recall",
+        cell=26,
+        layers=result.layers,
+        most=1,
+        data=error,
+        hover="%{z:.4f}<br>output off by %{customdata:.4f}",
     )
-    grid_axes(figure, *recall.shape, most=32)
-    text = f"Attention kept by {policy}, mean {recall.mean():.1%}"
-    return style(figure, escaped(text), look, height=grid_height(len(recall), 26))
 
 
 @draws("PolicyMaps")

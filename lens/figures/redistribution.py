@@ -10,8 +10,8 @@ import plotly.graph_objects as go
 
 from lens.common.colors import ACCENT, BASELINE, DIVERGING, GRID, INK, LINE, VIRIDIS, scale
 from lens.common.plots import draws
-from lens.figures.importance import grid
-from lens.figures.style import Look, escaped, grid_height, style, tick_step
+from lens.figures.grids import grid
+from lens.figures.style import Look, escaped, style
 
 if TYPE_CHECKING:
     from lens.edits.searching import HeadSearch
@@ -27,24 +27,15 @@ _KINDS = {"system": BASELINE, "image": ACCENT, "text": LINE, "padding": GRID}
 @draws("HeadSelection")
 def selection_grid(result: HeadSelection, **look: Unpack[Look]) -> go.Figure:
     """Share of image-centric rows in every head; blank where a head could not be edited."""
-    figure = go.Figure(
-        go.Heatmap(
-            z=result.share,
-            customdata=np.stack([result.selected, result.text], -1),
-            colorscale=scale(VIRIDIS),
-            zmin=0,
-            zmax=1,
-            colorbar={"title": "share"},
-            hovertemplate=(
-                "L%{y}H%{x}<br>%{customdata[0]} of %{customdata[1]} rows (%{z:.3f})<extra></extra>"
-            ),
-        )
+    return grid(
+        result.share,
+        escaped(f"Image-centric rows by head ({result.model})"),
+        look,
+        unit="share",
+        most=1,
+        data=np.stack([result.selected, result.text], -1),
+        hover="%{customdata[0]} of %{customdata[1]} rows (%{z:.3f})",
     )
-    layers, heads = result.selected.shape
-    figure.update_xaxes(title="Head", dtick=tick_step(heads))
-    figure.update_yaxes(title="Layer", dtick=tick_step(layers), autorange="reversed")
-    text = f"Image-centric rows by head ({result.model})"
-    return style(figure, escaped(text), look, height=grid_height(layers))
 
 
 @draws("SinkDims")
@@ -177,7 +168,7 @@ def gain_grid(result: HeadSearch, **look: Unpack[Look]) -> go.Figure:
     gains = result.gains.mean(-1)
     text = f"Gain in {result.metric} on {result.task} (validation; test {result.test.mean():.3g})"
     meta = {"task": result.task, "metric": result.metric}
-    figure = grid(gains, escaped(text), unit="gain", meta=meta, **look)
+    figure = grid(gains, escaped(text), look, unit="gain", signed=True, meta=meta)
     return figure.add_scatter(
         x=[head for _, head in result.chosen],
         y=[layer for layer, _ in result.chosen],

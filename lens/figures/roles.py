@@ -13,7 +13,8 @@ from lens.common.colors import VIRIDIS, scale
 from lens.common.errors import LensError
 from lens.common.given import given_table
 from lens.common.plots import draws
-from lens.figures.style import Look, grid_axes, grid_height, style
+from lens.figures.grids import grid
+from lens.figures.style import Look, style
 from lens.traces.metrics import METRICS
 
 if TYPE_CHECKING:
@@ -108,27 +109,9 @@ def share_grid(values: np.ndarray, found: str, *, unit: str, **look: Unpack[Look
 
     `found` is the title where none is given.
     """
-    figure = go.Figure(
-        go.Heatmap(
-            z=values,
-            zmin=0,
-            zmax=max(1.0, float(values.max())),
-            colorscale=scale(VIRIDIS),
-            colorbar={"title": {"text": unit, "side": "right"}, "thickness": 12},
-            xgap=1,
-            ygap=1,
-            hovertemplate="L%{y}H%{x}: %{z:.3g}<extra></extra>",
-        )
-    )
-    layers, heads = values.shape
-    grid_axes(figure, layers, heads)
-    return style(
-        figure,
-        found,
-        look,
-        height=grid_height(layers),
-        meta={"figure": "share_grid", "unit": unit},
-    )
+    meta = {"figure": "share_grid", "unit": unit}
+    most = max(1.0, float(values.max()))
+    return grid(values, found, look, unit=unit, signed=False, most=most, meta=meta)
 
 
 @draws("StreamingScores")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Unpack
 import plotly.graph_objects as go
 
 from lens.common.plots import draws
-from lens.figures.importance import grid
+from lens.figures.grids import grid
 from lens.figures.style import Look
 
 if TYPE_CHECKING:
@@ -21,7 +21,8 @@ def code_map(scores: CodeScores, **look: Unpack[Look]) -> go.Figure:
     return grid(
         scores.values,
         f"Most codes of its own: {best['name']} ({best['value']:.3g})",
+        look,
         unit="codes",
         meta={"task": scores.task, "model": scores.model},
-        **look,
+        signed=True,
     )

@@ -9,6 +9,7 @@ import plotly.graph_objects as go
 
 from lens.common.colors import ACCENT, VIRIDIS, scale
 from lens.common.plots import draws
+from lens.figures.grids import grid
 from lens.figures.style import Look, escaped, style, tick_step
 
 if TYPE_CHECKING:
@@ -19,23 +20,17 @@ if TYPE_CHECKING:
 @draws("SinkRate")
 def alpha_grid(result: SinkRate, **look: Unpack[Look]) -> go.Figure:
     """Mean alpha of one key in every head: layers down, heads across; rate on hover."""
-    figure = go.Figure(
-        go.Heatmap(
-            z=result.alpha,
-            y=list(result.layers),
-            customdata=result.by_head,
-            colorscale=scale(VIRIDIS),
-            zmin=0,
-            zmax=1,
-            colorbar={"title": "alpha"},
-            hovertemplate="L%{y}H%{x}<br>alpha %{z:.3f}<br>rate %{customdata:.3f}<extra></extra>",
-        )
-    )
-    layers, heads = result.alpha.shape
-    figure.update_xaxes(title="Head", dtick=tick_step(heads))
-    figure.update_yaxes(title="Layer", dtick=tick_step(layers), autorange="reversed")
     text = f"Key {result.key}: sink rate {result.value:.3f} at ε = {result.epsilon}"
-    return style(figure, escaped(f"{text} ({result.samples})"), look)
+    return grid(
+        result.alpha,
+        escaped(f"{text} ({result.samples})"),
+        look,
+        unit="alpha",
+        layers=result.layers,
+        most=1,
+        data=result.by_head,
+        hover="alpha %{z:.3f}<br>rate %{customdata:.3f}",
+    )
 
 
 @draws("SinkCurve")

@@ -68,7 +68,7 @@ def grid_height(rows: int, cell: int = 18) -> int:
     return min(760, max(260, 150 + cell * rows))
 
 
-def grid_axes(figure: go.Figure, layers: int, heads: int, most: int = 16) -> None:
+def grid_axes(figure: go.Figure, layers: int, heads: int, most: int = 32) -> None:
     """Heads across and layers down, with at most `most` ticks on each axis; layers that are names stand one by one.
 
     Without `category` plotly reads names that are numbers as places: of layers 1, 3 and 5 every other row is drawn.

@@ -11,8 +11,9 @@ from plotly.subplots import make_subplots
 
 from lens.common.colors import ACCENT, BASELINE, LINE, VIRIDIS, scale
 from lens.common.plots import draws
+from lens.figures.grids import grid
 from lens.figures.pictures import picture_uri
-from lens.figures.style import Look, escaped, grid_axes, grid_height, style
+from lens.figures.style import Look, escaped, style
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -208,22 +209,18 @@ def flow_grid(result: Flow, **look: Unpack[Look]) -> go.Figure:
         >>> trace = lens.capture(vit, {"pixel_values": images}, keep_qk=True)
         >>> figure = lens.vision.flow(trace).plot()
     """
-    figure = go.Figure(
-        go.Heatmap(
-            z=result.gini,
-            y=[str(layer) for layer in result.layers],
-            zmin=0,
-            zmax=1,
-            customdata=np.stack([result.largest, result.exclusive, result.uniform["gini"]], -1),
-            colorscale=scale(VIRIDIS),
-            colorbar={"title": {"text": "Gini", "side": "right"}, "thickness": 12},
-            hovertemplate="L%{y}H%{x}: Gini %{z:.3f} (uniform attention %{customdata[2]:.3f})<br>most on one key "
-            "%{customdata[0]:.1f} times uniform attention's, least own intake %{customdata[1]:.3f}<extra></extra>",
-        )
+    return grid(
+        result.gini,
+        "How unequally keys receive (0 alike, 1 all on one)",
+        look,
+        unit="Gini",
+        cell=26,
+        layers=result.layers,
+        most=1,
+        data=np.stack([result.largest, result.exclusive, result.uniform["gini"]], -1),
+        hover="Gini %{z:.3f} (uniform attention %{customdata[2]:.3f})<br>most on one key "
+        "%{customdata[0]:.1f} times uniform attention's, least own intake %{customdata[1]:.3f}",
     )
-    grid_axes(figure, *result.gini.shape)
-    text = "How unequally keys receive (0 alike, 1 all on one)"
-    return style(figure, text, look, height=grid_height(len(result.layers), 26))
 
 
 @draws("CodingRate")

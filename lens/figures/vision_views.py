@@ -14,8 +14,9 @@ import plotly.graph_objects as go
 from plotly.colors import qualitative
 from plotly.subplots import make_subplots
 
-from lens.common.colors import ACCENT, BASELINE, DIVERGING, LINE, VIRIDIS, scale
-from lens.figures.style import Look, escaped, grid_axes, grid_height, style
+from lens.common.colors import ACCENT, BASELINE, LINE
+from lens.figures.grids import grid
+from lens.figures.style import Look, escaped, style
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -49,32 +50,23 @@ def head_matrix(
         (2, 4)
     """
     wide = values.pivot(index="layer", columns="head", values="value")
-    z = wide.to_numpy(float)
-    signed = bool(np.nanmin(z) < 0)
-    most = float(np.nanmax(np.abs(z))) or 1.0
     names = [[f"L{layer}H{head}" for head in wide.columns] for layer in wide.index]
-    figure = go.Figure(
-        go.Heatmap(
-            z=z,
-            y=[str(layer) for layer in wide.index],
-            colorscale=scale(DIVERGING if signed else VIRIDIS),
-            zmin=-most if signed else 0,
-            zmax=most,
-            xgap=1,
-            ygap=1,
-            text=names,
-            customdata=None if link is None else [[link(one, "") for one in row] for row in names],
-            colorbar={"title": {"text": unit, "side": "right"}, "thickness": 12},
-            hovertemplate="%{text}: %{z:.4g}<extra></extra>",
-        )
+    figure = grid(
+        wide.to_numpy(float),
+        escaped(text),
+        look,
+        unit=unit,
+        cell=26,
+        layers=wide.index,
+        heads=wide.columns,
+        data=None if link is None else [[link(one, "") for one in row] for row in names],
     )
-    grid_axes(figure, *z.shape)
     for row, layer in enumerate(wide.index):
         for column, head in enumerate(wide.columns):
             if chosen in (f"L{layer}", f"L{layer}H{head}"):
                 ends = {"x0": column - 0.5, "x1": column + 0.5, "y0": row - 0.5, "y1": row + 0.5}
                 figure.add_shape(type="rect", **ends, line={"color": ACCENT, "width": 3})
-    return style(figure, escaped(text), look, height=grid_height(len(z), 26))
+    return figure
 
 
 def strength(

@@ -9,13 +9,14 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from lens.common.colors import ACCENT, BASELINE, DIVERGING, LINE, scale
+from lens.common.colors import ACCENT, BASELINE, LINE
 from lens.common.errors import LensError
 from lens.common.plots import draws
 from lens.common.results import ends
+from lens.figures.grids import grid
 from lens.figures.heads import label
 from lens.figures.rows import bars, classes
-from lens.figures.style import Look, escaped, grid_axes, grid_height, named_below, style
+from lens.figures.style import Look, escaped, named_below, style
 from lens.runs.schema import KIND_WORDS
 from lens.stats.verdicts import leave_out_0
 from lens.traces.metrics import METRICS
@@ -134,33 +135,17 @@ def difference_grid(
          for head, *cell, cell_a, cell_b in zip(grids[0].columns, *row, strict=True)]
         for layer, *row in zip(grids[0].index, values, low, high, a, b, strict=True)
     ]  # fmt: skip
-    figure = go.Figure(
-        go.Heatmap(
-            z=values,
-            x=grids[0].columns.to_numpy(),
-            y=grids[0].index.to_numpy(),
-            zmid=0,
-            zmin=-bound,
-            zmax=bound,
-            colorscale=scale(DIVERGING),
-            colorbar={
-                "title": {"text": f"B - A, {METRICS[metric].unit}", "side": "right"},
-                "thickness": 12,
-            },
-            xgap=1,
-            ygap=1,
-            text=text,
-            hovertemplate="%{text}<extra></extra>",
-            hoverongaps=False,
-        )
-    )
-    layers, heads = values.shape
-    grid_axes(figure, layers, heads)
-    return style(
-        figure,
+    return grid(
+        values,
         _finding(comparison, metric, variant, kind),
         look,
-        height=grid_height(layers),
+        unit=f"B - A, {METRICS[metric].unit}",
+        layers=grids[0].index,
+        heads=grids[0].columns,
+        signed=True,
+        most=bound,
+        text=text,
+        hover="%{text}",
         meta=_meta(comparison, "difference_grid", metric, variant, kind),
     )
 
