@@ -68,6 +68,7 @@ class _Page:
 
     maps: Any
     _title: Any
+    _cells = _LINKED_CELLS
 
     @overload
     def to_html(self, path: None = None, *, cells: int | None = None) -> str: ...
@@ -84,8 +85,7 @@ class _Page:
         Raises:
             LensError: fewer than 8 cells, or a file that cannot be written.
         """
-        most = MOST_CELLS if isinstance(self, AttentionMap) else _LINKED_CELLS
-        page = _page(self._title, self.maps, most if cells is None else cells)
+        page = _page(self._title, self.maps, self._cells if cells is None else cells)
         if path is None:
             return page
         write_text(on_disk(path), page)
@@ -106,6 +106,7 @@ class AttentionMap(_Page):
     layer: int
     head: int
     query: int | None = None
+    _cells = MOST_CELLS
 
     @property
     def maps(self) -> list[AttentionMap]:

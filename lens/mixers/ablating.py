@@ -22,7 +22,6 @@ from lens.common.head_ids import AnyHead, HeadId, head_id, one_or_more
 from lens.edits.controls import Case, Control, Kind, Trial
 from lens.edits.language import Edit, Running
 from lens.mixers.reading import mixers_of, recorded, standing_in
-from lens.models.info import ModelInfo
 from lens.models.loaded import LoadedModel
 from lens.models.recurrent import scan_function
 from lens.passes.inputs import read_prompts
@@ -125,27 +124,6 @@ class Ablate(Edit):
             return found.movedim(0, axis)
 
         return Running(done, hooks=scanning(transformer(model), change))
-
-    @contextmanager
-    def on(self, module: nn.Module) -> Iterator[Done]:
-        """The same on a transformers model without any softmax attention (Mamba, RWKV-4, xLSTM), inside the block.
-
-        Raises:
-            LensError: as when it starts, and a mean, which is over prompts of a loaded model.
-
-        Example:
-            >>> with lens.mixers.Ablate("L0H1").on(mamba) as done:
-            ...     logits = mamba(torch.tensor([[3, 1, 4, 1, 5]]), use_cache=False).logits
-            >>> done.calls
-            1
-        """
-        if self.baseline != "zero":
-            raise LensError("a mean is over prompts of a model that lens.load returns; take 'zero'")
-        name = type(module).__name__
-        info = ModelInfo(1, 1, 1, 1, None, None, 0, "unknown", name, ())
-        running = self.start(LoadedModel(module, None, name, None, info), "auto")
-        with running.hooks:
-            yield running.done
 
     def kind(self, model: LoadedModel) -> Kind:
         """What stands in for it in `lens.effect`."""

@@ -231,9 +231,8 @@ def test_what_is_of_any_model_takes_mixers_alone():
         assert torch.equal(loaded.logits(IDS), model(torch.tensor([IDS])).logits[0])
         with lens.edit(loaded, lens.mixers.Ablate("L0H1")) as (done,):
             without = loaded.logits(IDS)
-        with lens.mixers.Ablate("L0H1").on(model):
             assert torch.equal(without, model(torch.tensor([IDS])).logits[0])
-    assert done.calls == 1
+    assert done.calls == 2
     found = lens.effect(loaded, [IDS, IDS[::-1]], lens.mixers.Ablate("L0H1"), progress=False)
     own = [lens.tasks.loss(loaded, ids) for ids in (IDS, IDS[::-1])]
     with lens.edit(loaded, lens.mixers.Ablate("L0H1")):

@@ -9,7 +9,9 @@ import transformers
 
 import lens
 from lens import mixers
+from lens.mixers import reading
 from lens.mixers.recurrences import rglru, rwkv4
+from lens.models import recurrent
 from tests.tiers import first
 
 from .hybrids import hybrid
@@ -346,6 +348,11 @@ def test_phi_v_is_what_the_layer_of_a_model_gives(kind):
     assert found.layers == layers
     assert {one.kind for one in found.measures} == {name}
     assert all(one.check < 1e-5 for one in found.measures)
+
+
+def test_what_load_takes_for_a_mixer_can_be_read():
+    assert set(recurrent.SCANS) == reading._BY_FUNCTION.keys()
+    assert set(recurrent.CLASSES) == reading._BY_CLASS.keys()
 
 
 @pytest.mark.parametrize(

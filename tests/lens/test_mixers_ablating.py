@@ -111,7 +111,7 @@ def test_heads_of_models_of_mixers_alone_are_taken_out_too(kind):
     without, ids = copy.deepcopy(model), torch.tensor([IDS])
     change(without, 3)
     own, expected = (one(ids, use_cache=False).logits for one in (model, without))
-    with mixers.Ablate("L1H3").on(model) as done:
+    with lens.edit(lens.load(model), mixers.Ablate("L1H3")) as (done,):
         found = model(ids, use_cache=False).logits
     assert done.calls == 1
     assert torch.equal(model(ids, use_cache=False).logits, own), "nothing is left behind"
