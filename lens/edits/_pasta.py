@@ -17,6 +17,7 @@ import torch
 from lens_kernels.redistribution import LogitBias
 from lens_kernels.redistribution import redistribute as recombine
 
+from lens.common.errors import LensError
 from lens.edits.base import AttentionEdit, grouped, part_of
 from lens.passes.calls import LayerCall, attend
 from lens.passes.keys import KeysAt
@@ -44,6 +45,8 @@ class PastaEdit(AttentionEdit):
         if self._biases == (0, 0):
             return None
         groups = self._groups(call, at)
+        if call.query.shape[2] == call.key.shape[2]:
+            self._check_spans(groups, self._prompt[at.layer])
         if not bool((groups == _OUTSIDE).any()):
             self.empty_calls += 1
             return None
@@ -63,6 +66,14 @@ class PastaEdit(AttentionEdit):
         self._count(before, after, edited.skipped, result.statistics["lse"] > -torch.inf)
         output[:, chosen] = edited.output
         return output
+
+    def _check_spans(self, groups: torch.Tensor, lengths: torch.Tensor) -> None:
+        """Raises LensError: a prompt that has nothing to emphasise, where all would be scaled down alike."""
+        if (without := (groups != _SPANS).all(-1)).any():
+            tokens = int(lengths[without.int().argmax()])
+            raise LensError(
+                f"spans of PASTA must begin within the prompt, which has {tokens} tokens; got {list(self._spans)}"
+            )
 
     def _groups(self, call: LayerCall, at: KeysAt) -> torch.Tensor:
         places = at.positions

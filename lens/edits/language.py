@@ -16,7 +16,7 @@ from lens.common.errors import LensError
 from lens.common.head_ids import AnyHead
 from lens.edits.base import AttentionEdit, selected_heads
 from lens.models.loaded import LoadedModel
-from lens.passes.keys import Keys, check_keys
+from lens.passes.keys import Keys, check_keys, positions_of
 
 if TYPE_CHECKING:
     from jaxtyping import Bool
@@ -118,9 +118,7 @@ def plain_keys(name: str, keys: Keys) -> Keys:
     check_keys(name, keys)
     if isinstance(keys, str) or (callable(keys) and not isinstance(keys, torch.Tensor)):
         return keys
-    if isinstance(keys, torch.Tensor):
-        return tuple((keys.nonzero()[:, 0] if keys.dtype == torch.bool else keys).tolist())
-    return tuple(keys)
+    return positions_of(keys)
 
 
 def check_number(name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> None:

@@ -166,6 +166,8 @@ class Activation(Edit):
                     f"{name} of Activation must be one or more numbers from 0, got {given!r}"
                 )
             object.__setattr__(self, name, tuple(numbers))
+        if not is_whole(self.layer):
+            raise LensError(f"layer of Activation must be a whole number, got {self.layer!r}")
         check_number("value of Activation", self.value)
 
     @property

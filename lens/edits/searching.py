@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from lens.common.choices import Seed, is_whole
+from lens.common.choices import Seed, check_between, is_whole
 from lens.common.errors import LensError
 from lens.common.head_ids import HeadId
 from lens.common.progress import advancing
@@ -172,6 +172,7 @@ def search_heads(
         )
     if not is_whole(most) or most < 1:
         raise LensError(f"most must be at least one head, got {most}")
+    check_between(0, 1, validation=[validation])
     count = round(validation * task.n)
     if not (is_whole(count) and 2 <= count <= task.n - 2):
         raise LensError(

@@ -13,6 +13,7 @@ from torch import Tensor
 from lens.common.choices import check_choice
 from lens.common.errors import LensError
 from lens.edits._parts import Hooked
+from lens.edits._phi import width_of
 from lens.edits.base import AttentionEdit
 from lens.edits.language import OfHeads, Running, check_number
 from lens.models.loaded import LoadedModel
@@ -87,7 +88,7 @@ class Subspace(OfHeads):
     def start(self, model: LoadedModel, backend: str) -> Running:
         """See `Edit`."""
         chosen = self.chosen(model)
-        width = model.model.config.hidden_size if self.of == "residual" else model.info.head_dim
+        width = width_of(model) if self.of == "residual" else model.info.head_dim
         if self.basis.shape[0] != width:
             raise LensError(
                 f"basis of Subspace must have {width} rows, the width of the {self.of} of {model.name}; got "

@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from lens.common.choices import check_counts, is_whole
+from lens.common.choices import check_counts, is_whole, shown
 from lens.common.errors import LensError
 from lens.common.head_ids import HeadId
 from lens.models.loaded import LoadedModel
@@ -120,8 +120,8 @@ def copying(
     vocab = len(weights.embedding)
     if not (is_whole(top) and 1 <= top <= vocab):
         raise LensError(f"top must be 1 to {vocab}, the size of the vocabulary, got {top}")
-    if tokens is not None and tokens < 1:
-        raise LensError(f"tokens must be at least 1, or None for all, got {tokens}")
+    if tokens is not None and not (is_whole(tokens) and tokens >= 1):
+        raise LensError(f"tokens must be at least 1, or None for all, got {shown(tokens)}")
     across = weights.unembedding @ weights.embedding  # [d_model, d_model]
     generator = torch.Generator().manual_seed(seed)
     read = torch.arange(vocab)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
+import numpy as np
 import torch
 
+from lens.common.choices import is_whole
 from lens.common.errors import LensError
 
 if TYPE_CHECKING:
@@ -45,14 +47,14 @@ def check_keys(name: str, keys: Keys) -> None:
         if keys != "first":
             raise LensError(f"{name} by name can only be 'first', got {keys!r}; give positions")
         return
+    keys = _tensor_of(keys)
     if isinstance(keys, torch.Tensor) and keys.dtype == torch.bool:
         if keys.dim() != 1:
             raise LensError(f"{name} as a mask must be [positions], got {list(keys.shape)}")
         return
-    numbers = keys.tolist() if isinstance(keys, torch.Tensor) else keys
+    numbers: Any = keys.tolist() if isinstance(keys, torch.Tensor) else keys
     if not isinstance(numbers, Sequence) or not all(
-        isinstance(number, int) and not isinstance(number, bool) and number >= 0
-        for number in numbers
+        is_whole(number) and number >= 0 for number in numbers
     ):
         raise LensError(
             f"{name} must be 'first', positions from 0, a bool tensor or a function, got {keys!r}"
@@ -70,13 +72,28 @@ def check_fixed_keys(name: str, keys: Keys, what: str) -> None:
         raise LensError(f"{name} of {what} are the same in every layer; give positions")
 
 
+def positions_of(keys: Sequence[int] | torch.Tensor) -> tuple[int, ...]:
+    """Positions in any form as integers, those that a mask holds True at."""
+    keys = _tensor_of(keys)
+    if not isinstance(keys, torch.Tensor):
+        return tuple(map(int, keys))
+    return tuple((keys.nonzero()[:, 0] if keys.dtype == torch.bool else keys).tolist())
+
+
+def _tensor_of(keys: Any) -> Any:
+    """An array of whole numbers or truth values as a tensor; anything else as it is."""
+    if isinstance(keys, np.ndarray) and keys.dtype.kind in "biu":
+        return torch.from_numpy(np.array(keys, bool if keys.dtype.kind == "b" else np.int64))
+    return keys
+
+
 def members(name: str, keys: Keys, at: KeysAt) -> Bool[torch.Tensor, "batch keys"]:
     """bool [batch, keys]: which keys of this call are meant.
 
     Raises:
         LensError: a function returned something else.
     """
-    positions = at.positions
+    positions, keys = at.positions, _tensor_of(keys)
     if isinstance(keys, str):
         return positions == 0
     if isinstance(keys, torch.Tensor):

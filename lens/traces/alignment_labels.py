@@ -75,7 +75,7 @@ def _pair(trace: AttentionTrace, pair: Any) -> tuple[list[int], list[int]]:
     except (TypeError, ValueError):
         targets, keys = [], np.array(None)
     if keys.dtype.kind == "f" and (step := trace.attrs.get("seconds_per_position")):
-        keys = _moments(keys, step)
+        keys = _moments(keys, step, trace.length)
     if not targets or keys.dtype.kind not in "iu" or not keys.size:
         raise LensError(
             "labels are a mapping target -> source or pairs (target, source), in whole numbers or words, got "
@@ -133,8 +133,13 @@ def _is_mark(one: str) -> bool:
     return one != "" and unicodedata.category(one).startswith("M")
 
 
-def _moments(span: np.ndarray, step: float) -> np.ndarray:
-    """The keys from a start to an end in seconds."""
+def _moments(span: np.ndarray, step: float, length: int) -> np.ndarray:
+    """The keys that hold a part of the time from a start to an end in seconds; the one at the start, where they are alike.
+
+    Key j stands for `j step` to `(j + 1) step`; the last one also for what its sound has beyond, of less than a key.
+    """
     if span.shape != (2,) or not 0 <= span[0] <= span[1] < np.inf:
         raise LensError(f"a label in seconds is (start, end), got {span.tolist()}")
-    return np.arange(int(span[0] / step), int(span[1] / step) + 1)
+    first, last = span / step + [1e-6, -1e-6]  # 0.3 / 0.1 is 2.9999999999999996
+    end = max(int(np.ceil(last)), int(first) + 1)
+    return np.arange(int(first), length if end == length + 1 else end)

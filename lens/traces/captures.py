@@ -163,6 +163,8 @@ def capture(
         return found
     if model is None:
         raise LensError("model may be None only beside attentions; pass what lens.load returns")
+    if new is None and temperature != 0:
+        raise LensError("temperature is of what the model writes: give new too, or leave it out")
     if seed is not None:
         check_counts(0, seed=seed)
     if out is not None:

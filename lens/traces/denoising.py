@@ -174,6 +174,7 @@ class _Keeping:
             groups.setdefault((kind, record.queries, record.keys, record.heads), []).append(layer)
         self._layers.clear()
         kinds = [kind for kind, *_ in groups]
+        named: list[str] = []
         for (kind, queries, *_), layers in groups.items():
             text = layers[0].text
             pictured = queries - (text[1] - text[0] if kind == "joint" and text else 0)
@@ -182,6 +183,9 @@ class _Keeping:
             if kinds.count(kind) > 1:
                 size = "×".join(map(str, grid.shape)) if grid else str(pictured)
                 part = f"{kind} {size}"
+            named.append(part)
+            if (again := named.count(part)) > 1:  # as many rows, but other keys or heads
+                part = f"{part}, {again}"
             self._traces[part, one.step] = self._trace(kind, layers, grid, one)
         self._passes.append(replace(one, inputs={}))
 

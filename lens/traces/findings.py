@@ -88,6 +88,8 @@ _RULES = (
         "on earlier copies of the same token",
     ),
 )
+_COLUMNS = ("prompt_id", "metric", "variant", "layer", "head", "value", "low", "high", "uniform")
+_COLUMNS += ("random_weights",)
 _ON = {"text": "on text", "copied": "on copied random tokens"}
 
 
@@ -157,7 +159,7 @@ def findings(table: pd.DataFrame, *, most: Count = 6) -> list[Finding]:
         >>> first.kind, len(first.heads)
         ('sink', 4)
     """
-    given_table(table, "prompt_id", "metric", "variant", "value", "low", "uniform")
+    given_table(table, *_COLUMNS)
     made = [finding for rule in _RULES if (finding := _apply(rule, table, most)) is not None]
     return sorted(made, key=lambda finding: not finding.found)
 

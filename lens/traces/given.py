@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from lens.common.choices import is_whole
 from lens.common.errors import LensError
 from lens.models.loaded import LoadedModel
 from lens.passes.inputs import read_prompts
@@ -47,7 +48,7 @@ def _of_tokens(prompts: Any, attentions: Sequence[Any], block_size: int) -> Atte
     if prompts is not None and all(isinstance(one, str) for one in prompts):
         tokens = list(prompts)
     elif prompts is not None:
-        if not all(isinstance(one, int) for one in prompts):
+        if not all(map(is_whole, prompts)):
             raise LensError("tokens must be strings, or ids, all of one kind")
-        ids = list(prompts)
+        ids = [int(one) for one in prompts]
     return from_attentions(attentions, token_ids=ids, tokens=tokens, block_size=block_size)

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 from scipy import ndimage
 
-from lens.common.choices import check_choice, is_number, is_whole
+from lens.common.choices import check_choice, is_number, is_whole, shown
 from lens.common.colors import VIRIDIS
 from lens.common.errors import LensError
 from lens.common.given import given_as
@@ -126,14 +126,14 @@ class Overlay(Result):
             `row`, `column` in patches and `x`, `y` in pixels of the picture. In this order they are a scan path.
 
         Raises:
-            LensError: a share that is none.
+            LensError: a share that is none, or no map of this number.
 
         Example:
             >>> lens.capture(vit, {"pixel_values": images}, keep_qk=True).overlay("L1H0").regions()
         """
         if not (is_number(share) and 0 < share <= 1):
             raise LensError(f"share must lie between 0 and 1, got {share}")
-        values = np.nan_to_num(self.values[map_])
+        values = np.nan_to_num(self._map(map_))
         order = np.sort(values.ravel())[::-1]
         enough = int((order.cumsum() < share * order.sum() * (1 - 1e-12)).sum())
         labels, _ = ndimage.label(values >= order[enough], np.ones((3, 3)))  # pyright: ignore[reportGeneralTypeIssues]
@@ -172,13 +172,12 @@ class Overlay(Result):
             >>> lens.capture(vit, {"pixel_values": images}).overlay().render().shape
             (16, 16, 3)
         """
-        height, width = self.grid.size
-        pixels = self.grid.pixels
+        (height, width), pixels = self.grid.size, self.grid.pixels
         under = pixels[
             ((np.arange(height) + 0.5) * pixels.shape[0] / height).astype(int)[:, None],
             ((np.arange(width) + 0.5) * pixels.shape[1] / width).astype(int),
         ].astype(float)
-        values = self.pixel_values(self.values[map_])
+        values = self.pixel_values(self._map(map_))
         palette = np.array([[int(c[i : i + 2], 16) for i in (1, 3, 5)] for c in VIRIDIS], float)
         places = np.nan_to_num(values / (float(np.nanmax(values)) or 1.0)) * (len(palette) - 1)
         colors = np.stack(
@@ -186,6 +185,11 @@ class Overlay(Result):
         )
         weight = np.where(np.isfinite(values), alpha, 0.0)[..., None]
         return np.round(under * (1 - weight) + colors * weight).astype(np.uint8)
+
+    def _map(self, number: int) -> np.ndarray:
+        if is_whole(number) and 0 <= number < len(self.names):
+            return self.values[number]
+        raise LensError(f"map_ must be 0 to {len(self.names) - 1}, got {shown(number)}")
 
     def pixel_values(self, values: np.ndarray) -> np.ndarray:
         """[height, width] in pixels of the picture, of [height, width] in patches; NaN where the model does not see it."""
@@ -350,12 +354,11 @@ def position(trace: Traced, grid: PatchGrid, given: Token) -> int:
     Raises:
         LensError: there is none, or it is none of these.
     """
-    tokens = trace.tokens
     if isinstance(given, tuple):
         if len(given) != 2 or not all(map(is_whole, given)):
             raise LensError(f"a patch is (row, column), both whole numbers, got {given}")
         return grid.position(*given)
-    return token_position(tokens, given)
+    return token_position(trace.tokens, given)
 
 
 def token_position(tokens: Sequence[str], given: Token) -> int:

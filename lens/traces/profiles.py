@@ -123,9 +123,7 @@ def profile(
         return found
     several = given_traces(traces)
     beside = given_traces(random_weights) if random_weights != () else []
-    if beside and [one.dataset["token_id"].values.tolist() for one in beside] != [
-        one.dataset["token_id"].values.tolist() for one in several
-    ]:
+    if beside and [_prompt_of(one) for one in beside] != [_prompt_of(one) for one in several]:
         raise LensError(
             "random_weights must be traces of the same prompts in the same order; capture "
             "lens.models.random_weights(model) on them"
@@ -157,6 +155,11 @@ def profile(
     found = wide(table, prompts=len(several))
     found.insert(0, "name", head_columns(zip(found["layer"], found["head"], strict=True))["name"])
     return found if all else found[_main(found)]
+
+
+def _prompt_of(trace: AttentionTrace) -> tuple[Any, ...]:
+    """What was read: token ids and the picture, as far as a trace holds them."""
+    return trace.dataset["token_id"].values.tolist(), trace.attrs.get("picture")
 
 
 def _main(table: pd.DataFrame) -> list[str]:

@@ -158,12 +158,12 @@ class AttentionTrace:
 
     def window(self, layer: int) -> int | None:
         """Sliding window of a layer: keys at a distance below it are seen; None for all."""
-        return self.attrs["windows"][self.layers.index(layer)]
+        return self.attrs["windows"][self.layers.index(self.head_id((layer, 0)).layer)]
 
     def has_plain_mask(self, layer: int) -> bool:
         """Whether `causal` and `window` say all about which keys the layer's queries see; where neither is, keys
         that no query sees (padding) do not matter."""
-        seen = self.dataset["visible"].sel(layer=layer).values
+        seen = self.dataset["visible"].sel(layer=self.head_id((layer, 0)).layer).values
         if self.cross or not (self.attrs["causal"] or self.window(layer)):
             return bool(((seen == self.queries) | (seen == 0)).all())
         expected = visible_queries(

@@ -1,5 +1,6 @@
 """Labels of an alignment in words: the tokens that spell them, however a tokenizer cuts them up."""
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -9,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 import lens
 from lens.traces.alignment import alignment
-from lens.traces.alignment_labels import places_of
+from lens.traces.alignment_labels import _moments, places_of
 
 SENTENCEPIECE = ["<pad>", " Das", " klein", "e", " Haus", ",", " das", " da", " steht", ".", "</s>"]
 
@@ -108,3 +109,19 @@ def test_words_of_a_sound_stand_for_seconds():
     by_word = alignment(sound, {"30": (0.05, 0.09), "32": (0.1, 0.2)}, at="predicted")
     by_number = alignment(sound, {1: (0.05, 0.09), 3: (0.1, 0.2)}, at="predicted")
     assert by_word.table().equals(by_number.table())
+
+
+@pytest.mark.parametrize(
+    ("span", "keys"),
+    [
+        ((0.0, 0.1), [0]),  # not the key that begins where it ends
+        ((0.0, 0.11), [0, 1]),
+        ((0.3, 0.4), [3]),  # 0.3 / 0.1 is below 3
+        ((0.25, 0.25), [2]),
+        ((0.5, 1.0), [5, 6, 7, 8, 9]),  # to the end of the sound
+        ((0.5, 1.05), [5, 6, 7, 8, 9]),  # of which the last key lacks less than a key
+        ((0.0, 1.2), list(range(12))),  # and what is no sound any more is refused
+    ],
+)
+def test_seconds_stand_for_the_keys_that_they_share_time_with(span, keys):
+    assert _moments(np.array(span), 0.1, 10).tolist() == keys

@@ -90,6 +90,7 @@ def test_several_prompts_are_written_on_and_profiled():
         ({"new": 4, "chunk": 64}, "leave chunk out"),
         ({"new": 4, "labels": {"mine": ([1] * LENGTH, [1] * LENGTH)}}, "leave labels out"),
         ({"new": 4, "temperature": -1.0}, "temperature must be 0"),
+        ({"temperature": 3.0}, "temperature is of what the model writes: give new too"),
         ({"new": 4, "temperature": "hot"}, "temperature must be a number, got 'hot'"),
         ({"new": 99999}, "takes .*give a shorter prompt, or new="),
     ],

@@ -212,3 +212,19 @@ def test_what_cannot_be_recorded_is_refused():
         lens.traces.denoising(model.train()),
     ):
         pass
+
+
+def test_groups_of_one_size_but_other_heads_have_names_of_their_own():
+    """The later one took the place of the earlier."""
+    model, inputs = unet()
+    model.mid_block.attentions[0].transformer_blocks[0].attn1.heads *= 2
+    found, _ = captured(model, inputs)
+    parts = [part for part in found.parts if part.startswith("self")]
+    layers = [layer for part in parts for layer in found.trace(part).layers]
+    plain, _ = captured(*unet())
+    assert sorted(layers) == sorted(
+        layer
+        for part in plain.parts
+        if part.startswith("self")
+        for layer in plain.trace(part).layers
+    )

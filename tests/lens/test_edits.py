@@ -500,6 +500,10 @@ def test_keys_in_any_form_are_the_same_edit():
         edits.Mask(range(2, 6, 3)),
         edits.Mask(mask),
         edits.Mask(torch.tensor([2, 5])),
+        edits.Mask(np.array([2, 5])),
+        edits.Mask(np.flatnonzero(mask)),
+        edits.Mask(mask.numpy()),
+        edits.Mask([*np.array([2, 5])]),
     ]
     assert len({*forms}) == 1
     assert forms[0].keys == (2, 5)
@@ -741,6 +745,7 @@ def test_a_capture_inside_shows_the_model_without_its_parts():
         (lambda: edits.Ablate("L0H0", "median"), "baseline must be one of 'zero', 'mean'"),
         (lambda: edits.Ablate("L0H0", over=[[1, 2]]), "over belongs to a mean"),
         (lambda: edits.Ablate("L0.mlp", "mean"), "use 'pooled_mean' for L0.mlp"),
+        (lambda: edits.Activation(0.5, 0, 0), "layer of Activation must be a whole number, got 0.5"),
         (lambda: edits.Activation(0, [], 3), "position of Activation must be one or more numbers"),
         (lambda: edits.Activation(0, 1, 3, math.nan), "value of Activation must be a number"),
         (lambda: edits.Var([1], sinks=[0], tau=3.0), "give sinks, or dims and tau"),

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from lens.common.errors import LensError
 from lens.traces.findings import HeadScore, findings
 from lens.traces.profiles import beside_random, pooled_table, prompt_table
 from tests.lens.traces import LENGTH, probabilities, trace_of
@@ -145,5 +146,9 @@ def test_a_head_is_not_counted_on_a_guess(table):
     assert not of_kind(text.assign(random_weights=0.86), "induction").found
     assert not of_kind(text.assign(uniform=np.nan, random_weights=np.nan), "induction").found
     assert not of_kind(text.assign(low=np.nan), "induction").found
+    with pytest.raises(
+        LensError, match=r"a table with the columns prompt_id, .* random_weights, got"
+    ):
+        findings(text.drop(columns="random_weights"))
     said = of_kind(text.assign(random_weights=np.nan), "induction").text
     assert "above uniform attention (0.05). " in said

@@ -12,11 +12,11 @@ def test_patterns():
     kept = np.array([[0.9, 0.2], [0.9, 0.9], [0.5, 0.3]]).reshape(3, 1, 2, 1)
     found = PatternClasses(kept, np.full((3, 1), 0.2), 0.25, 0.8, 0.02, 4, (0,), "small")
     assert found.findings() == (
-        "With 25% of the visible pairs, of 2 heads 1 a-shape, 1 vertical-slash (a class must keep 80% of the mass; on 1 prompt).",
+        "With 25% of the visible pairs, of 2 heads 1 a-shape, 1 vertical-slash (a class must keep 80% of the mass, and a simpler one wins that keeps at most 0.02 less; on 1 prompt).",
     )
     twice = replace(found, kept=np.repeat(kept, 2, -1), enough=0.95)
     assert twice.findings() == (
-        "With 25% of the visible pairs, of 2 heads 2 diffuse (a class must keep 95% of the mass; on 2 prompts).",
+        "With 25% of the visible pairs, of 2 heads 2 diffuse (a class must keep 95% of the mass, and a simpler one wins that keeps at most 0.02 less; on 2 prompts).",
     )
 
 

@@ -98,6 +98,8 @@ def test_what_cannot_be_compared_is_refused():
         agreement(one, scores(np.zeros((2, 5, 3)), model="toy two"))
     with pytest.raises(LensError, match="too few measures: at least 1 must be given, got 0"):
         join()
+    with pytest.raises(LensError, match=r"takes results with one row per head, .* got 'a table'"):
+        join("a table")
     with pytest.raises(LensError, match="measures of one model"):
         join(one, scores(np.zeros((3, 5, 3)), "mean"))
     for k in (0, 11):

@@ -294,6 +294,16 @@ def test_what_cannot_be_compared_is_refused():
         similarity([trace_of(p), trace_of(p, model="other")])
 
 
+def test_a_model_with_one_head_has_no_pairs():
+    found = similarity([trace_of(probabilities(1, 1, 17, seed)) for seed in range(3)])
+    assert "1 head, 3 prompts)" in repr(found)
+    assert found.findings() == ()
+    assert found.table().empty
+    row = found.redundancy().iloc[0]
+    assert (row["name"], row["nearest"]) == ("L0H0", "")
+    assert np.isnan(row[["value", "low", "high"]].to_numpy(float)).all()
+
+
 def test_it_says_what_was_compared():
     model = lens.load("induction-2l")
     shown = repr(similarity(model, induction_prompts(model, 2), sink_excluded=True))

@@ -123,6 +123,10 @@ def test_heads_of_a_group_share_their_gate():
     )
     assert gate.alpha.shape == (5, 4)
     assert gate.values.shape == (5, 8)
+    several = streaming_gate(
+        model, [prompt_of(model)] * 4, first=1, last=5, steps=1, progress=False
+    )
+    assert several.n == 1  # the others were not drawn
     np.testing.assert_array_equal(gate.values[:, ::2], gate.alpha)
     np.testing.assert_array_equal(gate.values[:, 1::2], gate.alpha)
 

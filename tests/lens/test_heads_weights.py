@@ -149,8 +149,9 @@ def test_unknown_architectures_and_tops_are_refused():
     for top in (0, 66):
         with pytest.raises(LensError, match=f"top must be 1 to 65, .* got {top}"):
             copying(lens.load("induction-2l"), top=top)
-    with pytest.raises(LensError, match="tokens must be at least 1, or None for all, got 0"):
-        copying(lens.load("induction-2l"), tokens=0)
+    for tokens in (0, "a", 2.5):
+        with pytest.raises(LensError, match="tokens must be at least 1, or None for all, got"):
+            copying(lens.load("induction-2l"), tokens=tokens)
 
 
 def test_a_draw_of_tokens_is_near_all_of_them():

@@ -146,6 +146,9 @@ def test_what_cannot_be_classified_is_said():
         patterns(with_qk(p), enough=0)
     with pytest.raises(LensError, match="sink is a number of keys, got -1"):
         patterns(with_qk(p), sink=-1)
+    for odd in (np.nan, -0.1, 1):  # with these every head was an A-shape
+        with pytest.raises(LensError, match="tolerance must be 0 or more and below 1, got"):
+            patterns(with_qk(p), tolerance=odd)
     other = with_qk(probabilities(layers=1, heads=3, length=LENGTH, seed=2))
     with pytest.raises(LensError, match="must come from one model"):
         patterns([with_qk(p), other])

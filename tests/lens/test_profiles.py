@@ -316,6 +316,9 @@ def test_the_highest_head_with_random_weights_stands_beside_every_head():
     other = trace_of(probabilities(layers=2, heads=3, length=LENGTH, seed=0), ids=[0] * LENGTH)
     with pytest.raises(LensError, match="traces of the same prompts"):
         profile([first], random_weights=[other])
+    third.dataset.attrs["picture"] = {"png": "b3RoZXI="}  # whose patches have no token ids
+    with pytest.raises(LensError, match="traces of the same prompts"):
+        profile([first], random_weights=[third])
 
 
 def test_words_and_their_pieces_are_told_apart_in_both_ways_of_writing_them():

@@ -18,6 +18,7 @@ from lens.reading._pairs import pairs_of
 from lens.reading._rows import row_at
 from lens.reading.directions import BASES
 from tests.lens.layouts import layout_model
+from tests.lens.vision_models import build
 
 
 @pytest.fixture(scope="module")
@@ -252,6 +253,10 @@ def test_the_edit_of_the_residual_stream_and_its_control(copying):
     found = lens.effect(model, prompts[:2], edit, draws=2, progress=False).table()
     assert found["condition"].tolist() == ["edit", "size"]
     assert (found["keys"] == 2).all()
+    picture = lens.load(build("llava")[0])
+    basis = torch.ones(picture.model.config.text_config.hidden_size, 1)
+    with lens.edit(picture, lens.edits.Subspace(basis, "residual", layers=[0])):
+        pass
     with pytest.raises(LensError, match="has no heads; give layers"):
         lens.edits.Subspace(basis, "residual", heads=["L1H0"])
     with (

@@ -205,6 +205,9 @@ def test_published_recipes_run_in_a_model_and_refuse_what_does_not_fit():
         ):
             with lens.edit(model, recipe), pytest.raises(LensError, match=match):
                 network(input_ids=ids[:, :1], past_key_values=cache)
+    behind = lens.edits.Pasta([(500, 600)])
+    with lens.edit(model, behind), pytest.raises(LensError, match="within the prompt, which has"):
+        network(input_ids=ids)
     for match, recipe, arguments in (
         ("preset must be one of 'paper', 'released', got 'code'", "Act", {"preset": "code"}),
         ("beta of ACT is a fraction 0..1, got 2", "Act", {"beta": 2}),

@@ -111,6 +111,7 @@ def test_a_search_that_finds_no_head_says_so_and_bad_splits_are_refused(inductio
     assert "largest gain of 6 heads on 4 validation prompts is -1.0000" in nothing.findings()[0]
     for match, options in (
         ("most must be at least one head, got 0", {"most": 0}),
+        ("validation must lie between 0 and 1, got ", {"validation": float("nan")}),
         ("leaves 13 to choose with and 1 to judge by; each side needs two", {"validation": 0.95}),
     ):
         with pytest.raises(LensError, match=match):

@@ -271,3 +271,11 @@ def test_a_path_that_no_system_has_is_refused_before_anything_runs(p):
     for wrong in ("a\0b", "", 5):
         with pytest.raises(LensError, match="folder must be the path of a file or folder"):
             trace.save(wrong)
+
+
+@pytest.mark.parametrize("layer", [99, -1, "a", 0.5, None])
+def test_a_layer_that_the_trace_has_not_got_is_refused(p, layer):
+    trace = trace_of(p)
+    for asked in (trace.window, trace.has_plain_mask, lambda one: trace.tile_refusal(one, 0)):
+        with pytest.raises(LensError, match=r"there is no|a head is written"):
+            asked(layer)

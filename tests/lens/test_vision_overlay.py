@@ -160,6 +160,11 @@ def test_regions_are_what_touches_and_come_strongest_first(towers):
     assert len(trace.overlay("L0H0").regions(share=0.7)) == 2  # ties are kept together
     with pytest.raises(LensError, match="share must lie between 0 and 1, got 0"):
         trace.overlay().regions(share=0)
+    for number in (1, -1, "a"):
+        with pytest.raises(LensError, match="map_ must be 0 to 0, got"):
+            trace.overlay().regions(number)
+        with pytest.raises(LensError, match="map_ must be 0 to 0, got"):
+            trace.overlay().render(number)
 
 
 def test_what_cannot_be_laid_on_a_picture_is_refused(towers):

@@ -375,6 +375,8 @@ def test_matrices_without_a_model(tmp_path):
     trace = lens.capture(None, ["a", "b", "c"], attentions=attentions, out=tmp_path / "t")
     assert lens.traces.AttentionTrace.load(tmp_path / "t").tokens == ["a", "b", "c"] == trace.tokens
     assert lens.capture(None, [5, 6, 5], attentions=attentions).tokens == ["5", "6", "5"]
+    own = np.array([5, 6, 5])
+    assert lens.capture(None, [*own], attentions=attentions).tokens == ["5", "6", "5"]
     assert lens.capture(None, None, attentions=attentions).length == 3
     for prompts, options, said in [
         ("abc", {}, "one prompt's tokens"),

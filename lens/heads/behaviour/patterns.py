@@ -104,7 +104,8 @@ class PatternClasses(Result):
         )
         text = (
             f"With {self.budget:.0%} of the visible pairs, of {len(names)} heads {shown} (a class must keep "
-            f"{self.enough:.0%} of the mass; on {self.n} prompt{'s' * (self.n > 1)})."
+            f"{self.enough:.0%} of the mass, and a simpler one wins that keeps at most {self.tolerance:.3g} less; on "
+            f"{self.n} prompt{'s' * (self.n > 1)})."
         )
         return (Sentence(text, kind="patterns"),)
 
@@ -145,7 +146,7 @@ def patterns(
         >>> lens.heads.patterns(trace).table()["pattern"]
     """
     several = given_traces(traces)
-    _check(several, budget, enough, sink)
+    _check(several, budget, enough, tolerance, sink)
     kept, density = zip(*(_of_trace(trace, budget, sink) for trace in several), strict=True)
     return PatternClasses(
         kept=np.stack(kept, -1),
@@ -159,10 +160,14 @@ def patterns(
     )
 
 
-def _check(traces: list[AttentionTrace], budget: float, enough: float, sink: int) -> None:
+def _check(
+    traces: list[AttentionTrace], budget: float, enough: float, tolerance: float, sink: int
+) -> None:
     for name, value in (("budget", budget), ("enough", enough)):
         if not is_number(value) or not 0 < value < 1:
             raise LensError(f"{name} must lie between 0 and 1, got {value}")
+    if not is_number(tolerance) or not 0 <= tolerance < 1:
+        raise LensError(f"tolerance must be 0 or more and below 1, got {tolerance}")
     if not is_whole(sink) or sink < 0:
         raise LensError(f"sink is a number of keys, got {sink}")
     if len({(trace.model, trace.layers, trace.heads) for trace in traces}) > 1:

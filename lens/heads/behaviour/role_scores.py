@@ -152,6 +152,7 @@ class _Rows:
         self._segment = statistics.match_mass[0].double().cpu().numpy()  # with key 0, without
         self._weighted = probe.output[0, ..., 0].double().cpu().numpy()
         self._seen = _keys_seen(call).cpu().numpy()  # [queries]
+        self._with_first = _first_seen(call).cpu().numpy()  # [queries]
         viewers = call.mask.visible(1, call.query.shape[2], call.key.shape[2])
         self._sees_first = int(viewers[0, 0])
         self._later = np.arange(lse.shape[-1]) >= 1
@@ -167,7 +168,7 @@ class _Rows:
         yield self._mean("confidence", "raw", self._later, self._largest, _SHORT)
         for variant, entropy, count in (
             ("raw", self._entropy, self._seen),
-            ("sink_excluded", self._rest_entropy, self._seen - (self._first > 0)),
+            ("sink_excluded", self._rest_entropy, self._seen - self._with_first),
         ):
             rows = (count >= 2) & ~np.isnan(entropy)
             value = entropy / np.log(np.maximum(count, 2))
@@ -236,3 +237,11 @@ def _keys_seen(call: LayerCall) -> Tensor:
     before = position.clamp(max=reach - 1)
     after = (0 * position) if call.mask.causal else (keys - 1 - position).clamp(max=reach - 1)
     return before + after + 1
+
+
+def _first_seen(call: LayerCall) -> Tensor:
+    """bool [queries]: which queries of a prompt without padding see its first key."""
+    if call.mask.allowed is not None:
+        return call.mask.allowed[0, 0, :, 0]
+    reach = call.key.shape[2] if call.mask.window is None else call.mask.window
+    return torch.arange(call.key.shape[2]) < reach

@@ -230,13 +230,16 @@ class HeadSimilarity(Result):
         )
 
     def __repr__(self) -> str:
-        nearest = self.table().iloc[0]
+        closest = ""
+        for nearest in self.table()[:1].to_dict("records"):  # none of a model with one head
+            closest = (
+                f"; closest {nearest['first']} and {nearest['second']}, {nearest['value']:.3g}"
+            )
         without = ", sink excluded" if self.sink_excluded else ""
         exact = "" if self.exactness == "exact" else f", {self.exactness}"
         return (
             f"HeadSimilarity({SIMILARITIES[self.method]}{without}{exact}; {self.model}, "
-            f"{len(self.names)} heads, {self.n} prompts; closest {nearest['first']} and "
-            f"{nearest['second']}, {nearest['value']:.3g})"
+            f"{len(self.names)} head{'s' * (len(self.names) > 1)}, {self.n} prompts{closest})"
         )
 
 

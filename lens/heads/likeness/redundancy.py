@@ -182,7 +182,7 @@ def redundancy(similarity: _Compared, *, resamples: int = 300, seed: int = 0) ->
     heads = len(closeness)
     value, nearest = _nearest(closeness)
     low = high = np.full(heads, np.nan)
-    if similarity.n > 1:
+    if similarity.n > 1 and heads > 1:
         pairs = np.triu_indices(heads, 1)
         again = np.full((heads, heads), np.nan)
         drawn = []

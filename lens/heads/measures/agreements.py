@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from lens import stats
-from lens.common.choices import Count, Seed, check_counts, is_whole
+from lens.common.choices import Count, Seed, check_counts, is_whole, shown
 from lens.common.errors import LensError
 from lens.common.head_ids import head_columns
 from lens.common.results import Result, Sentence, few, with_ends
@@ -136,6 +136,10 @@ def join(
             names = {"value": label, "low": f"{label}_low", "high": f"{label}_high"}
             rows = one.table(seed=seed)[[*_HEAD, *names]].rename(columns=names)
         else:
+            if not hasattr(one, "table") and not isinstance(one, pd.DataFrame):
+                raise LensError(
+                    f"heads.join takes results with one row per head, or such tables, got {shown(one)}"
+                )
             rows = one if isinstance(one, pd.DataFrame) else one.table()
         parts.append(_one_row_each(rows, word))
     return _side_by_side(parts, words)

@@ -157,7 +157,7 @@ def gate(
         penalty=penalty,
         rate=rate,
         seed=seed,
-        n=len(read),
+        n=len(set(order.tolist())),
         model=model.name,
     )
 
