@@ -108,9 +108,17 @@ def control_keys(
 def keys_of_mass(
     drawn: Int[np.ndarray, "drawn"], mass: Float[np.ndarray, "keys"], wanted: float
 ) -> list[int]:
-    """The first of these keys whose mass together comes nearest to what is wanted."""
-    reached = np.cumsum(mass[drawn])
-    return sorted(drawn[: 1 + np.abs(reached - wanted).argmin()].tolist())
+    """Those of these keys, in their order, with which the mass of all does not pass what is wanted, and the one more that
+    brings it nearest, if it does so or none was taken."""
+    taken, left, short = [], [], wanted
+    for key in drawn.tolist():
+        fits = mass[key] <= short
+        (taken if fits else left).append(key)
+        short -= float(mass[key]) * fits
+    more = min(left, key=lambda key: mass[key], default=None)
+    if more is not None and (not taken or mass[more] - short < short):
+        taken.append(more)
+    return sorted(taken)
 
 
 def other_heads(

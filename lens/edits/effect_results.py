@@ -14,7 +14,7 @@ from lens.stats import over_units
 from lens.stats.verdicts import APART, verdict
 
 MATCHED = 0.8
-"""A control of equal mass is one where its keys held at least this share of the edited keys' mass."""
+"""A control of equal mass is one where its keys held at least this share of the edited keys' mass, or these of its."""
 TOOK_OVER = 0.1
 """Another key took over in a head where its alpha rose by more than this."""
 
@@ -31,14 +31,14 @@ class Effect(Result):
             sub-layers or coordinates that are edited), mass (share of all attention of the edited heads
             that those keys held before; of whole heads their attention to the first key; NaN where
             there is none). Of a task also metric (with the edit) and gain (how much better it got).
-        migration: at the largest amount, a row per layer and head, means over prompts: `source_before` and
+        migration: at the amount `most`, a row per layer and head, means over prompts: `source_before` and
             `source_after`, largest alpha among the edited keys; `other_before` and `other_after`,
             largest alpha among other keys; `other_key`, the position most often strongest after. NaN
             after edits that have no softmax with fixed weights (`lens.edits.watching.Watch`).
-        alphas: at the largest amount, per prompt, [2, layers, heads, keys]: alpha of every key before and after, NaN where
+        alphas: at the amount `most`, per prompt, [2, layers, heads, keys]: alpha of every key before and after, NaN where
             too few queries see a key.
-        edit: what was done, in words.
-        amounts: how much of it, ascending.
+        edit: what was done, in words; of several prompts that are edited unlike the first three.
+        amounts: how much of it, ascending; NaN for edits that have no amount, or several (`edit` says them).
         scope: the heads that were edited, in words.
         tokens: [prompts], T of each: tokens, of a picture its patches with the positions beside them.
         bos: "added", "absent" or "mixed"; "" of prompts that are no tokens.
@@ -49,6 +49,7 @@ class Effect(Result):
         held: where the attention lay that `mass` counts, in words.
         per: what has one loss: "token"; of a model that fills in masks "answer", of a classifier "prompt".
         patches: [prompts], of pictures whose patches are known how many each has.
+        most: place of the amount that is told: the one furthest from what changes nothing.
     """
 
     values: dict[str, dict[str, np.ndarray]] = field(repr=False)
@@ -67,6 +68,7 @@ class Effect(Result):
     held: str = "lay there"
     per: str = "token"
     patches: tuple[int, ...] = ()
+    most: int = -1
 
     def table(self) -> pd.DataFrame:
         """A row per condition and amount: means over prompts, 95 % bootstrap intervals over prompts.
@@ -100,15 +102,18 @@ class Effect(Result):
         return row
 
     def findings(self) -> tuple[Sentence, ...]:
-        """What the largest amount does, how that came about with several, and what the numbers do not say.
+        """What the furthest amount does, how that came about with several, and what the numbers do not say.
 
         Kinds: `effect`, `gain` (of a task), `prediction`, `dose` and `trend` (several amounts), `best` (of
         a task), the name of each control such as `mass`, `moved`, `limit`.
         """
         table = self.table()
-        whole = table[table["amount"] == self.amounts[-1]].set_index("condition")
+        amount, each = self.amounts[self.most], len(self.values)
+        first = self.most % len(self.amounts) * each
+        whole = table.iloc[first : first + each].set_index("condition")
         edited = whole.loc["edit"]
-        done = f"Edit {self.edit} (amount {self.amounts[-1]:g}) of {self.scope}"
+        by = "" if np.isnan(amount) else f" (amount {amount:g})"
+        done = f"Edit {self.edit}{by} of {self.scope}"
         loss = f"{done} changes the loss by {_with_interval(edited, 'delta_loss')} nats per {self.per}."
         prediction = (
             f"The prediction moves by a KL of {_with_interval(edited, 'kl')} nats, and "
@@ -190,12 +195,15 @@ class Effect(Result):
 
     def _beside(self, control: str, row: Any, edited: Any) -> Sentence:
         """How the edit stands to a control."""
-        own, other = (self.values[name]["delta_loss"][-1] for name in ("edit", control))
-        if control == "mass" and row["mass"] < MATCHED * edited["mass"]:
-            text = (
-                f"There is no control of equal mass to compare with: the other keys hold too little, at most "
-                f"{row['mass']:.0%} of the attention together."
+        own, other = (self.values[name]["delta_loss"][self.most] for name in ("edit", control))
+        few, many = row["mass"] < MATCHED * edited["mass"], MATCHED * row["mass"] > edited["mass"]
+        if control == "mass" and (few or many):
+            held = (
+                "the other keys hold too little, at most"
+                if few
+                else f"those nearest to {edited['mass']:.1%} hold too much,"
             )
+            text = f"There is no control of equal mass to compare with: {held} {row['mass']:.1%} of the attention together."
         elif own.any() and np.allclose(own, other, rtol=1e-4, atol=1e-7):
             text = (
                 f"The {_called(control)} changes the same as the edit, in every prompt, so there is nothing "

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
-import pandas as pd
 import torch
 from torch import Tensor
 
 from lens.common.choices import Count, Seed, check_choice, check_counts, check_lists, is_number
 from lens.common.errors import LensError
 from lens.common.progress import advancing
+from lens.common.results import few
 from lens.edits.base import NothingEditedError, check_edited
 from lens.edits.clean_runs import CleanRuns, clean_runs, looks_ahead, of_layers
 from lens.edits.controls import CONTROLS, DRAWN, Case, Control, Kind, Trial, kinds_of
@@ -24,7 +25,7 @@ from lens.edits.effect_results import Effect
 from lens.edits.freezing import Freeze
 from lens.edits.language import Edit
 from lens.edits.losses import MEASURES, bos_policy, changes_of, predicted, predictions, two_tokens
-from lens.edits.watching import Watch
+from lens.edits.watching import Watch, migration, moved
 from lens.models.loaded import LoadedModel
 from lens.passes.inputs import Prompt
 from lens.passes.keys import Keys
@@ -33,9 +34,6 @@ from lens.passes.sources import read_any
 from lens.stats.controls import drawing
 from lens.tasks.task import Task
 from lens.traces.naming import patches_of
-
-if TYPE_CHECKING:
-    from jaxtyping import Bool, Float
 
 Edits: TypeAlias = Edit | Sequence[Edit] | Callable[[Prompt], Edit | Sequence[Edit]]
 
@@ -105,7 +103,7 @@ def effect(
         check_lists(amounts=amounts)
         if not all(is_number(amount) for amount in amounts):
             raise LensError(f"amounts must be numbers, got {list(amounts)}")
-    doses = None if amounts is None else sorted(float(amount) for amount in amounts)
+    doses = None if amounts is None else sorted(map(float, amounts))
     if doses is not None and (not doses or len(set(doses)) < len(doses)):
         raise LensError(f"amounts must be different, at least one; got {list(amounts or ())}")
     task = prompts if isinstance(prompts, Task) else None
@@ -135,23 +133,30 @@ def effect(
         "edit",
         *(one for one in (usual if controls is None else named) if one not in missing),
     ]
+    most = 0
     if doses is not None:
         for one in first:
             one.at(doses[-1])  # refused before anything runs
-    run = _Run(model, clean_runs(model, clean), seed, task, scored, doses)
+        most = int(np.abs(np.array(doses) - first[0].idle)[::-1].argmax())  # the higher of two
+        most = len(doses) - 1 - most
+    run = _Run(model, clean_runs(model, clean), seed, task, scored, doses, most)
+    done, scopes = [first], []
     with advancing("effect", len(read), progress) as advance:
         for number, prompt in enumerate(read):
-            own = kinds_of(model, edits_of(prompt)) if number else kinds
-            run.prompt(number, prompt, own, conditions, draws, among)
+            if number:
+                done.append(edits_of(prompt))
+                kinds = kinds_of(model, done[-1])
+            scopes += [kind.scope for kind in kinds]
+            run.prompt(number, prompt, kinds, conditions, draws, among)
             advance(1)
-    several = [doses] if doses else [[one.dose for one in first][:1]]
+    words, dose = _said(done, doses is None)
     return Effect(
         values=run.values(conditions),
         migration=migration(run.moves),
         alphas=tuple(run.alphas),
-        edit=_said(first),
-        amounts=tuple(several[0]),
-        scope=", ".join(dict.fromkeys(kind.scope for kind in kinds)),
+        edit=words,
+        amounts=tuple(doses or [dose]),
+        scope=few(list(dict.fromkeys(scopes)), 8),
         tokens=tuple(run.lengths),
         bos=bos_policy(model, ids) if ids else "",
         seed=seed,
@@ -162,6 +167,7 @@ def effect(
         task="" if task is None else task.name,
         per="token" if predicts_next(model) else "answer" if fills_masks(model) else "prompt",
         patches=() if ids else patches_of(model, read, run.lengths),
+        most=most,
     )
 
 
@@ -176,9 +182,10 @@ class _Run:
         task: Task | None,
         scored: Keys | None,
         doses: list[float] | None,
+        most: int,
     ) -> None:
         self._model, self._runs, self._seed, self._task = model, runs, seed, task
-        self._scored, self._doses = scored, doses
+        self._scored, self._doses, self._most = scored, doses or [None], most
         self._found: dict[tuple[str, str], list[np.ndarray]] = {}
         self.moves: list[np.ndarray] = []
         self.alphas: list[np.ndarray] = []
@@ -263,10 +270,10 @@ class _Run:
         }
         found = []
         edits = [one for trial in trials for one in trial.edits]
-        for dose in self._doses or [None]:
-            last = condition == "edit" and (dose is None or dose == (self._doses or [0])[-1])
+        for place, dose in enumerate(self._doses):
             at = edits if dose is None else [one.at(dose) for one in edits]
-            after = self._edited(number, case, at, kinds, record=last)
+            record = condition == "edit" and place == self._most
+            after = self._edited(number, case, at, kinds, record=record)
             found.append(known | self._compared(number, case, kept, after))
         return found
 
@@ -354,37 +361,21 @@ def _edits_of(
     return lambda prompt: of_one(once, prompt)
 
 
-def _said(edits: Sequence[Edit]) -> str:
-    """The edits in a few words: "Mask first", "2 × Activation to 0 and Ablate to mean"."""
-    counted = Counter(one.words for one in edits)
-    return " and ".join(f"{n} × {words}" if n > 1 else words for words, n in counted.items())
+def _said(by_prompt: Sequence[Sequence[Edit]], own: bool) -> tuple[str, float]:
+    """The edits of all prompts in a few words, and their amount: "Mask first", "2 × Activation to 0 and Ablate to mean".
 
-
-def moved(
-    before: Float[Tensor, "layers heads keys"],
-    after: Float[Tensor, "layers heads keys"],
-    source: Bool[Tensor, "layers 1 keys"],
-) -> Float[np.ndarray, "5 layers heads"]:
-    """[5, layers, heads]: the columns of `Effect.migration` for one prompt."""
-
-    def largest(alpha: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
-        found = alpha.nan_to_num(nan=-1).masked_fill(~keys, -1).max(-1)
-        return found.values.masked_fill(found.values < 0, torch.nan), found.indices
-
-    columns = [largest(alpha, keys) for keys in (source, ~source) for alpha in (before, after)]
-    return torch.stack([*(value for value, _ in columns), columns[-1][1]]).double().numpy()
-
-
-def migration(moves: Sequence[np.ndarray]) -> pd.DataFrame:
-    """One row per layer and head out of `moved` of every prompt."""
-    stacked = np.stack(moves)
-    _, _, layers, heads = stacked.shape
-    names = ("source_before", "source_after", "other_before", "other_after")
-    table = pd.DataFrame(
-        {"layer": np.repeat(np.arange(layers), heads), "head": np.tile(np.arange(heads), layers)}
-    )
-    for place, name in enumerate(names):
-        table[name] = stacked[:, place].mean(0).ravel()
-    places = stacked[:, 4].reshape(len(moves), -1).astype(int)
-    table["other_key"] = [np.bincount(column).argmax() for column in places.T]
-    return table.dropna(how="all", subset=list(names)).reset_index(drop=True)
+    Where each has its `own` amount and these differ they are said one by one, and the amount is NaN.
+    """
+    doses = dict.fromkeys(f"{one.dose:g}" for edits in by_prompt for one in edits)
+    apart = own and len(doses) > 1
+    found = []
+    for edits in by_prompt:
+        said = (
+            f"{one.words} (amount {one.dose:g})" if apart and one.dose == one.dose else one.words
+            for one in edits
+        )
+        shown = (f"{n} × {words}" if n > 1 else words for words, n in Counter(said).items())
+        found.append(" and ".join(shown))
+    unlike = list(dict.fromkeys(found))
+    words = few(unlike, 3, " or ") + " by prompt" * (len(unlike) > 1)
+    return words, math.nan if apart else by_prompt[0][0].dose

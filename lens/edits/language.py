@@ -27,8 +27,13 @@ class Edit(ABC):
 
     @property
     def dose(self) -> float:
-        """How much of it: its amount; 1 where it has none."""
-        return getattr(self, "amount", 1.0)
+        """How much of it: its amount; NaN where it has none."""
+        return getattr(self, "amount", math.nan)
+
+    @property
+    def idle(self) -> float:
+        """The amount that changes nothing."""
+        return 0.0
 
     def at(self, amount: float) -> Self:
         """The same by another amount.

@@ -96,6 +96,11 @@ class Var(OfHeads):
         """See `Edit`."""
         return self.settings.amount
 
+    @property
+    def idle(self) -> float:
+        """See `Edit`: the released code keeps the share that the paper moves."""
+        return 1.0 if self.settings.released else 0.0
+
     def chosen(self, model: LoadedModel) -> Bool[Tensor, "layers heads"]:
         """See `OfHeads`; of no heads and layers those of the preset."""
         layers = self.settings.layers(model.info.layers)

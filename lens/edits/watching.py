@@ -1,11 +1,13 @@
-"""Where attention goes while edits act: what each key receives after them."""
+"""Where attention goes while edits act: what each key receives after them, and what moved."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 
@@ -192,3 +194,33 @@ def _stretches(call: LayerCall, rows: Tensor | None) -> Iterator[LayerCall]:
 
 def _to(received: Tensor, keys: int) -> Tensor:
     return torch.nn.functional.pad(received, (0, keys - received.shape[-1]))
+
+
+def moved(
+    before: Float[Tensor, "layers heads keys"],
+    after: Float[Tensor, "layers heads keys"],
+    source: Bool[Tensor, "layers 1 keys"],
+) -> Float[np.ndarray, "5 layers heads"]:
+    """[5, layers, heads]: the columns of `Effect.migration` for one prompt."""
+
+    def largest(alpha: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+        found = alpha.nan_to_num(nan=-1).masked_fill(~keys, -1).max(-1)
+        return found.values.masked_fill(found.values < 0, torch.nan), found.indices
+
+    columns = [largest(alpha, keys) for keys in (source, ~source) for alpha in (before, after)]
+    return torch.stack([*(value for value, _ in columns), columns[-1][1]]).double().numpy()
+
+
+def migration(moves: Sequence[np.ndarray]) -> pd.DataFrame:
+    """One row per layer and head out of `moved` of every prompt."""
+    stacked = np.stack(moves)
+    _, _, layers, heads = stacked.shape
+    names = ("source_before", "source_after", "other_before", "other_after")
+    table = pd.DataFrame(
+        {"layer": np.repeat(np.arange(layers), heads), "head": np.tile(np.arange(heads), layers)}
+    )
+    for place, name in enumerate(names):
+        table[name] = stacked[:, place].mean(0).ravel()
+    places = stacked[:, 4].reshape(len(moves), -1).astype(int)
+    table["other_key"] = [np.bincount(column).argmax() for column in places.T]
+    return table.dropna(how="all", subset=list(names)).reset_index(drop=True)

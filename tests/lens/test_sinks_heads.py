@@ -58,7 +58,7 @@ def test_the_loss_is_that_of_transformers_with_the_head_replaced(network, to):
     assert result.values["edit"]["delta_loss"][0] == pytest.approx(expected, abs=2e-6)
     after = result.alphas[0][1, 1, 4, 0]
     assert after == pytest.approx(0 if to == "off" else 1, abs=1e-5)
-    assert f"Edit {EDITS[to].words} (amount 1) of L1H4" in result.findings()[0]
+    assert f"Edit {EDITS[to].words}{' (amount 1)' * (to != 'off')} of L1H4" in result.findings()[0]
     (said,) = of_kind(result.findings(), "prediction")
     assert said.endswith("went to the first key." if to == "off" else "lay there.")
     assert (result.values["layer"]["keys"] == result.values["edit"]["keys"]).all()
@@ -158,7 +158,7 @@ def test_several_edits_act_together_and_each_has_its_own_control(network):
     assert found.values["edit"]["delta_loss"][0, 0] == pytest.approx(change, abs=2e-5)
     assert found.values["edit"]["keys"] == 2
     assert found.scope == "L1H4, L0.mlp"
-    assert found.edit == "Mask first and Ablate to zero"
+    assert found.edit == "Mask first (amount 1) and Ablate to zero"
     # sparing the first row changes nothing of a mask; the sub-layer has no such control and stays out
     assert found.values["self"]["kl"] == pytest.approx(found.values["edit"]["kl"], rel=1e-4)
 

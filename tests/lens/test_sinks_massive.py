@@ -67,7 +67,7 @@ def test_a_planted_activation_is_found_with_its_layers_and_token(network):
     values = effect.values
     assert values["edit"]["kl"].min() > 100 * values["size"]["kl"].max()
     assert values["edit"]["kl"].min() > 100 * values["position"]["kl"].max()
-    assert "Edit Activation to 0 (amount 1) of 1 coordinate after layer 0" in effect.findings()[0]
+    assert "Edit Activation to 0 of 1 coordinate after layer 0" in effect.findings()[0]
     assert list(values) == ["edit", "size", "norm", "position"]
     assert not effect.missing
     assert "the norm control" in " ".join(effect.findings())

@@ -1,5 +1,6 @@
 """Every result about sinks says what it found and draws its own numbers."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,7 +10,9 @@ import pytest
 import torch
 
 import lens
-from lens.edits import Activation, Mask
+from lens.common.results import of_kind
+from lens.edits import Ablate, Activation, Bias, Drop, Mask
+from lens.edits._others import keys_of_mass
 from lens.edits.clean_runs import CleanRuns
 from lens.edits.controls import OfCoordinates
 from lens.edits.effect_results import Effect
@@ -94,9 +97,56 @@ def test_a_mass_control_that_holds_too_little_is_no_comparison():
     )
     said = effect(0.1).findings()
     assert any(
-        "no control of equal mass to compare with" in text and "10%" in text for text in said
+        "no control of equal mass to compare with" in text and "10.0%" in text for text in said
     )
     assert not any("unlike the control of equal mass" in text for text in said)
+    small = replace(
+        effect(0.18), values=effect(0.18).values | {"edit": effect(0.02).values["mass"]}
+    )
+    said = " ".join(small.findings())
+    assert "those nearest to 2.0% hold too much, 18.0% of the attention together" in said
+    assert "unlike the control of equal mass" not in said
+
+
+def test_keys_of_equal_mass_leave_out_those_that_hold_too_much():
+    drawn, mass = np.array([0, 1, 2, 3]), np.array([0.18, 0.01, 0.03, 0.012])
+    assert keys_of_mass(drawn, mass, 0.02) == [1, 3]  # the first holds nine times that
+    assert keys_of_mass(drawn, mass, 0.045) == [1, 2]
+    assert keys_of_mass(drawn, mass, 0.048) == [1, 2, 3]  # 0.012 more are nearer than 0.008 less
+    assert keys_of_mass(drawn, mass, 0.9) == [0, 1, 2, 3]
+    assert keys_of_mass(drawn, mass, 0.004) == [1]  # none brings it nearer than nothing does
+
+
+def test_an_effect_is_told_at_the_amount_furthest_from_what_changes_nothing(model):
+    found = lens.effect(model, IDS, Bias("first", -2.0), amounts=[0, -4, -2], controls=())
+    (said,) = of_kind(found.findings(), "effect")
+    row = found.table().iloc[0]
+    assert row["amount"] == -4
+    assert row["delta_loss"] != 0
+    assert f"(amount -4) of all heads changes the loss by {row['delta_loss']:.4f}" in said
+    assert not of_kind(found.findings(), "moved")[0].startswith("In 0 of 8")
+    both = lens.effect(model, IDS, Bias("first", -2.0), amounts=[-2, 1], controls=())
+    assert "(amount -2)" in both.findings()[0]
+
+
+def test_edits_that_differ_by_prompt_and_in_amount_are_said_one_by_one(model):
+    def last(prompt):
+        return Mask([len(prompt.ids) - 3])
+
+    found = lens.effect(model, [IDS[0], IDS[1][:20]], last, controls=())
+    assert found.edit == f"Mask [{len(IDS[0]) - 3}] or Mask [17] by prompt"
+    assert "by prompt (amount 1) of all heads" in found.findings()[0]
+    same = lens.effect(model, [IDS[0], IDS[1]], last, controls=())
+    assert same.edit == f"Mask [{len(IDS[0]) - 3}]"
+    several = lens.effect(model, IDS, [Mask("first", 0.5), Drop([3], 1.0)], controls=())
+    assert several.findings()[0].startswith(
+        "Edit Mask first (amount 0.5) and Drop [3] (amount 1) of all heads"
+    )
+    assert np.isnan(several.table()["amount"]).all()
+    alike = lens.effect(model, IDS, [Mask("first", 0.5), Drop([3], 0.5)], controls=())
+    assert alike.findings()[0].startswith("Edit Mask first and Drop [3] (amount 0.5) of all heads")
+    without = lens.effect(model, IDS, Ablate("L1H0"), controls=())
+    assert without.findings()[0].startswith("Edit Ablate to zero of L1H0")
 
 
 def test_a_printed_result_is_its_name_and_first_findings(model):
