@@ -109,7 +109,7 @@ def test_sections_say_what_the_results_say(folder):
     )
     assert any("over the conditions half, whole" in one and "%]" in one for one in keeping)
     roles = folder.section("roles").summary
-    assert roles[0].startswith("Most induction: L1H0 ")
+    assert roles[0].startswith("Most induction of 8 heads on ")
     assert "(above uniform " in roles[0]
     layers = folder.section("layers")
     assert list(layers.tables) == ["sweep", "influence", "removal"]

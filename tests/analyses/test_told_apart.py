@@ -52,14 +52,19 @@ def test_what_greedy_removal_takes_is_said_as_a_paired_change():
 
 def test_the_layer_that_turns_the_stream_least_stands_beside_those_it_is_not_told_apart_from():
     turns = np.array([[0.5, 0.6, 0.7], [0.1, 0.2, 0.3], [0.2, 0.1, 0.6]])
-    least = "Layer 1 turns the residual stream least: 1 - cosine 0.2 [0, 0.469] (n = 3), the median layer"
-    assert list(BlockInfluence(turns[:2], "toy", "m").findings()) == [f"{least} 0.4."]
+    least = "Layer 1 turns the residual stream least: 1 - cosine 0.2"
+    assert list(BlockInfluence(turns[:2], "toy", "m").findings()) == [
+        f"{least} [0, 0.588] (the lowest of 2, n = 3), the median layer 0.4."
+    ]
     (alike,) = BlockInfluence(turns, "toy", "m").findings()
-    assert alike == f"{least} 0.3; not told apart from L2."
+    assert (
+        alike
+        == f"{least} [0, 0.678] (the lowest of 3, n = 3), the median layer 0.3; not told apart from L2."
+    )
     (one,) = BlockInfluence(turns[:, :1], "toy", "m").findings()
     assert (
         one
-        == "Layer 1 turns the residual stream least: 1 - cosine 0.1 (n = 1), the median layer 0.2."
+        == "Layer 1 turns the residual stream least: 1 - cosine 0.1 (the lowest of 3, n = 1), the median layer 0.2."
     )
 
 

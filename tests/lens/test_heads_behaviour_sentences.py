@@ -3,9 +3,11 @@
 from dataclasses import replace
 
 import numpy as np
+import pytest
 
 from lens.heads.behaviour.patterns import PatternClasses
-from lens.heads.behaviour.retrieval import RetrievalScores
+from lens.heads.behaviour.retrieval import RetrievalScores, _at_random, fetched
+from lens.tasks.needles import Trial
 
 
 def test_patterns():
@@ -24,8 +26,23 @@ def test_retrieval():
     per_trial = np.array([[[0.0, 0.1], [0.5, 0.7]], [[0.05, 0.2], [1.0, 0.9]]])
     found = RetrievalScores(per_trial, np.array([1.0, 1.0, 0.2]), 0.5, "small")
     assert found.findings() == (
-        "Heads that fetch the needle (score above 0.1): L1H1 L0H1 L1H0; 2 of 3 needles came back.",
+        "3 of 4 heads score above 0.1 in fetching the needle: L1H1 0.95 [0.00, 1.00], L0H1 0.60 [0.00, 1.00], L1H0 0.12 "
+        "[0.00, 1.00]; 2 of 3 needles came back.",
     )
-    assert replace(found, per_trial=per_trial * 0).findings() == (
-        "Heads that fetch the needle (score above 0.1): none; 2 of 3 needles came back.",
+    assert replace(found, per_trial=per_trial / 100, random=0.04).findings() == (
+        "None of 4 heads score above 0.1 in fetching the needle, the highest: L1H1 0.01 [0.00, 0.03]; a key at random scores "
+        "0.04; 2 of 3 needles came back.",
     )
+    (said,) = replace(found, per_trial=np.full((2, 5, 1), 0.5)).findings()
+    assert "10 of 10 heads" in said
+    assert "L0H0 0.50, " in said
+    assert " and 4 more; 1 of 3 needles came back." in said
+
+
+def test_a_key_at_random_fetches_what_the_mean_of_draws_does():
+    trial = Trial((5, 7, 7, 8, 9, 4), (1, 4), (7, 7, 8))
+    answer = [7, 8, 7]
+    drawn = np.random.default_rng(0)
+    keys = np.stack([drawn.integers(6 + step, size=(100, 400)) for step in range(3)], -1)
+    found = fetched(keys, trial, answer).mean()
+    assert found == pytest.approx(_at_random(trial, answer), abs=0.004)

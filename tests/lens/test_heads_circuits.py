@@ -89,9 +89,9 @@ def test_disagreement_and_redundancy_are_said_in_words():
     mean = importance(model, task, baseline="mean", progress=False)
     gradient = importance(model, task, method="gradient", progress=False)
     first, *_, last = agreement(zero, mean, gradient, k=1, resamples=50).findings()
-    assert "ablation (zero) and ablation (mean): they name the same most important head" in first
+    assert "ablation (zero) and ablation (mean) share their most important head (100%" in first
     assert "L0H1 only by ablation (mean)" in last
-    assert "they disagree on the most important head" in last
+    assert "share no most important head (0%" in last
     group = ablate(model, task, heads=["L1H0", "L1H2", "L1H3"], progress=False)
     (said,) = group.findings(mean)
     assert said.startswith("Together L1H0, L1H2, L1H3 are worth ")

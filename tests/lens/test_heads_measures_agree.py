@@ -188,15 +188,37 @@ def test_findings_of_an_agreement():
         "opposition", "agreement", "no_order", "opposition", "no_order", "no_order",
     ]  # fmt: skip
     assert said[0] == (
-        "ablation (zero) and ablation (mean): they disagree on the most important head: L0H3 only by "
+        "ablation (zero) and ablation (mean) share no most important head (0% [0%, 0%], by chance 25%): L0H3 only by "
         "ablation (zero); L0H0 only by ablation (mean); over all heads their orders are opposed, "
         "tau -1.00 [-1.00, -1.00]."
     )
     assert said[1] == (
-        "ablation (zero) and ablation (resample): they name the same most important head; over all heads "
+        "ablation (zero) and ablation (resample) share their most important head (100% [100%, 100%], by chance 25%); over all heads "
         "their orders agree beyond chance, tau 1.00 [1.00, 1.00]."
     )
     assert found.findings(most=2) == (said[0], said[3])
+    every = agreement(scores(low, "zero"), scores(high, "mean"), k=4).findings()[0]
+    assert (
+        "share 4 of their 4 most important heads (100% [100%, 100%], by chance 100%); over" in every
+    )
+    half = agreement(scores(low, "zero"), scores(high, "mean"), k=3).findings()[0]
+    assert (
+        "share 2 of their 3 most important heads (67% [67%, 67%], by chance 75%): L0H3 only" in half
+    )
+
+
+def test_one_measure_on_a_single_prompt_has_no_interval_and_the_others_have_theirs():
+    many = np.random.default_rng(0).normal(size=(1, 8, 6)) + np.arange(8)[None, :, None]
+    pair = scores(many, "zero"), scores(many * 2, "mean")
+    single = scores(many[..., :1], "resample")
+    (alone,) = agreement(*pair).findings()
+    said = agreement(*pair, single).findings()
+    assert said[0] == alone
+    assert [one.kind for one in said] == ["agreement", "no_order", "no_order"]
+    assert "without an interval (one of them has a single prompt)" in said[1]
+
+
+def test_orders_that_are_not_told_apart_from_chance():
     noise = np.random.default_rng(0).normal(size=(1, 40, 5))
     (alike,) = agreement(scores(noise, "zero"), scores(noise[:, ::-1], "mean")).findings()
     assert alike.kind == "chance"

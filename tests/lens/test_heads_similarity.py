@@ -257,6 +257,11 @@ def test_block_maps_give_a_lower_bound_and_the_value_itself_at_blocks_of_one():
         else:
             assert (found.values <= exact + 1e-6).all()
             assert found.values.max() > 0.05
+            (said,) = found.findings()
+            assert "divergence of attention (nats), lower bound by block maps " in said
+    one = lens.capture(model, texts, block_size=64)
+    with pytest.raises(LensError, match="lie in one block, in which heads cannot differ; capture"):
+        similarity(one)
 
 
 def test_a_constant_output_is_not_scored():

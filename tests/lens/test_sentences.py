@@ -12,6 +12,7 @@ from lens.circuits.graph.activations import Ablation
 from lens.circuits.graph.graph import Graph
 from lens.circuits.scores.position_scores import PositionScores
 from lens.common.head_ids import HeadId
+from lens.common.results import of_kind
 from lens.heads.behaviour.roles import HeadRoles
 from lens.heads.measures.scores import HeadScores, Intervention
 from lens.mixers.capturing import MixerCapture
@@ -189,8 +190,8 @@ SAID = {
         "A deleted token is the mean embedding at its place, which the model was not trained on.",
     ],
     importance: [
-        "Worth most to copying: L0H0 0.4 [0, 1.32], L1H1 0.02 [0.02, 0.02], L0H1 0 [-0.917, 0.917] (ablation (mean), in units of "
-        "loss, n = 2).",
+        "No head is told to be worth anything to copying: L0H0 0.4 [-1.2, 4.07], L1H1 0.02 [0.02, 0.02] (the highest of 4, by "
+        "ablation (mean), in units of loss, n = 2).",
         "1 of 4 heads have a 95 % interval that leaves out 0 (0.2 by chance).",
         "One head is out at a time, so that what others make up for does not show.",
         "The mean over 2 prompts that stands in for a head is to 1/2 the prompt's own output, so that what is lost is "
@@ -263,14 +264,36 @@ def test_a_denoiser_is_told_at_its_first_and_last_step(monkeypatch):
 def test_estimates_are_said_to_be_and_sizes_are_not_told_from_0():
     kinds = {one.kind: one for one in importance("gradient", "zero", "token").findings()}
     assert list(kinds) == ["top", "limit"]
+    assert kinds["top"].startswith("Worth most to copying: L0H0 0.4 [0, 4.07], L1H1 0.02")
     assert kinds["limit"] == "It is an estimate to first order; method='ablation' measures it."
+
+
+def test_heads_are_worth_most_where_the_highest_of_all_is_told_apart_from_none():
+    """Noise in 24 heads has a highest one whose own interval is above 0; heads below 0 are worth nothing."""
+    noise = np.random.default_rng(4).normal(size=(4, 6, 8))
+    base = importance()
+    of_noise = replace(base, per_prompt=noise, clean=np.ones(8))
+    assert of_noise.table()["low"].iloc[0] > 0
+    said = of_noise.findings()[0]
+    assert (said.kind, said[:44]) == ("none", "No head is told to be worth anything to copy")
+    (told,) = of_kind(replace(of_noise, per_prompt=noise + 2).findings(), "top")
+    assert told.startswith("Worth most to copying: ")
+    below = replace(base, per_prompt=-np.abs(base.per_prompt) - 0.01).findings()[0]
+    assert below.startswith("No head is told to be worth anything to copying: L1H1 -0.03 [")
+    assert below.count("L") == 1
+    one = replace(base, per_prompt=base.per_prompt[..., :1], clean=np.ones(1)).findings()[0]
+    assert one.startswith("Worth most to copying: L0H0 0.5, L0H1 0.1, L1H1 0.02 (the highest of 4")
 
 
 def test_of_each_role_the_head_with_most_of_it_is_named_beside_its_baseline(monkeypatch):
     assert list(roles(monkeypatch).findings()) == [
-        "Most previous token: L0H1 0.75 [0.65, 0.85] (above random weights 0.04).",
-        "Most induction: L0H0 0.50 [0.40, 0.60] (above random weights 0.03).",
+        "Most previous token of 2 heads on 2 prompts: L0H1 0.75 [0.55, 0.95] (above random weights 0.04).",
+        "Most induction of 2 heads on 2 prompts: L0H0 0.50 [0.30, 0.70] (above random weights 0.03).",
     ]
+    one = replace(roles(monkeypatch), prompts=1).findings()[1]
+    assert one == (
+        "Most induction of 2 heads on one prompt, intervals over its rows: L0H0 0.50 [0.39, 0.61] (above random weights 0.03)."
+    )
 
 
 def test_no_order_is_told_that_is_none():

@@ -1,5 +1,7 @@
 """Sentences of what is measured of heads, by hand: each with its interval and what it stands beside."""
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -154,6 +156,8 @@ def test_the_closest_heads_stand_beside_the_floor_and_the_median_pair(floor):
         "Of 3 pairs L0H0 is closest to L0H1: Jensen-Shannon divergence of attention (nats) 0.1 [0.1, 0.1]"
         f"{across}, the median pair 0.3 (n = 2)."
     ]
+    (said,) = replace(found, sink_excluded=True).findings()
+    assert "attention (nats), sink excluded 0.1 [" in said
 
 
 def test_maps_of_policies_say_which_share_of_blocks_holds_which_mass():
@@ -194,11 +198,18 @@ def test_roles_stand_beside_both_chances_and_say_what_the_interval_says(monkeypa
     roles = HeadRoles(pd.DataFrame(), pd.DataFrame(), "uniform", 2, "m", 0)
     (said,) = roles.findings(columns=["induction"], most=2, random_weights={"induction": 0.45})
     assert said == (
-        "Most induction: L0H0 0.50 [0.40, 0.60] (above uniform 0.03, not told apart from the highest of random weights 0.45), "
+        "Most induction of 2 heads on 2 prompts: L0H0 0.50 [0.30, 0.70] (above uniform 0.03, not told apart from the highest of random weights 0.45), "
         "L0H1 0.30 (not told apart from uniform 0.03 and the highest of random weights 0.45)."
     )
     (said,) = roles.findings(columns=["induction"], random_weights={"induction": np.nan})
-    assert said == "Most induction: L0H0 0.50 [0.40, 0.60] (above uniform 0.03)."
+    assert (
+        said
+        == "Most induction of 2 heads on 2 prompts: L0H0 0.50 [0.30, 0.70] (above uniform 0.03)."
+    )
+    (said,) = roles.findings(columns=["induction"], random_weights={"induction": 0.35})
+    assert (
+        "not told apart from the highest of random weights 0.35" in said
+    )  # the own interval begins at 0.40
     (said,) = roles.findings(columns=["induction"], random_weights={"induction": 0.8})
     assert "(above uniform 0.03, below the highest of random weights 0.80)" in said
     (said,) = roles.findings(columns=["induction"], random_weights={"induction": 0.1})

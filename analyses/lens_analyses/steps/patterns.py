@@ -54,11 +54,15 @@ def similarity(subject: Subject) -> Section:
     tables, figures, said = {}, {}, []
     of_part = subject.model.is_encoder_decoder
     of_maps = kind == "picture" or of_part  # rows are many, or two: block maps, a lower bound
+    traces = []
+    if of_maps:
+        traces = [subject.run.trace(name) for name in subject.prompt_ids(kind)[: len(prompts)]]
+    if traces and not of_part:
+        of_maps = traces[0].dataset["block_mass"].shape[-1] > 1  # else its rows are few
     methods = ("js",) if of_part else ("js", "cka")
     for method in methods:
         if of_maps and method == "js":
-            names = subject.prompt_ids(kind)[: len(prompts)]
-            found = heads.similarity([subject.run.trace(name) for name in names])
+            found = heads.similarity(traces)
         else:
             found = heads.similarity(
                 subject.model,

@@ -20,11 +20,12 @@ from torch import Tensor
 from lens.common.errors import LensError
 from lens.common.head_ids import HeadId, all_heads, head_columns
 from lens.common.progress import advancing
-from lens.common.results import Result, Sentence
+from lens.common.results import Result, Sentence, few
 from lens.models.loaded import LoadedModel
 from lens.passes.calls import LayerCall, attend
 from lens.passes.sessions import base, listening
 from lens.stats.intervals import columns
+from lens.stats.verdicts import of_many_told
 from lens.tasks.needles import Trial, answered
 
 _FETCHES = 0.1  # a score above this, as Wu et al. take it
@@ -40,12 +41,14 @@ class RetrievalScores(Result):
         recall: [all trials]: share of the needle's tokens that were generated (ROUGE-1 on tokens).
         needed: recall above which a trial counts.
         model: its name.
+        random: score of a key drawn at random from those before each token, mean over the trials that count; NaN: not known.
     """
 
     per_trial: np.ndarray
     recall: np.ndarray
     needed: float
     model: str
+    random: float = np.nan
 
     @property
     def n(self) -> int:
@@ -70,9 +73,18 @@ class RetrievalScores(Result):
         return pd.DataFrame(found | {"n": self.n, "trials": len(self.recall)})
 
     def findings(self) -> tuple[Sentence, ...]:
-        """Which heads fetch the needle, and how many needles came back."""
-        best = " ".join(str(head) for head in self.heads()[:6]) or "none"
-        text = f"Heads that fetch the needle (score above {_FETCHES}): {best}; {self.n} of {len(self.recall)} needles came back."
+        """Which heads fetch the needle, each with the interval of the highest of all, and how many needles came back."""
+        table = self.table().sort_values("retrieval", ascending=False, kind="stable")
+        many, found = len(table), table[table["retrieval"] > _FETCHES]
+        shown = [
+            f"{row['name']} {of_many_told(row, 'retrieval', '.2f', many, self.n, least=0, most=1)}"
+            for row in (found if len(found) else table.head(1)).to_dict("records")
+        ]
+        chance = "" if np.isnan(self.random) else f"; a key at random scores {self.random:.2f}"
+        text = (
+            f"{len(found) or 'None'} of {many} heads score above {_FETCHES} in fetching the needle"
+            f"{'' if len(found) else ', the highest'}: {few(shown)}{chance}; {self.n} of {len(self.recall)} needles came back."
+        )
         return (Sentence(text, kind="fetching"),)
 
     def __repr__(self) -> str:
@@ -123,7 +135,8 @@ def retrieval(
                 )
             )
             advance(1)
-    return RetrievalScores(np.stack(found, -1), recalls, needed, model.name)
+    random = float(np.mean([_at_random(*one) for one in counted]))
+    return RetrievalScores(np.stack(found, -1), recalls, needed, model.name, random)
 
 
 def succeeded(
@@ -162,6 +175,15 @@ def fetched(keys: np.ndarray, trial: Trial, answer: Sequence[int]) -> np.ndarray
             if trial.prompt[place] == token:
                 hit[..., place - first] += keys[..., step] == place
     return (hit > 0).mean(-1)
+
+
+def _at_random(trial: Trial, answer: Sequence[int]) -> float:
+    """The expected `fetched` of a head whose strongest key is any of those before, all as likely."""
+    missed = np.ones(trial.needle[1] - trial.needle[0])
+    needle = np.array(trial.prompt[slice(*trial.needle)])
+    for step, token in enumerate(answer):
+        missed[needle == token] *= 1 - 1 / (len(trial.prompt) + step)
+    return float(1 - missed.mean())
 
 
 def _strongest_keys(model: LoadedModel, ids: Sequence[int], count: int) -> np.ndarray:

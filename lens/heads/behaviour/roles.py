@@ -18,13 +18,13 @@ from lens.common.choices import Seed
 from lens.common.errors import LensError
 from lens.common.head_ids import HeadId, head_columns
 from lens.common.progress import advancing
-from lens.common.results import Result, Sentence, ends
+from lens.common.results import Result, Sentence, counted, ends
 from lens.heads.behaviour.role_metrics import COLUMNS
 from lens.heads.behaviour.role_scores import STATISTICS, RoleRecorder, role_scores
 from lens.models.loaded import LoadedModel
 from lens.models.random_weights import random_weights
 from lens.passes.inputs import Prompt, read_prompts
-from lens.stats.verdicts import APART, verdict
+from lens.stats.verdicts import APART, of_many, verdict
 from lens.traces.captures import capture
 from lens.traces.profiles import pooled_table, prompt_table, scores_table, wide
 from lens.traces.trace import AttentionTrace, TraceWriter
@@ -146,18 +146,27 @@ class HeadRoles(Result):
         Raises:
             LensError: no such column.
         """
-        said = []
+        said, heads = [], len(self.table())
+        units, over = self.prompts, counted(self.prompts, "prompt")
+        if units == 1:
+            units, over = 0, "one prompt, intervals over its rows"
         for column in columns:
-            rows = self.top(column, most).dropna(subset="value").to_dict("records")
+            every = self.top(column, heads).dropna(subset="value")
             highest = (random_weights or {}).get(column, np.nan)
-            if rows:
-                shown = ", ".join(self._beside(row, highest) for row in rows)
-                text = f"Most {COLUMNS[column].label.lower()}: {shown}."
+            bounds = {"least": 0 if (every["low"] >= 0).all() else -np.inf}
+            bounds["most"] = 1 if COLUMNS[column].unit == "probability" else np.inf
+            shown = []
+            for row in every.head(most).to_dict("records"):
+                found = row["value"], row["low"], row["high"]
+                low, high = of_many(*found, len(every), units, **bounds)
+                shown.append(self._beside(row | {"low": low, "high": high}, highest))
+            if shown:
+                text = f"Most {COLUMNS[column].label.lower()} of {len(every)} heads on {over}: {', '.join(shown)}."
                 said.append(Sentence(text, kind=column))
         return tuple(said)
 
     def _beside(self, row: Mapping[Any, Any], highest: float) -> str:
-        """A head with its interval, and where this lies beside each number that is known by chance."""
+        """A head with its interval, as of the highest of all, and where this lies beside each number that is known by chance."""
         low, high = row["low"], row["high"]
         named = {
             self.baseline.replace("_", " "): row["baseline"],

@@ -223,11 +223,17 @@ class HeadSimilarity(Result):
         across = "" if np.isnan(row["floor"]) else f", across different prompts {row['floor']:.3g}"
         return (
             Sentence(
-                f"Of {len(table)} pairs {row['first']} is closest to {row['second']}: {SIMILARITIES[self.method]} "
+                f"Of {len(table)} pairs {row['first']} is closest to {row['second']}: {SIMILARITIES[self.method]}{self._how} "
                 f"{closest}{across}, the median pair {table['value'].median():.3g} (n = {self.n}).",
                 kind="closest",
             ),
         )
+
+    @property
+    def _how(self) -> str:
+        """What is to be known of the values, in words."""
+        without = ", sink excluded" if self.sink_excluded else ""
+        return without + ("" if self.exactness == "exact" else f", {self.exactness} by block maps")
 
     def __repr__(self) -> str:
         closest = ""
@@ -235,10 +241,8 @@ class HeadSimilarity(Result):
             closest = (
                 f"; closest {nearest['first']} and {nearest['second']}, {nearest['value']:.3g}"
             )
-        without = ", sink excluded" if self.sink_excluded else ""
-        exact = "" if self.exactness == "exact" else f", {self.exactness}"
         return (
-            f"HeadSimilarity({SIMILARITIES[self.method]}{without}{exact}; {self.model}, "
+            f"HeadSimilarity({SIMILARITIES[self.method]}{self._how}; {self.model}, "
             f"{len(self.names)} head{'s' * (len(self.names) > 1)}, {self.n} prompts{closest})"
         )
 

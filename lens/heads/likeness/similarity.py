@@ -174,6 +174,11 @@ def _block_sums(trace: AttentionTrace) -> tuple[np.ndarray, np.ndarray]:
             "lens.heads.similarity(model, texts)"
         )
     maps = trace.dataset["block_mass"].values.astype(float)
+    if maps.shape[-1] < 2:
+        raise LensError(
+            f"all keys of a trace of {trace.length} tokens lie in one block, in which heads cannot differ; capture it with a "
+            f"block_size below {trace.attrs['block_size']}"
+        )
     maps = maps.reshape(-1, *maps.shape[2:])  # [heads, query_blocks, key_blocks]
     rows = block_rows(trace.dataset, trace.queries).astype(float)
     own = entr(maps).sum(-1)

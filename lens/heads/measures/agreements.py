@@ -50,8 +50,8 @@ class Agreement(Result):
         return self.rows
 
     def findings(self, most: int | None = None) -> tuple[Sentence, ...]:
-        """One sentence per pair: which heads one puts among its k most important and the other does
-        not (the first six), and whether their orders agree beyond chance (tau's interval lies above 0).
+        """One sentence per pair: how many of the k most important heads both name, beside chance, which one names alone (the
+        first six), and whether their orders agree beyond chance (tau's interval lies above 0).
 
         Kinds: "agreement", "opposition", "chance", or "no_order" where that cannot be said.
 
@@ -72,13 +72,12 @@ class Agreement(Result):
             for label, mine, other in ((first, *tops), (second, *reversed(tops)))
             if (only := [head for head in mine if head not in other])
         ]
-        heads = "head" if self.k == 1 else f"{self.k} heads"
-        where = (
-            f"they disagree on the most important {heads}: {'; '.join(sides)}"
-            if sides
-            else f"they name the same most important {heads}"
-        )
-        return f"{first} and {second}: {where}; {_order_in_words(row)}."
+        share = f"{with_ends(row, 'overlap', '.0%')}, by chance {row['overlap_by_chance']:.0%}"
+        where = f"{round(row['overlap'] * self.k)} of their {self.k} most important heads ({share})"
+        if self.k == 1:
+            where = f"{'no' if sides else 'their'} most important head ({share})"
+        alone = f": {'; '.join(sides)}" if sides else ""
+        return f"{first} and {second} share {where}{alone}; {_order_in_words(row)}."
 
     def __repr__(self) -> str:
         rows = [
@@ -246,7 +245,7 @@ def _order_in_words(row: Mapping[Hashable, Any]) -> str:
     if np.isnan(tau):
         return "one of them gives all heads one value, so there is no order to compare"
     if np.isnan(low):
-        return f"over all heads tau is {tau:.2f}, without an interval (a single prompt)"
+        return f"over all heads tau is {tau:.2f}, without an interval (one of them has a single prompt)"
     shown = f"tau {tau:.2f} [{low:.2f}, {high:.2f}]"
     verdict = _verdict(row)
     if verdict == "agreement":
@@ -278,14 +277,15 @@ def _labels(scores: tuple[HeadScores, ...]) -> list[str]:
 
 
 def _drawn(scores: tuple[HeadScores, ...], resamples: int, seed: int) -> np.ndarray:
-    """Values [resamples, measures, heads] on prompts drawn again; no resamples for a single prompt."""
+    """Values [resamples, measures, heads] on prompts drawn again; NaN of a measure on a single prompt."""
     check_counts(0, seed=seed)
     random = np.random.default_rng(seed)
     weights: dict[tuple[str, int], np.ndarray] = {}
-    if min(score.n for score in scores) < 2:
-        return np.empty((0, len(scores), len(scores[0].names)))
     found = []
     for score in scores:
+        if score.n < 2:
+            found.append(np.full((resamples, len(score.names)), np.nan))
+            continue
         key = (score.task, score.n)
         if key not in weights:
             weights[key] = stats.draws(score.n, random, resamples)

@@ -10,9 +10,9 @@ import pandas as pd
 from lens.common.choices import is_whole
 from lens.common.errors import LensError
 from lens.common.head_ids import HeadId, head_columns
-from lens.common.results import Result, Sentence, ends
+from lens.common.results import Result, Sentence
 from lens.stats.intervals import columns
-from lens.stats.verdicts import clear_told, leave_out_0
+from lens.stats.verdicts import clear_told, leave_out_0, of_many, of_many_told
 
 _MANY_PROMPTS = 10  # of fewer, each is more than a tenth of their mean
 _ESTIMATE = "It is an estimate to first order; method='ablation' measures it."
@@ -156,14 +156,23 @@ class HeadScores(Result):
         return rows.sort_values("value", ascending=False, kind="stable", ignore_index=True)
 
     def findings(self) -> tuple[Sentence, ...]:
-        """The heads that are worth most ("top"), how many intervals leave out 0 ("told"), what it does not show ("limit")."""
+        """The heads that are worth most ("top", or "none" where the interval of the highest of all holds 0), how many
+        intervals leave out 0 ("told"), what it does not show ("limit")."""
         table = self.table()
+        many, least = len(table), 0 if self.absolute else -np.inf
+        rows = table[table["value"] > 0].head(3).to_dict("records") or [table.iloc[0]]
         best = ", ".join(
-            f"{row['name']} {row['value']:.3g}{ends(row['low'], row['high'])}"
-            for row in table.head(3).to_dict("records")
+            f"{row['name']} {of_many_told(row, 'value', '.3g', many, self.n, plain=True, least=least)}"
+            for row in rows
         )
-        of = f"{self.label}, in units of {self.metric}, n = {self.n}"
-        said = [Sentence(f"Worth most to {self.task}: {best} ({of}).", kind="top")]
+        first = rows[0]
+        low, _ = of_many(first["value"], first["low"], first["high"], many, self.n)
+        none = not first["value"] > 0 or (low <= 0 and not self.absolute)
+        of = f"the highest of {many}, by {self.label}, in units of {self.metric}, n = {self.n}"
+        told = f"Worth most to {self.task}: {best} ({of})."
+        if none:
+            told = f"No head is told to be worth anything to {self.task}: {best} ({of})."
+        said = [Sentence(told, kind="none" if none else "top")]
         if self.n > 1 and not self.absolute:
             apart = int(leave_out_0(table["low"], table["high"]).sum())
             text = f"{apart} of {len(table)} heads {clear_told(len(table))}."

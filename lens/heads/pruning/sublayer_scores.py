@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from lens.common.results import Result, Sentence, few, with_ends
+from lens.common.results import Result, Sentence, few
 from lens.stats.intervals import columns
 from lens.stats.verdicts import (
     clear_told,
@@ -160,12 +160,16 @@ class BlockInfluence(Result):
     def findings(self, *, seed: int = 0) -> tuple[Sentence, ...]:
         """The layer that turns the stream least, beside the median one ("least")."""
         table, least = self.table(seed=seed), int(self.per_prompt.mean(1).argmin())
+        layers, n = self.per_prompt.shape
+        told = of_many_told(
+            table.iloc[least], "influence", ".3g", layers, n, plain=True, least=0, most=2
+        )
         alike = [f"L{at}" for at in rivals(-self.per_prompt, least, seed)]
         beside = f"; not told apart from {few(alike)}" if alike else ""
         return (
             Sentence(
                 f"Layer {least} turns the residual stream least: 1 - cosine "
-                f"{with_ends(table.iloc[least], 'influence', plain=True)} (n = {self.per_prompt.shape[1]}), the median layer "
+                f"{told} (the lowest of {layers}, n = {n}), the median layer "
                 f"{table['influence'].median():.3g}{beside}.",
                 kind="least",
             ),
