@@ -71,10 +71,12 @@ def add(
     run = open_run(run.path)  # what was added since it was opened counts
     layers = attending(run) or list(range(run.meta["model"]["layers"]))  # mixers have heads too
     if isinstance(values, Mapping | pd.Series):
-        values = _by_head(cast("Mapping[Any, float]", values), layers, run.meta["model"]["heads"])
+        values = _by_head(cast("Mapping[Any, float]", values), layers, _heads(run))
     numbers = _checked(run, name, values, definition, len(layers))
     heads = head_columns(all_heads(layers, numbers.shape[1]))
     table = pd.DataFrame({**heads, **columns(name, numbers, seed), "n": numbers.shape[2]})
+    if (mixers := _mixers(run)) is not None:
+        table.insert(3, "mixer", table["name"].map(mixers))
     told = _told(table, name, unit)
     section = Section(
         name=name,
@@ -85,6 +87,7 @@ def add(
             "name": "The head.",
             "layer": "Layer, by the model's own number.",
             "head": "Head of the layer, from 0.",
+            **({} if mixers is None else {"mixer": "Which mixer the head is of."}),
             name: definition,
             f"{name}_low": f"Low end of the 95 % interval of {name}.",
             f"{name}_high": f"High end of the 95 % interval of {name}.",
@@ -104,6 +107,21 @@ def attending(run: Run) -> list[int]:
     model = run.meta["model"]
     known = model.get("attending")
     return list(map(int, range(model["layers"]) if known is None else known))
+
+
+def _mixers(run: Run) -> pd.Series | None:
+    """Kind of mixer by the name of a head, of a model of mixers alone whose run has them."""
+    if attending(run) or "mixers" not in run.sections:
+        return None
+    return run.section("mixers").tables["heads"].drop_duplicates("name").set_index("name")["mixer"]
+
+
+def _heads(run: Run) -> int:
+    """Heads of a layer; of a model of mixers alone those that its run has found."""
+    mixers = _mixers(run)
+    if mixers is None:
+        return run.meta["model"]["heads"]
+    return 1 + max(head_id(name).head for name in mixers.index)
 
 
 def _by_head(values: Mapping[Any, float], layers: list[int], heads: int) -> np.ndarray:
@@ -147,7 +165,7 @@ def _checked(run: Run, name: str, values: ArrayLike, definition: str, layers: in
         raise LensError(
             'values must be numbers, [layer, head] or [layer, head, prompt], or by head such as {"L1H3": 0.4}'
         ) from None
-    heads = run.meta["model"]["heads"]
+    heads = _heads(run)
     if numbers.ndim not in (2, 3) or numbers.shape[:2] != (layers, heads):
         raise LensError(
             f"values must be [{layers} layers, {heads} heads], with prompts as a third axis if there are several, "

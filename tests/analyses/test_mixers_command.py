@@ -190,6 +190,11 @@ def test_a_model_of_mixers_alone_has_a_run_without_traces(folder, lens_command, 
     files = export_run(run, "csv", tmp_path / "tables").files
     assert {"mixers-heads.csv", "mixers-maps.csv"} <= set(files)
     assert "heads.csv" not in files
+    own_numbers = lens.runs.add(run, "mine", {"L0H3": 0.4, "L0H0": 0.1}, "What I counted.")
+    assert len(own_numbers.tables["heads"]) == 4
+    assert validate(open_run(run.path)) == []
+    with pytest.raises(lens.LensError, match=r"there is no L0H4: the model has heads 0 to 3"):
+        lens.runs.add(run, "mine", {"L0H4": 0.4}, "What I counted.")
     asked = [*COMMAND.split(), "--model", model]
     other = lens_command(*asked, "--seed", 1, "--out", tmp_path / "runs")
     assert other.code == 0, other.err
