@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from lens.common.errors import LensError, first_line
@@ -342,15 +341,11 @@ def section(found: Denoising, words: list[str], seed: int) -> Section:
         figures[f"word_{number}"] = found.plot(word, part)
     if steps["image_to_text"].notna().any():
         figures["quadrants"] = denoising_quadrants(found)
-    uniform = float(np.log(trace.length))
     heads = _by_head(table)
     return Section(
         name="denoising",
         title="Attention over denoising steps",
-        summary=(
-            *of_kind(found.findings(), "quadrants", "entropy"),
-            f"Uniform attention over {trace.length} keys has {uniform:.2f} nats.",
-        ),
+        summary=of_kind(found.findings(), "quadrants", "entropy"),
         limits=(
             f"One run of one prompt and one draw of noise (seed {seed}): no interval.",
             "Where a word is looked at is where attention lies, and not that the word made what is there.",
@@ -390,4 +385,6 @@ _COLUMNS = {
     "text_to_image": "Mean mass of rows of the text on places of the picture.",
     "image_to_text": "Mean mass of places of the picture on keys of the text.",
     "image_to_image": "Mean mass of places of the picture on places of the picture.",
+    "keys": "How many keys there are.",
+    "text_keys": "How many of them are of the text; 0 where they are not apart.",
 }

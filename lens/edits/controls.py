@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from lens.common.errors import LensError
+from lens.common.results import counted
 from lens.edits._others import (
     InRows,
     Pushed,
@@ -348,7 +349,7 @@ class OfDirections(Kind):
     def __init__(self, model: LoadedModel, edit: Subspace) -> None:
         self._edit, self.chosen = edit, edit.chosen(model)
         count = edit.basis.shape[1]
-        self.scope = f"{count} directions of {scope_of(self.chosen)}"
+        self.scope = f"{counted(count, 'direction')} of {scope_of(self.chosen)}"
         self.why = dict.fromkeys(
             ("mass", "position", "self", "layer", "norm"),
             "directions are edited, not keys or heads",

@@ -18,7 +18,7 @@ from scipy.stats import kendalltau
 from lens.common.choices import check_lists
 from lens.common.errors import LensError
 from lens.common.head_ids import head_columns, head_id, one_or_more
-from lens.common.results import Result, Sentence, ends
+from lens.common.results import Result, Sentence, counted, ends
 from lens.stats import over_rows, over_units
 from lens.stats.intervals import known_mean
 from lens.stats.verdicts import of_many, verdict
@@ -105,40 +105,28 @@ class Alignment(Result):
         return table.sort_values(order, ascending=False, kind="stable", ignore_index=True)
 
     def findings(self) -> tuple[Sentence, ...]:
-        """The head that aligns best, beside chance, and the one that goes on as the target does."""
+        """The head that aligns best, beside chance, and the one that goes on as the target does; each with the interval of the
+        highest of all."""
         table, said = self.table(), []
         if self.labelled:
-            best = table.iloc[0]
-            low, high = best["accuracy_low"], best["accuracy_high"]
-            others = ""  # of one row there are none
-            if best["shuffled"] >= 0:
-                others = f", its keys against the labels of other rows in {best['shuffled']:.0%}"
-            said.append(
-                Sentence(
-                    f"{best['name']} points best: the strongest key is a label in {best['accuracy']:.0%}"
-                    f"{ends(low, high, '.0%')} of the labelled rows; "
-                    f"a key at random in {best['chance']:.0%}{others}.",
-                    kind="alignment",
-                )
-            )
+            said.append(self._points(table))
         if self.known:
             said.append(self._of_known())
         ordered = table.dropna(subset=["monotonicity"])
         if len(ordered):
             first = ordered.iloc[int(ordered["monotonicity"].to_numpy().argmax())]
             tau, low, high = (float(first[f"monotonicity{end}"]) for end in ("", "_low", "_high"))
+            low, high = of_many(
+                tau, low, high, len(ordered), int(first["prompts"]), least=-1, most=1
+            )
             told = f"{first['name']} goes on as the target does"
             if np.isnan(low):
                 told = f"{first['name']} goes on most as the target does, of one prompt without an interval"
-            elif (
-                tau <= self.random_order
-                or verdict(*of_many(tau, low, high, len(ordered), int(first["prompts"]))) != "above"
-            ):
+            elif tau <= self.random_order or verdict(low, high) != "above":
                 told = f"No head is told to go on as the target does, {first['name']} most"
-            shown = "" if np.isnan(low) else f" [{low:.2f}, {high:.2f}]"
             said.append(
                 Sentence(
-                    f"{told}: Kendall's tau of its strongest keys is {tau:.2f}{shown}; the best of {self.ordered} heads whose "
+                    f"{told}: Kendall's tau of its strongest keys is {tau:.2f}{ends(low, high, '.2f')}; the best of {self.ordered} heads whose "
                     f"keys have a random order reaches {self.random_order:.2f}.",
                     kind="monotonicity",
                 )
@@ -150,6 +138,25 @@ class Alignment(Result):
                 )
             )
         return tuple(said)
+
+    def _points(self, table: pd.DataFrame) -> Sentence:
+        """The head that points at labels most, beside a key at random and its own keys against other labels."""
+        best, many = table.iloc[0], int(table["accuracy"].notna().sum())
+        prompts, on = int(best["prompts"]), counted(int(best["prompts"]), "prompt")
+        if self.hits is not None:  # the interval is over blocks of rows
+            prompts, on = 0, f"one prompt ({self.hits.shape[1]})"
+        share, low, high = (float(best[f"accuracy{end}"]) for end in ("", "_low", "_high"))
+        low, high = of_many(share, low, high, many, prompts, least=0, most=1)
+        others = ""  # of one row there are none
+        if best["shuffled"] >= 0:
+            others = f", its keys against the labels of other rows in {best['shuffled']:.0%}"
+        above = verdict(low, high, np.fmax(best["chance"], best["shuffled"])) == "above"
+        told = "points best" if above else "points most, not told apart from chance"
+        return Sentence(
+            f"Of {many} heads {best['name']} {told}: the strongest key is a label in {share:.0%}"
+            f"{ends(low, high, '.0%')} of the labelled rows of {on}; a key at random in {best['chance']:.0%}{others}.",
+            kind="alignment",
+        )
 
     def _of_known(self) -> Sentence:
         """The heads that are listed as aligning, beside the others."""
@@ -163,13 +170,20 @@ class Alignment(Result):
             low, high = over_rows(gap, 0)
         else:
             low, high = over_units(np.nan_to_num(gap), (~np.isnan(gap)).astype(float), 0)
-        what = "point at labels in a share of" if self.labelled else "have a mean tau of"
+        one = int(listed.sum()) == 1
+        those = "head that is" if one else f"{listed.sum()} heads that are"
+        s = "s" * one
+        what = (
+            f"point{s} at labels in a share of"
+            if self.labelled
+            else f"ha{'s' if one else 've'} a mean tau of"
+        )
         means = [
             float(known_mean(known_mean(self.per_prompt[name][one].T))) for one in (listed, ~listed)
         ]
         return Sentence(
-            f"The {listed.sum()} heads that are listed as aligning {what} {means[0]:.2f}, the other {(~listed).sum()} "
-            f"{means[1]:.2f}: {means[0] - means[1]:.2f}{ends(float(low), float(high), '.2f')} more.",
+            f"The {those} listed as aligning {what} {means[0]:.2f}, the other {(~listed).sum()} "
+            f"{means[1]:.2f}: a difference of {means[0] - means[1]:+.2f}{ends(float(low), float(high), '+.2f')}.",
             kind="known",
         )
 

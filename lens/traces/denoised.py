@@ -10,10 +10,11 @@ import pandas as pd
 
 from lens.common.errors import LensError
 from lens.common.head_ids import head_columns
-from lens.common.results import Result, Sentence
+from lens.common.results import Result, Sentence, counted
 from lens.traces.overlays import heads_of, token_position
 from lens.traces.trace import AttentionTrace
 
+_SAID = {"text": "text", "image": "picture"}
 QUADRANTS = ("text_to_text", "text_to_image", "image_to_text", "image_to_image")
 
 
@@ -93,7 +94,8 @@ class Denoising(Result):
     def table(self) -> pd.DataFrame:
         """One row per part, step and head: `part`, `step`, `timestep`, `layer`, `head`, `name`, `module`, `entropy`
         (nats, mean over rows) and, of joint attention, the mean mass of the rows of text and picture on keys of
-        either: `text_to_text`, `text_to_image`, `image_to_text`, `image_to_image`; NaN elsewhere."""
+        either: `text_to_text`, `text_to_image`, `image_to_text`, `image_to_image`; NaN elsewhere; `keys`, how many are
+        seen, and `text_keys`, how many of them are of the text (0 where they are not apart)."""
         return pd.concat([self._rows(part, step) for part, step in self.traces], ignore_index=True)
 
     def _rows(self, part: str, step: int) -> pd.DataFrame:
@@ -102,6 +104,8 @@ class Denoising(Result):
         columns = dict(head_columns(heads))
         columns["module"] = np.repeat(trace.attrs["modules"], trace.heads)
         nothing = np.full(len(heads), np.nan)
+        seen = (trace.visible.values > 0).any(0)
+        columns |= {"keys": seen.sum(), "text_keys": 0}
         entropy = trace.dataset.get("entropy")
         columns["entropy"] = nothing if entropy is None else _mean(entropy.values)
         columns |= dict.fromkeys(QUADRANTS, nothing)
@@ -110,6 +114,7 @@ class Denoising(Result):
             own = trace.dataset["match_mass"].values[..., -1]
             text = np.zeros(trace.length, bool)
             text[first:last] = True
+            columns["text_keys"] = seen[first:last].sum()
             for name, rows in (("text", text), ("image", ~text)):
                 other = "image" if name == "text" else "text"
                 mass = _mean(own[..., rows])
@@ -121,25 +126,36 @@ class Denoising(Result):
         return found
 
     def findings(self) -> tuple[Sentence, ...]:
-        """How the quadrants of joint attention ("quadrants") and the entropy of each part ("entropy") go over steps."""
+        """How the quadrants of joint attention ("quadrants") and the entropy of each part ("entropy") go over steps: the mean of
+        its heads, their range, and what uniform attention has."""
         table, said = self.table(), []
-        ends = dict.fromkeys((self.steps[0], self.steps[-1]))
+        ends = list(dict.fromkeys((self.steps[0], self.steps[-1])))
         for part in self.parts:
-            mean = table[table["part"] == part].groupby("step").mean(numeric_only=True)
-            if not np.isnan(mean["image_to_text"]).all():
-                values = ", ".join(
-                    f"{mean['image_to_text'][step]:.1%} at step {step} (text to picture {mean['text_to_image'][step]:.1%})"
-                    for step in ends
-                )
-                said.append(
-                    Sentence(f"{part}: mass of the picture on text {values}.", kind="quadrants")
-                )
-            values = ", ".join(f"{mean['entropy'][step]:.2f} nats at step {step}" for step in ends)
-            said.append(Sentence(f"{part}: mean entropy of a row {values}.", kind="entropy"))
+            rows = table[table["part"] == part]
+            steps = [rows[rows["step"] == step] for step in ends]
+            heads = f"mean and range of {counted(len(steps[0]), 'head')}"
+            keys, text = int(rows["keys"].iloc[0]), int(rows["text_keys"].iloc[0])
+            for name, to in (("image", "text"), ("text", "image")):
+                if not rows[f"{name}_to_{to}"].isna().all():
+                    values = _over_steps(steps, f"{name}_to_{to}", ".1%")
+                    even = (text if to == "text" else keys - text) / keys
+                    words = f"mass of the {_SAID[name]} on the {_SAID[to]} {values}; uniform attention {even:.1%}"
+                    said.append(Sentence(f"{part}: {words} ({heads}).", kind="quadrants"))
+            values = _over_steps(steps, "entropy", ".2f")
+            words = f"entropy of a row, nats, {values}; at most {np.log(keys):.2f}"
+            said.append(Sentence(f"{part}: {words} ({heads}).", kind="entropy"))
         return tuple(said)
 
     def __repr__(self) -> str:
         return f"Denoising({self.model}: {', '.join(self.parts)} at {len(self.steps)} steps, check {self.check:.0e})"
+
+
+def _over_steps(steps: list[pd.DataFrame], name: str, form: str) -> str:
+    """ "20.0% (10.0% to 30.0%) at step 0, ...": mean and range over the heads of each step."""
+    return ", ".join(
+        f"{one[name].mean():{form}} ({one[name].min():{form}} to {one[name].max():{form}}) at step {one['step'].iloc[0]}"
+        for one in steps
+    )
 
 
 def _mean(values: np.ndarray) -> np.ndarray:

@@ -167,8 +167,8 @@ def findings(table: pd.DataFrame, *, most: Count = 6) -> list[Finding]:
 def _apply(rule: _Rule, table: pd.DataFrame, most: int) -> Finding | None:
     chosen = (table["metric"] == rule.metric) & (table["variant"] == "raw") & table["value"].notna()
     rows = table.loc[chosen.to_numpy()]
-    known = set(rows["prompt_id"])
-    prompt_id = next((name for name in rule.prefers if name in known), None)
+    there = set(rows["prompt_id"])
+    prompt_id = next((name for name in rule.prefers if name in there), None)
     if prompt_id is None:
         return None
     rows = rows[rows["prompt_id"] == prompt_id]
@@ -185,10 +185,11 @@ def _apply(rule: _Rule, table: pd.DataFrame, most: int) -> Finding | None:
     scored.sort(key=lambda pair: -pair[0].value)
     passing = tuple(score for score, passed in scored if passed)
     uniform, random = (float(rows[name].max()) for name in ("uniform", "random_weights"))
-    scores = {"uniform attention": uniform, "random weights": random}
-    beside = " and ".join(
-        f"{name} ({score:.2f})" for name, score in scores.items() if not np.isnan(score)
-    )
+    even = {f"{rows['uniform'].min():.2f}", f"{uniform:.2f}"}
+    named = {"uniform attention": " to ".join(sorted(even)) + " by layer" * (len(even) > 1)}
+    named["random weights"] = f"{random:.2f}"
+    known = {"uniform attention": uniform, "random weights": random}
+    beside = " and ".join(f"{name} ({named[name]})" for name in named if not np.isnan(known[name]))
     text = (
         _found(rule, passing, len(scored), prompt_id, beside, most)
         if passing

@@ -19,11 +19,10 @@ from scipy import ndimage
 from lens.common.choices import check_choice, is_number, is_whole, shown
 from lens.common.colors import VIRIDIS
 from lens.common.errors import LensError
-from lens.common.given import given_as
 from lens.common.head_ids import AnyHead, HeadId, all_heads
 from lens.common.results import Result, Sentence, few
 from lens.traces.metrics import VARIANTS
-from lens.traces.pictures import PatchGrid, grids_of
+from lens.traces.pictures import PatchGrid, grid_numbered
 
 SINK_TIMES = 10.0
 _STANDS_OUT = 1.05  # times uniform attention: less is none at the digits that are said
@@ -66,6 +65,7 @@ class Overlay(Result):
         what: in words: whose attention.
         query: (row, column) of the patch that looks or is looked at, or None.
         grid: where the patches lie on the picture.
+        back: whether `values` are what the patches give to one key, and `elsewhere` what sinks among them give.
     """
 
     values: np.ndarray = field(repr=False)
@@ -74,6 +74,7 @@ class Overlay(Result):
     what: str
     query: tuple[int, int] | None
     grid: PatchGrid = field(repr=False)
+    back: bool = False
 
     def table(self) -> pd.DataFrame:
         """One row per map and patch: `map`, `row`, `column`, `value`, and the patch's `left`, `top`, `right`, `bottom`
@@ -93,7 +94,7 @@ class Overlay(Result):
 
     def findings(self) -> tuple[Sentence, ...]:
         """Of each map the patch that gets most ("strongest"), how few hold half ("half"), and what lies elsewhere
-        ("elsewhere")."""
+        ("elsewhere"); of attention to a key the patch that gives it most, how few give half, and what sinks give."""
         found = []
         for name, values, elsewhere in zip(self.names, self.values, self.elsewhere, strict=True):
             flat = np.nan_to_num(values).ravel()
@@ -101,17 +102,22 @@ class Overlay(Result):
             times = flat.max() / (flat.sum() or 1.0) * (flat > 0).sum()  # of those that it sees
             half = int((np.sort(flat)[::-1].cumsum() < flat.sum() / 2).sum()) + 1
             of = f"{name}, {self.what}"
+            most = f"most on the patch ({row}, {column}), {times:.1f} times what a patch of uniform attention has"
+            none = "no patch stands out from uniform attention"
+            hold, rest = "hold half of it", f"{elsewhere:.1%} lies on no patch shown"
+            if self.back:
+                most = f"most the patch ({row}, {column}), {times:.1f} times the mean of the patches that see it"
+                none = "no patch looks more than the others that see it"
+                hold = "give half of what it gets from patches"
+                rest = f"sinks, which are left out, give it {elsewhere:.2g} rows of attention more"
+            most += " (one picture, no interval)"
+            said = most if times >= _STANDS_OUT else none
             found += [
-                Sentence(
-                    f"{of}: most on the patch ({row}, {column}), {times:.1f} times what a patch of uniform "
-                    "attention has."
-                    if times >= _STANDS_OUT
-                    else f"{of}: no patch stands out from uniform attention.",
-                    kind="strongest",
-                ),
-                Sentence(f"{of}: {half} of {flat.size} patches hold half of it.", kind="half"),
-                Sentence(f"{of}: {elsewhere:.1%} lies on no patch shown.", kind="elsewhere"),
+                Sentence(f"{of}: {said}.", kind="strongest"),
+                Sentence(f"{of}: {half} of {flat.size} patches {hold}.", kind="half"),
             ]
+            if not self.back or np.isnan(values).any():
+                found.append(Sentence(f"{of}: {rest}.", kind="elsewhere"))
         return tuple(found)
 
     def regions(self, map_: int = 0, *, share: float = 0.5) -> pd.DataFrame:
@@ -257,21 +263,8 @@ def overlay(
         if variant == "sink_excluded" and left > 0:
             values = values / left
         maps.append(grid.laid(values))
-    return Overlay(np.array(maps), np.array(elsewhere), tuple(chosen), what, cell, grid)
-
-
-def grid_numbered(trace: Traced, image: int) -> PatchGrid:
-    """The patches of a picture or tile.
-
-    Raises:
-        LensError: no picture, or no such one.
-    """
-    if not hasattr(trace, "attrs"):
-        given_as("AttentionTrace", trace=trace)
-    grids = grids_of(trace.attrs)
-    if not is_whole(image) or not 0 <= image < len(grids):
-        raise LensError(f"image must be 0 to {len(grids) - 1}, got {image!r}")
-    return grids[image]
+    lost = np.array(elsewhere)
+    return Overlay(np.array(maps), lost, tuple(chosen), what, cell, grid, key is not None)
 
 
 def _name(trace: Traced, asked: Any) -> str:

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lens.common.choices import is_whole
 from lens.common.errors import LensError
+from lens.common.given import given_as
 from lens.common.png import pixels_of, png
 
 if TYPE_CHECKING:
@@ -175,3 +177,17 @@ def _smaller(pixels: np.ndarray) -> np.ndarray:
         sums = np.add.reduceat(found, starts[:-1], axis)
         found = sums / np.expand_dims(np.diff(starts), (1 - axis, 2))
     return np.round(found).astype(np.uint8)
+
+
+def grid_numbered(trace: Any, image: int) -> PatchGrid:
+    """The patches of a picture or tile.
+
+    Raises:
+        LensError: no picture, or no such one.
+    """
+    if not hasattr(trace, "attrs"):
+        given_as("AttentionTrace", trace=trace)
+    grids = grids_of(trace.attrs)
+    if not is_whole(image) or not 0 <= image < len(grids):
+        raise LensError(f"image must be 0 to {len(grids) - 1}, got {image!r}")
+    return grids[image]

@@ -23,7 +23,7 @@ from lens.common.errors import LensError
 from lens.common.given import given_traces
 from lens.common.head_ids import head_columns
 from lens.stats import over_units
-from lens.stats.intervals import known_mean
+from lens.stats.intervals import known_mean, of_share
 from lens.traces.metrics import HEADLINES, MAIN, METRICS
 from lens.traces.parts import TraceParts
 from lens.traces.scores import SINK_EPSILON, Score, layer_scores, uniform_scores
@@ -258,7 +258,8 @@ def scores_table(
 def pooled_table(
     tables: Sequence[pd.DataFrame], prompt_id: str, *, seed: int | None = 0
 ) -> pd.DataFrame:
-    """Mean over prompts of their long tables, with a bootstrap over prompts; no intervals for the seed None.
+    """Mean over prompts of their long tables, with a bootstrap over prompts (of the share of prompts with a sink Wilson's
+    interval); no intervals for the seed None.
 
     `top_key` and `positional_distance` are the most frequent one, the key named where its token is the same in all prompts that have
     it; it has no interval. `uniform` is the mean over the same prompts; `random_weights` is left to
@@ -274,6 +275,12 @@ def pooled_table(
     low, high = np.full((2, *mean.shape), np.nan)
     if seed is not None:
         low, high = over_units(np.where(scored, values, 0), scored, seed)
+        for row in np.flatnonzero(
+            (first.index.get_level_values("metric") == "sink_rate") & (n > 1)
+        ):
+            low[row], high[row] = of_share(
+                float(mean[row]), int(n[row])
+            )  # of prompts that have a sink
     result = first.reset_index()
     detail = np.where(n == 0, result["detail"], "").astype(object)
     even = np.stack([table["uniform"].to_numpy(float) for table in aligned])

@@ -11,7 +11,7 @@ import torch
 
 from lens.common.errors import LensError
 from lens.common.given import given_as
-from lens.common.results import Result, Sentence
+from lens.common.results import Result, Sentence, counted
 from lens.models.loaded import LoadedModel, check_loaded
 from lens.models.sizes import image_token
 from lens.traces.patches import grid_of
@@ -106,7 +106,7 @@ class Segments(Result):
         prompts = f"{len(self.kind)} prompt{'s' * (len(self.kind) > 1)} of {real:,} tokens"
         said = [Sentence(f"{prompts}: {shares}.", kind="tokens")]
         if shapes:
-            grids = f"{len(self.grids)} images as grids of {', '.join(shapes)}."
+            grids = f"{counted(len(self.grids), 'image')} as grids of {', '.join(shapes)}."
             said.append(Sentence(grids, kind="grids"))
         if self.why_no_grids:
             said.append(Sentence(f"No grids: {self.why_no_grids}.", kind="grids"))

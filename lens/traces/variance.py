@@ -15,7 +15,7 @@ import pandas as pd
 from lens.common.choices import Count, Seed, check_mapping
 from lens.common.errors import LensError
 from lens.common.head_ids import HeadId
-from lens.common.results import Result, Sentence, with_ends
+from lens.common.results import Result, Sentence, counted, with_ends
 from lens.stats.intervals import around
 from lens.traces.profiles import prompt_table
 from lens.traces.trace import AttentionTrace
@@ -69,17 +69,24 @@ class VarianceShares(Result):
         )
 
     def findings(self) -> tuple[Sentence, ...]:
-        """The three sources that most of the variance belongs to ("shares")."""
+        """The three sources that most of the variance belongs to, each beside its share of the degrees of freedom, which is
+        what noise gives it ("shares")."""
+        size = self.values.shape
+        noise = {
+            name: np.prod([size[axis] - 1 for axis in axes]) / (self.values.size - 1)
+            for name, axes in SOURCES.items()
+        }
         rows = self.table().sort_values("share", ascending=False, kind="stable").head(3)
         shown = ", ".join(
-            f"{row['source']} {with_ends(row, 'share', '.0%', plain=True)}"
+            f"{row['source']} {with_ends(row, 'share', '.0%', plain=True)} (noise alone {noise[row['source']]:.0%})"
             for row in rows.to_dict("records")
         )
-        _, prompts, heads = self.values.shape
+        _, prompts, heads = size
+        alone = "; one prompt has no interval" if prompts == 1 else ""
         return (
             Sentence(
-                f"Of the variance of {self.metric} over the conditions {', '.join(self.conditions)}, {prompts} prompts and "
-                f"{heads} heads most belongs to: {shown}.",
+                f"Of the variance of {self.metric} ({self.variant}) over the conditions {', '.join(self.conditions)}, "
+                f"{counted(prompts, 'prompt')} and {counted(heads, 'head')} most belongs to: {shown}{alone}.",
                 kind="shares",
             ),
         )

@@ -12,8 +12,7 @@ import pandas as pd
 from lens.common.errors import LensError
 from lens.common.given import given_as
 from lens.common.head_ids import HeadId, all_heads, head_columns
-from lens.traces.overlays import grid_numbered
-from lens.traces.pictures import PatchGrid
+from lens.traces.pictures import PatchGrid, grid_numbered
 from lens.traces.tiles import mask_number, sees
 
 if TYPE_CHECKING:

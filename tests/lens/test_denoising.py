@@ -101,7 +101,10 @@ def test_quadrants_of_joint_attention_and_maps_of_words(made, first):
     np.testing.assert_allclose(maps[0].ravel(), column, atol=1e-5)
     drawn = trace.overlay("L0H1", key="word3").values[0]
     np.testing.assert_allclose(drawn, maps[0], atol=1e-9)
-    assert [one.kind for one in found.findings()][:2] == ["quadrants", "entropy"]
+    assert [one.kind for one in found.findings()][:3] == ["quadrants", "quadrants", "entropy"]
+    share = text.sum() / trace.length
+    assert f"; uniform attention {share:.1%} (mean and range of" in found.findings()[0]
+    assert f"; uniform attention {1 - share:.1%} (mean and range of" in found.findings()[1]
 
 
 def test_padded_words_get_nothing_and_have_a_map():
@@ -111,6 +114,11 @@ def test_padded_words_get_nothing_and_have_a_map():
     assert maps.shape == (WORDS, 4, 3)
     np.testing.assert_allclose(maps.sum(0), 1, atol=1e-5)
     assert np.all(maps[4:] == 0)
+    table = found.table()
+    assert (
+        table.loc[table["part"] == "cross", "keys"].eq(4).all()
+    )  # what padding fills is seen by none
+    assert f"at most {np.log(4):.2f}" in " ".join(found.findings())
     trace = found.trace("cross")
     np.testing.assert_allclose(
         trace.overlay("L1", key=2).values[0], found.maps(2, "cross", heads="L1")[0]

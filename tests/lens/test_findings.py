@@ -49,6 +49,20 @@ def test_heads_above_the_threshold_are_named_and_only_those(table):
     )
 
 
+def test_uniform_attention_is_named_with_its_range_over_the_layers(table):
+    """Each head stands beside uniform attention of its own layer: 0.45 is above 0.05 and not above 0.60."""
+    copied = pooled_table([table, table], "copied").assign(random_weights=0.071)
+    copied["uniform"] = np.where(copied["layer"] == 0, 0.05, 0.6)
+    finding = of_kind(plant(copied, "induction", {(0, 0): 0.45}, 0.4, 0.5), "induction")
+    assert [head.name for head in finding.heads] == ["L0H0"]
+    assert (
+        "above uniform attention (0.05 to 0.60 by layer) and random weights (0.07)" in finding.text
+    )
+    none = of_kind(plant(copied, "induction", {(1, 0): 0.45}, 0.4, 0.5), "induction")
+    assert not none.found
+    assert "an interval above uniform attention (0.05 to 0.60 by layer) and random" in none.text
+
+
 def test_none_is_said_with_the_highest_score(table):
     copied = table.assign(prompt_id="copied", value=table["value"] * 0.1, low=np.nan, high=np.nan)
     finding = of_kind(plant(copied, "induction", {(0, 1): 0.1}, np.nan, np.nan), "induction")

@@ -101,6 +101,13 @@ def test_findings_say_which_heads_switch():
     found = HeadActivity(
         {"prose": quiet, "code": busy}, {"prose": loss, "code": loss}, 0.2, 1e-3, "zero", "made"
     )
+    one = {"prose": loss[..., :1], "code": loss[..., :1]}
+    single = HeadActivity({"prose": quiet, "code": busy}, one, 0.2, 1e-3, "zero", "made").findings()
+    assert (
+        single[0]
+        == "On prose 1 of 2 heads taken out are dormant: L0H0 (1 window, which has no interval)."
+    )
+    assert single[2] == "L0H0: dormant on one domain and not on another."
     assert [(one.kind, one.text) for one in found.findings()] == [
         (
             "dormant",

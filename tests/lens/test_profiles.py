@@ -9,6 +9,7 @@ import pytest
 from lens import profile as shown
 from lens import stats
 from lens.common.errors import LensError
+from lens.stats.intervals import of_share
 from lens.traces.metrics import METRICS
 from lens.traces.profiles import COLUMNS, pooled_table, prompt_table
 from lens.traces.token_rows import is_delimiter, token_classes
@@ -166,6 +167,23 @@ def test_a_constant_sink_crosses_the_threshold_where_it_should(mass, rate):
     row = profile(trace_of(p)).iloc[0]
     assert row["sink_mass"] == pytest.approx((1 + 63 * mass) / 64, rel=1e-6)
     assert row["sink_rate"] == rate
+
+
+def test_the_share_of_prompts_with_a_sink_has_the_interval_of_a_share():
+    """Four of four prompts drawn again are always four of four; that says nothing of the fifth."""
+    p = np.zeros((1, 1, 16, 16))
+    p[0, 0, :, 0] = 1
+    with_sink, without = (
+        prompt_table(trace_of(one), "p", seed=None) for one in (p, np.eye(16)[None, None])
+    )
+    for tables, share in (([with_sink] * 4, 1.0), ([with_sink, without, without], 1 / 3)):
+        rows = pooled_table(tables, "all").set_index("metric")
+        row = rows[rows["variant"] == "raw"].loc["sink_rate"]
+        assert (row["low"], row["high"]) == of_share(share, len(tables))
+    assert np.isnan(pooled_table([with_sink], "all").set_index("metric").loc["sink_rate", "low"])
+    assert np.isnan(
+        pooled_table([with_sink] * 4, "all", seed=None).set_index("metric").loc["sink_rate", "low"]
+    )
 
 
 def test_the_last_keys_cannot_be_the_strongest():

@@ -175,8 +175,8 @@ SAID = {
         "40% [40%, 40%].",
     ],
     aligned: [
-        "L0H0 points best: the strongest key is a label in 75% [75%, 75%] of the labelled rows; a key at random in 12%, "
-        "its keys against the labels of other rows in 25%.",
+        "Of 2 heads L0H0 points best: the strongest key is a label in 75% [75%, 75%] of the labelled rows of 2 prompts; a key at "
+        "random in 12%, its keys against the labels of other rows in 25%.",
         "L0H1 goes on as the target does: Kendall's tau of its strongest keys is 0.60 [0.60, 0.60]; the best of 2 heads whose "
         "keys have a random order reaches 0.37.",
     ],
@@ -231,6 +231,37 @@ def test_scores_of_blocks_that_are_exact_are_said_to_be(method, limit):
     assert said["limit"] == f"The score of a block of 4 tokens is {limit}."
 
 
+def test_a_head_points_best_where_the_highest_of_all_is_above_chance():
+    """Of 64 heads that point by chance one has an own interval above it."""
+    random = np.random.default_rng(0)
+    base, n = aligned(), 12
+    accuracy = random.binomial(8, 0.2, (64, n)) / 8
+    heads = tuple((layer, head) for layer in range(8) for head in range(8))
+    measures = {name: np.full((64, n), np.nan) for name in base.per_prompt}
+    measures |= {"accuracy": accuracy, "chance": np.full((64, n), 0.2)}
+    chance = replace(base, per_prompt=measures, heads=heads)
+    row = chance.table().iloc[0]
+    assert row["accuracy_low"] > 0.2
+    said = chance.findings()[0]
+    assert said.startswith(f"Of 64 heads {row['name']} points most, not told apart from chance: ")
+    assert "of the labelled rows of 12 prompts; a key at random in 20%." in said
+    better = replace(chance, per_prompt=measures | {"accuracy": accuracy / 2 + 0.5}).findings()[0]
+    assert f"Of 64 heads {row['name']} points best: " in better
+    shuffled = measures | {"accuracy": accuracy / 2 + 0.5, "shuffled": np.full((64, n), 0.8)}
+    assert "points most, not told" in replace(chance, per_prompt=shuffled).findings()[0]
+    hits = np.tile([1.0, 0, 1, 1], (2, 2))
+    one = {name: values[:, :1] for name, values in base.per_prompt.items()}
+    assert "rows of one prompt (8); a key" in replace(base, per_prompt=one, hits=hits).findings()[0]
+
+
+def test_heads_that_are_listed_as_aligning_stand_beside_the_others():
+    said = {one.kind: one for one in replace(aligned(), known=(1,)).findings()}
+    assert said["known"] == (
+        "The head that is listed as aligning points at labels in a share of 0.50, the other 1 0.75: a difference of -0.25 "
+        "[-0.25, -0.25]."
+    )
+
+
 def test_an_alignment_without_labels_or_order_names_no_head():
     (alone,) = aligned(accuracy=(np.nan, np.nan)).findings()
     assert (alone.kind, alone[:4]) == ("monotonicity", "L0H1")
@@ -239,7 +270,7 @@ def test_an_alignment_without_labels_or_order_names_no_head():
 
 def test_an_overlay_names_a_patch_where_one_stands_out():
     assert list(overlay([0.1, 0.1], [0.6, 0.1]).findings()) == [
-        "L1H2, row 3: most on the patch (1, 0), 2.7 times what a patch of uniform attention has.",
+        "L1H2, row 3: most on the patch (1, 0), 2.7 times what a patch of uniform attention has (one picture, no interval).",
         "L1H2, row 3: 1 of 4 patches hold half of it.",
         "L1H2, row 3: 10.0% lies on no patch shown.",
     ]
@@ -248,16 +279,35 @@ def test_an_overlay_names_a_patch_where_one_stands_out():
     assert even["half"] == "L1H2, row 3: 2 of 4 patches hold half of it."
 
 
+def test_an_overlay_of_a_key_says_which_patch_looks_and_not_where_attention_lies():
+    back = replace(overlay([0.1, 0.1], [0.6, 0.1]), back=True, what="who looks at “a”")
+    assert list(back.findings()) == [
+        "L1H2, who looks at “a”: most the patch (1, 0), 2.7 times the mean of the patches that see it (one picture, no interval).",
+        "L1H2, who looks at “a”: 1 of 4 patches give half of what it gets from patches.",
+    ]
+    even = replace(overlay([0.2, 0.2], [0.2, 0.2]), back=True).findings()[0]
+    assert even == "L1H2, row 3: no patch looks more than the others that see it."
+    left_out = replace(overlay([0.1, np.nan], [0.6, 0.1]), back=True).findings()
+    assert (
+        left_out[2] == "L1H2, row 3: sinks, which are left out, give it 0.1 rows of attention more."
+    )
+
+
 def test_a_denoiser_is_told_at_its_first_and_last_step(monkeypatch):
     steps = [0, 0, 4, 4, 9, 9]
     rows = pd.DataFrame({"part": "joint", "step": steps, "entropy": [1.0, 2, 9, 9, 3, 4]})
     rows["image_to_text"] = [0.1, 0.3, 0.9, 0.9, 0.5, 0.7]
     rows["text_to_image"] = [0.4, 0.6, 0.9, 0.9, 0.0, 0.2]
+    rows = rows.assign(keys=20, text_keys=5)
     monkeypatch.setattr(Denoising, "table", lambda _: rows)
     found = Denoising((0, 4, 9), (9.0, 5.0, 1.0), {("joint", 0): None}, "m", 0.0)
     assert list(found.findings()) == [
-        "joint: mass of the picture on text 20.0% at step 0 (text to picture 50.0%), 60.0% at step 9 (text to picture 10.0%).",
-        "joint: mean entropy of a row 1.50 nats at step 0, 3.50 nats at step 9.",
+        "joint: mass of the picture on the text 20.0% (10.0% to 30.0%) at step 0, 60.0% (50.0% to 70.0%) at step 9; uniform "
+        "attention 25.0% (mean and range of 2 heads).",
+        "joint: mass of the text on the picture 50.0% (40.0% to 60.0%) at step 0, 10.0% (0.0% to 20.0%) at step 9; uniform "
+        "attention 75.0% (mean and range of 2 heads).",
+        "joint: entropy of a row, nats, 1.50 (1.00 to 2.00) at step 0, 3.50 (3.00 to 4.00) at step 9; at most 3.00 (mean and "
+        "range of 2 heads).",
     ]
 
 

@@ -72,11 +72,27 @@ def test_shares_of_variance_have_intervals():
     )
     (said,) = found.findings()
     assert said.startswith(
-        "Of the variance of entropy over the conditions half, whole, 3 prompts and 4 heads most belongs to: head 9"
+        "Of the variance of entropy (raw) over the conditions half, whole, 3 prompts and 4 heads most belongs to: head 9"
     )
     low, high = found.table().set_index("source").loc["head", ["low", "high"]]
     assert f"[{low:.0%}, {high:.0%}]" in said
     assert sum(name in said for name in SOURCES) >= 3
+    assert "(noise alone 13%)" in said  # 3 of 23 degrees of freedom
+    one = replace(found, values=values[:, :1], drawn=np.empty((0, 7))).findings()[0]
+    assert "1 prompt and 4 heads" in one
+    assert one.endswith("; one prompt has no interval.")
+
+
+def test_what_noise_gives_each_source_is_said():
+    """Of random numbers the interaction with most degrees of freedom has most of the variance."""
+    drawn = [np.random.default_rng(seed).normal(size=(2, 4, 8)) for seed in range(200)]
+    shares = np.mean([shares_of(values) for values in drawn], 0)
+    one = VarianceShares(drawn[0], ("a", "b"), "entropy", "raw", np.empty((0, 7)))
+    for name, share in zip(SOURCES, shares, strict=True):
+        size = np.array([2, 4, 8])[list(SOURCES[name])] - 1
+        assert share == pytest.approx(np.prod(size) / 63, abs=0.02)
+        if name in one.table().nlargest(3, "share")["source"].tolist():
+            assert f"(noise alone {np.prod(size) / 63:.0%})" in one.findings()[0]
 
 
 def metrics(drops, labels=(0, 0, 1)):
@@ -185,6 +201,7 @@ def test_streaming_says_with_intervals_what_is_kept_and_whose_outputs_change_mos
     assert said["error"] == (
         "The outputs of L0H1 change most: by 0.50 [0.00, 1.50] of their size, mean over rows, those of the median head by 0.30."
     )
+    assert said["limit"].startswith("Measured on 2 prompts of 9 tokens, BOS absent; ")
 
 
 def test_roles_stand_beside_both_chances_and_say_what_the_interval_says(monkeypatch):

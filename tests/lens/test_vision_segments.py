@@ -24,7 +24,7 @@ def test_segments_are_the_parts_that_the_prompt_was_made_of(name):
     assert found.grids == ((0, SYSTEM, height, width),)
     assert found.table()["tokens"].tolist() == [SYSTEM, height * width, QUESTION]
     (said,) = of_kind(found.findings(), "grids")
-    assert said == f"1 images as grids of {height} × {width}."
+    assert said == f"1 image as grids of {height} × {width}."
 
 
 @pytest.mark.parametrize("name", list(BUILDERS))

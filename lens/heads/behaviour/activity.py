@@ -18,7 +18,7 @@ import pandas as pd
 
 from lens.common.errors import LensError
 from lens.common.head_ids import AnyHead, HeadId, head_columns
-from lens.common.results import Result, Sentence
+from lens.common.results import Result, Sentence, counted
 from lens.heads.measures.methods import Baseline
 from lens.heads.pruning.groups import ablate_each
 from lens.models.loaded import LoadedModel
@@ -100,21 +100,28 @@ class HeadActivity(Result):
     def findings(self) -> tuple[Sentence, ...]:
         """Which heads are dormant where ("dormant"), which switch ("switching"), what that rests on ("limit")."""
         said, (surely, switch) = [], self._by_intervals()
+        some = (
+            max(loss.shape[-1] for loss in self.loss.values()) > 1
+        )  # windows: one has no interval
         for domain, loss in self.loss.items():
-            names = [str(head) for head in self.dormant(domain)]
+            names, many = [str(head) for head in self.dormant(domain)], loss.shape[-1] > 1
             taken = int((~np.isnan(loss).all(-1)).sum())
             said.append(
                 Sentence(
                     f"On {domain} {len(names)} of {taken} heads taken out are dormant"
                     + (f": {', '.join(names)}" if names else "")
-                    + (f"; {surely[domain]} of them by their whole intervals" if names else "")
-                    + f" ({loss.shape[-1]} windows).",
+                    + (
+                        f"; {surely[domain]} of them by their whole intervals"
+                        if names and many
+                        else ""
+                    )
+                    + f" ({counted(loss.shape[-1], 'window')}{', which has no interval' * (not many)}).",
                     kind="dormant",
                 )
             )
         names = [str(head) for head in self.switching()]
         switching = ", ".join(names) or "No head"
-        held = f"; {switch} of {len(names)} by their whole intervals" if names else ""
+        held = f"; {switch} of {len(names)} by their whole intervals" if names and some else ""
         limit = (
             f"Dormant means activity below {self.rest} and a loss that changes by less than {self.tolerance} "
             f"nats per token with {self.baseline} in the head's place; heads were taken out one at a time, so "

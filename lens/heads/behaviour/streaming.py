@@ -25,7 +25,7 @@ from torch import Tensor
 
 from lens.common.head_ids import HeadId, all_heads, head_columns
 from lens.common.progress import advancing
-from lens.common.results import Result, Sentence, ends
+from lens.common.results import Result, Sentence, counted, ends
 from lens.edits.losses import bos_policy, changes, log_probabilities, two_tokens
 from lens.heads.behaviour.near_keys import Streamer, read_long_prompts
 from lens.models.loaded import LoadedModel
@@ -122,8 +122,9 @@ class StreamingScores(Result):
                     kind="loss",
                 )
             )
+        lengths = sorted({min(self.tokens), max(self.tokens)})
         limit = (
-            f"Measured on {self.n} prompts of {min(self.tokens)} to {max(self.tokens)} tokens, BOS "
+            f"Measured on {counted(self.n, 'prompt')} of {' to '.join(map(str, lengths))} tokens, BOS "
             f"{self.bos}; positions are not re-indexed, so nothing is said about texts longer than the "
             "model's context."
         )
