@@ -181,7 +181,10 @@ class OfKeys(Kind):
     def rows(self, case: Case) -> Bool[Tensor, "queries"] | None:
         if not isinstance(self._edit, Knockout | Force):
             return None
-        return case.rows("queries", self._edit.queries)
+        found = case.rows("queries", self._edit.queries)
+        if not bool(found.any()):
+            raise LensError(f"none of the queries is in a prompt of {len(found)} tokens")
+        return found
 
     def sources(self, case: Case) -> Bool[Tensor, "layers keys"]:
         found = case.members("keys", self._keys)

@@ -29,7 +29,7 @@ def two_tokens(ids: list[int] | None) -> list[int]:
         LensError: fewer than two tokens.
     """
     if ids is None or len(ids) < 2:
-        raise LensError("effect needs prompts of at least two tokens: it measures their loss")
+        raise LensError("this needs prompts of at least two tokens: the second is predicted")
     return ids
 
 

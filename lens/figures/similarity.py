@@ -91,13 +91,12 @@ def similarity_map(
 
 
 def _finding(similarity: HeadSimilarity) -> str:
-    nearest = similarity.table().iloc[0]
     without = ", sink excluded" if similarity.sink_excluded else ""
     bound = "" if similarity.exactness == "exact" else f", {similarity.exactness}"
-    return (
-        f"{_LABEL[similarity.method]}{without}{bound}: closest {nearest['first']} and "
-        f"{nearest['second']}, {nearest['value']:.3g}"
-    )
+    closest = "a single head, no pairs"
+    for nearest in similarity.table()[:1].to_dict("records"):
+        closest = f"closest {nearest['first']} and {nearest['second']}, {nearest['value']:.3g}"
+    return f"{_LABEL[similarity.method]}{without}{bound}: {closest}"
 
 
 def _closest(similarity: HeadSimilarity) -> np.ndarray:

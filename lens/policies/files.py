@@ -129,11 +129,13 @@ def read(
         if format == "duo":
             return _read_duo(as_path("path", path), heads, full)
         data = json.loads(read_text(as_path("path", path)))
-        return _read_minference(data, as_searched) if format == "minference" else _read_ours(data)
+        found = _read_minference(data, as_searched) if format == "minference" else _read_ours(data)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError) as error:
-        raise LensError(
-            f"{path} is no file of policies in the format {format!r}: {type(error).__name__} {error}"
-        ) from None
+        why = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+        raise LensError(f"{path} is no file of policies in the format {format!r}: {why}") from None
+    if not found.policies:
+        raise LensError(f"{path} names no head")
+    return found
 
 
 def format_of(path: str | Path) -> Format:

@@ -68,6 +68,8 @@ def from_jsonl(model: LoadedModel, path: str | Path, *, name: str | None = None)
                 found.append(_encode(model, row, number))
             except Misfit as reason:
                 dropped.append(f"line {number}: {reason}")
+            except LensError as error:
+                raise LensError(f"{path.name}: line {number}: {error}") from error
     if not found:
         raise LensError(
             f"{path.name} has no prompt that can be used; {'; '.join(dropped[:3]) or 'it is empty'}"

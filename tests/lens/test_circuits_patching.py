@@ -359,6 +359,14 @@ def test_the_whole_stream_moves_everything_and_noise_is_drawn_by_its_seed(gpt2, 
     assert "denoising" in noisy.plot().layout.title.text
 
 
+@pytest.mark.parametrize("nodes", ["residual", ["a0.h1"]])
+def test_noise_beyond_all_numbers_is_refused(nodes):
+    """It was said that both runs have the same loss, of nan, so that there is nothing to move."""
+    model = lens.load("induction-2l")
+    with pytest.raises(LensError, match="no finite loss: numbers overflow"):
+        patch(model, lens.tasks.induction(model, n=2), nodes, noise=1e300, progress=False)
+
+
 @pytest.mark.parametrize("direction", ["noising", "denoising"])
 def test_single_heads_are_patched_from_noise(gpt2, task, direction):
     """Against noise that is put on the embeddings by hand, without corrupt prompts."""

@@ -378,6 +378,14 @@ def test_an_effect_of_an_edit_that_leaves_every_row_as_it_is_is_refused():
         assert found.values["edit"]["kl"].all()
 
 
+@pytest.mark.parametrize("one", [edits.Knockout([500], [0]), edits.Force([500], [0])])
+def test_an_effect_on_queries_behind_the_prompt_is_refused(one):
+    """It ended in an AttributeError."""
+    model, ids = loaded()
+    with pytest.raises(LensError, match=f"none of the queries is in a prompt of {ids.shape[1]}"):
+        lens.effect(model, ids, one, controls=(), progress=False)
+
+
 def in_a_window():
     """A model whose rows see four keys, and a prompt of 12 tokens."""
     torch.manual_seed(0)

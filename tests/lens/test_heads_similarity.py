@@ -304,6 +304,7 @@ def test_a_model_with_one_head_has_no_pairs():
     assert "1 head, 3 prompts)" in repr(found)
     assert found.findings() == ()
     assert found.table().empty
+    assert "a single head, no pairs" in found.plot().layout.title.text
     row = found.redundancy().iloc[0]
     assert (row["name"], row["nearest"]) == ("L0H0", "")
     assert np.isnan(row[["value", "low", "high"]].to_numpy(float)).all()

@@ -352,6 +352,8 @@ def test_duo_attention_counts_a_kv_head_streaming_where_all_its_queries_are(mode
         ),
         ('[{"0": ["diagonal", 1, 1, 1]}]', "minference"),
         ("3", "minference"),
+        ("[]", "minference"),
+        ('{"format": "attention-lens policies 1", "heads": []}', "lens"),
         ('{"format": "attention-lens policies 1", "heads": ' + "[" * 5000, "lens"),
     ],
 )

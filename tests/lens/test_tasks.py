@@ -292,6 +292,7 @@ def test_the_reference_of_circuits_is_the_mean_over_own_tokens(toy, tmp_path):
         ),
         ((row(correct=1.5),), "line 1 needs a text or a token id as correct"),
         ((row(clean=[]),), "line 1 needs a text or token ids as clean"),
+        ((row(), row(clean=" ")), "bad.jsonl: line 2: the text is empty"),
         ((row() | {"position": "end"},), "line 1 has the position 'end', which is no number"),
     ],
 )

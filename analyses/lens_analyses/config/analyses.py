@@ -322,7 +322,7 @@ class CircuitSettings(_OnTaskOrLabels):
     """Of `lens circuit`."""
 
     method: Method = setting("eap-ig", "Of lens.circuits.score_edges.")
-    steps: int = setting(5, "Of the integrated gradients.", ge=1)
+    steps: int = setting(5, "Of the integrated gradients.", ge=1, le=1_000)
     edges: int = setting(
         0, "Of the circuit; 0 takes the smallest one that is faithful enough.", ge=0
     )

@@ -176,7 +176,7 @@ def _explain(model: type[RunConfig], problem: Any) -> str:
     settings = {one.name: one for one in settings_of(model)}
     if kind == "value_error":
         said = str(problem["ctx"]["error"])
-        return f"{dotted} {said}" if said.startswith(("must ", "has ", "'")) else said
+        return f"{dotted} {said}" if said.startswith(("must ", "has ", "names ", "'")) else said
     if kind == "extra_forbidden":
         return _unknown(dotted, settings)
     if dotted not in settings:

@@ -169,5 +169,14 @@ def places_of(task: Task, positions: str | None) -> list[tuple[str, Tensor]]:
 
 
 def measured(task: Task, logits: Tensor, rows: Tensor) -> Tensor:
-    """[rows] of the metric."""
-    return task.measure(logits, rows).double().cpu()
+    """[rows] of the metric.
+
+    Raises:
+        LensError: one that is no finite number.
+    """
+    found = task.measure(logits, rows).double().cpu()
+    if not bool(found.isfinite().all()):
+        raise LensError(
+            f"a run that is patched has no finite {task.metric}: numbers overflow; take less noise, or a wider dtype"
+        )
+    return found
