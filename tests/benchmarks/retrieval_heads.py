@@ -51,7 +51,7 @@ def main() -> None:
 
 `python tests/benchmarks/retrieval_heads.py --model {given.model} --tokens {" ".join(map(str, given.tokens))} --depths {depths}`: `{model.name}`, float32,
 CPU. {len(NEEDLES)} needles in {", ".join(BOOKS)}, each at {len(given.depths)} depth{"s" * (len(given.depths) > 1)}. **literal** (Wu), **query** (QRHead), **output** (LOCOS): `lens.reading.retrieval`.
-Masked heads give nothing; random ones are drawn from those in no list ({given.draws} draws). Recall: share of the needle's tokens, with a 95 % bootstrap
+Masked heads give nothing; random ones are drawn from those in no list ({given.draws} draws). Recall: share of the needle's tokens, with a 95 %
 interval over needles."""
     print(head)
     known = standing(head) if given.write else {}
