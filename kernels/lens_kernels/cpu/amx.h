@@ -1,4 +1,4 @@
-/* Matrix products of bfloat16 numbers by the tiles of AMX: 16 rows of 16 pairs at once, summed in float32.
+/* Matrix products by the tiles of AMX: 16 rows of 16 pairs of bfloat16 at once, summed in float32.
  *
  * Where the compiler knows it for this machine, HAS_AMX is 1; whether the kernel of the system lets a process use the
  * tiles is asked once. Pairs are those of brain.h. A thread sets its tiles up with `begin_tiles` and gives them back as
@@ -15,7 +15,16 @@
 #define HAS_AMX 0
 #endif
 
-enum { SIDE = 16 }; /* rows of a tile, and pairs in each */
+enum {
+  SIDE = 16, /* rows of a tile, and pairs in each */
+  PARTS = 3, /* numbers of bfloat16 whose sum is one of float32 (parts.h) */
+};
+
+/* A matrix of bfloat16 pairs in blocks of SIDE x SIDE, or the `PARTS` of one of float32; a row of blocks lies in one piece. */
+typedef struct {
+  const uint32_t *data;
+  int64_t row, part; /* pairs from a row of blocks, and from a part, to the next */
+} Pairs;
 
 #if HAS_AMX
 
@@ -55,9 +64,28 @@ static inline void end_tiles(const Tiles *before) {
   else _tile_release();
 }
 
-/* c[m][n] = (fresh ? 0 : c[m][n]) + sum over pairs of one block of 16 or 32 rows (tall) and columns (wide). */
-INLINE void multiply_tiles(const int tall, const int wide, const int fresh, int64_t pairs, const char *a, int64_t a_row,
-                           const uint32_t *b, int64_t b_row, float *c, int64_t c_row) {
+/* A block into a tile. */
+#define LOAD(tile, matrix, part_, i, j) _tile_loadd(tile, (matrix).data + (part_) * (matrix).part + (i) * (matrix).row + (j) * SIDE * SIDE, 4 * SIDE)
+
+INLINE void load_left(const int tall, Pairs a, int part, int64_t k) {
+  LOAD(4, a, part, 0, k);
+  if (tall) LOAD(5, a, part, 1, k);
+}
+INLINE void load_right(const int wide, Pairs b, int part, int64_t k) {
+  LOAD(6, b, part, k, 0);
+  if (wide) LOAD(7, b, part, k, 1);
+}
+INLINE void add_product(const int tall, const int wide) {
+  _tile_dpbf16ps(0, 4, 6);
+  if (wide) _tile_dpbf16ps(1, 4, 7);
+  if (tall) _tile_dpbf16ps(2, 5, 6);
+  if (tall && wide) _tile_dpbf16ps(3, 5, 7);
+}
+
+/* c[m][n] = (fresh ? 0 : c[m][n]) + sum over pairs, of one or two blocks of rows (tall) and columns (wide). Of parts, the
+ * products that float32 can tell from 0 beside the largest: those whose numbers, from 0, add up to 2 at most. */
+INLINE void multiply_blocks(const int parts, const int tall, const int wide, const int fresh, int64_t blocks, Pairs a, Pairs b,
+                            float *c, int64_t c_row) {
   float *below = c + SIDE * c_row;
   if (fresh) {
     _tile_zero(0);
@@ -70,19 +98,13 @@ INLINE void multiply_tiles(const int tall, const int wide, const int fresh, int6
     if (tall) _tile_loadd(2, below, 4 * c_row);
     if (tall && wide) _tile_loadd(3, below + SIDE, 4 * c_row);
   }
-  for (int64_t k = 0; k < pairs; k += SIDE) {
-    _tile_loadd(4, a + 4 * k, a_row);
-    _tile_loadd(6, b + k * b_row, 4 * b_row);
-    _tile_dpbf16ps(0, 4, 6);
-    if (wide) {
-      _tile_loadd(7, b + k * b_row + SIDE, 4 * b_row);
-      _tile_dpbf16ps(1, 4, 7);
-    }
-    if (tall) {
-      _tile_loadd(5, a + SIDE * a_row + 4 * k, a_row);
-      _tile_dpbf16ps(2, 5, 6);
-    }
-    if (tall && wide) _tile_dpbf16ps(3, 5, 7);
+  for (int64_t k = 0; k < blocks; k++) {
+    load_left(tall, a, 0, k);
+    for (int part = parts - 1; part >= 0; part--) load_right(wide, b, part, k), add_product(tall, wide);
+    if (parts == 1) continue;
+    load_left(tall, a, 2, k), add_product(tall, wide);
+    load_left(tall, a, 1, k), add_product(tall, wide);
+    load_right(wide, b, 1, k), add_product(tall, wide);
   }
   _tile_stored(0, c, 4 * c_row);
   if (wide) _tile_stored(1, c + SIDE, 4 * c_row);
@@ -90,20 +112,28 @@ INLINE void multiply_tiles(const int tall, const int wide, const int fresh, int6
   if (tall && wide) _tile_stored(3, below + SIDE, 4 * c_row);
 }
 
-/* The same of any rows, columns and pairs that are multiples of SIDE; strides of a in bytes. */
-static inline void product_amx(const int fresh, int64_t columns, int64_t rows, int64_t pairs, const char *a, int64_t a_row,
-                               const uint32_t *b, int64_t b_row, float *c, int64_t c_row) {
+/* The same of any rows, columns and pairs that are multiples of SIDE. */
+INLINE void multiply_all(const int parts, const int fresh, int64_t columns, int64_t rows, int64_t pairs, Pairs a, Pairs b,
+                         float *c, int64_t c_row) {
   __asm__ volatile("" ::: "memory"); /* tiles are read behind the compiler's back: what they read is in memory now */
   for (int64_t n = 0; n < columns; n += 2 * SIDE)
     for (int64_t m = 0; m < rows; m += 2 * SIDE) {
-      const char *left = a + m * a_row;
+      const Pairs left = {a.data + m / SIDE * a.row, a.row, a.part}, right = {b.data + n * SIDE, b.row, b.part};
       float *to = c + m * c_row + n;
       const int tall = m + SIDE < rows, wide = n + SIDE < columns;
-      if (tall && wide) multiply_tiles(1, 1, fresh, pairs, left, a_row, b + n, b_row, to, c_row);
-      else if (tall) multiply_tiles(1, 0, fresh, pairs, left, a_row, b + n, b_row, to, c_row);
-      else if (wide) multiply_tiles(0, 1, fresh, pairs, left, a_row, b + n, b_row, to, c_row);
-      else multiply_tiles(0, 0, fresh, pairs, left, a_row, b + n, b_row, to, c_row);
+      if (tall && wide) multiply_blocks(parts, 1, 1, fresh, pairs / SIDE, left, right, to, c_row);
+      else if (tall) multiply_blocks(parts, 1, 0, fresh, pairs / SIDE, left, right, to, c_row);
+      else if (wide) multiply_blocks(parts, 0, 1, fresh, pairs / SIDE, left, right, to, c_row);
+      else multiply_blocks(parts, 0, 0, fresh, pairs / SIDE, left, right, to, c_row);
     }
+  __asm__ volatile("" ::: "memory");
+}
+
+/* c [rows][c_row] = (fresh ? 0 : c) + a b */
+static inline void product_amx(int parts, const int fresh, int64_t columns, int64_t rows, int64_t pairs, Pairs a, Pairs b,
+                               float *c, int64_t c_row) {
+  if (parts == 1) multiply_all(1, fresh, columns, rows, pairs, a, b, c, c_row);
+  else multiply_all(PARTS, fresh, columns, rows, pairs, a, b, c, c_row);
 }
 
 /* Lane i of x[k] becomes lane k of x[i]. */
@@ -127,22 +157,6 @@ INLINE void transpose_words(__m512i *x) {
     x[j] = _mm512_shuffle_i32x4(y[j], y[j + 8], 0x88);
     x[j + 8] = _mm512_shuffle_i32x4(y[j], y[j + 8], 0xdd);
   }
-}
-
-/* P' [keys][lanes] as pairs [lanes][to_row] of keys, 0 beyond the last one; lanes and to_row are multiples of SIDE. */
-static inline void pair_keys(uint32_t *to, int64_t to_row, const float *p, int64_t keys, int64_t lanes) {
-  const float zero[LANES] = {0};
-  for (int64_t r = 0; r < lanes; r += SIDE)
-    for (int64_t k = 0; k < to_row; k += SIDE) {
-      __m512i x[SIDE];
-      UNROLL for (int i = 0; i < SIDE; i++) {
-        const int64_t key = 2 * (k + i);
-        const float *even = key < keys ? p + key * lanes + r : zero, *odd = key + 1 < keys ? p + (key + 1) * lanes + r : zero;
-        x[i] = pair_floats(even, odd);
-      }
-      transpose_words(x);
-      UNROLL for (int i = 0; i < SIDE; i++) _mm512_storeu_si512(to + (r + i) * to_row + k, x[i]);
-    }
 }
 
 #endif

@@ -61,10 +61,10 @@ static inline void product_brain(const int fresh, int64_t columns, int64_t rows,
 }
 
 /* Two rows of floats as pairs, rounded to the nearest. */
-INLINE __m512i pair_floats(const float *even, const float *odd) {
+INLINE __m512i pair_floats(vec even, vec odd) {
   const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4,
                                          19, 3, 18, 2, 17, 1, 16, 0);
-  return _mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh((__m512)load(odd), (__m512)load(even)));
+  return _mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even));
 }
 
 /* Rows of bfloat16 as pairs of rows [(rows + 1) / 2][width], zero beyond dim and beyond the last row. */

@@ -1,7 +1,7 @@
 /* What both passes share: the caller's inputs, a tile of query rows, and its logits with every mask. */
 #pragma once
 
-#include "amx.h"
+#include "parts.h"
 #if defined(__F16C__)
 #include <immintrin.h>
 #endif
@@ -138,7 +138,9 @@ typedef struct {
   float *query;      /* Q' scaled: panels of [head_dim][width] */
   float *query_rows; /* the first FEW rows of Q scaled */
   int brain;         /* query holds pairs of bfloat16, not scaled: panels of [head_dim / 2][width] */
-  int amx;           /* products by the tiles of AMX */
+  int parts, fit;    /* of the queries for the tiles of AMX (0: none), and whether these may be multiplied so */
+  uint32_t *query_parts; /* [parts]: rows of pairs of depths, a lane beside the other */
+  const Split *split;    /* the keys that are multiplied next, or NULL */
   float left;        /* the scale where logits do not have it yet, else 1 */
   float *key;        /* a copy of a key tile, where it cannot be read in place */
 } Rows;
@@ -164,6 +166,7 @@ static inline void load_queries(Rows *t) {
   const Inputs *in = t->in;
   const float scale = (float)in->scale;
 #if defined(__AVX512BF16__)
+  t->fit = 1;
   if (t->brain) {
     for (int64_t lane = 0; lane < t->lanes; lane += PANEL) {
       int64_t width = least(PANEL, t->lanes - lane), rows = most(0, least(width, t->rows - lane));
@@ -175,6 +178,11 @@ static inline void load_queries(Rows *t) {
         for (int64_t d = 0; d < in->head_dim / 2; d++) memcpy(to + d * width + r, from + 2 * d, 4);
       }
     }
+#if HAS_AMX
+    const Pairs blocks = pairs_at(t->query_parts, in->head_dim / 2, t->lanes);
+    for (int64_t d = 0; t->parts && d < in->head_dim / 2; d++)
+      for (int64_t r = 0; r < t->lanes; r += SIDE) memcpy(place_of(blocks, d, r), (uint32_t *)t->query + d * t->lanes + r, 4 * SIDE);
+#endif
     return;
   }
 #endif
@@ -186,6 +194,14 @@ static inline void load_queries(Rows *t) {
     transpose_row(t->query, in->head_dim, r, t->lanes, row, scale);
     for (int64_t d = 0; r < FEW && d < in->head_dim; d++) t->query_rows[r * in->head_dim + d] = row[d] * scale;
   }
+#if HAS_AMX
+  if (t->parts) {
+    pair_lines(PARTS, pairs_at(t->query_parts, in->head_dim / 2, t->lanes), in->head_dim / 2, t->query, in->head_dim, t->lanes);
+    __mmask16 bad = 0;
+    for (int64_t i = 0; i < in->head_dim * t->lanes; i += LANES) bad |= unfit(load(t->query + i));
+    t->fit = !bad;
+  }
+#endif
 }
 
 static inline void load_intervals(Rows *t) {
@@ -337,24 +353,25 @@ static inline void multiply_keys(Rows *t, float *p, int64_t start, int64_t keys)
   int64_t at = t->batch * in->key.batch + t->kv_head * in->key.head + start * in->key.row;
   t->left = 1.0f;
 #if defined(__AVX512BF16__)
-  if (t->brain) {
-    float scale = (float)in->scale;
-    if (t->amx && scale > 0 && in->softcap == 0 && !in->bias.data && !in->slopes) t->left = scale, scale = 1.0f;
-    const int64_t pairs = in->head_dim / 2;
-    for (int64_t lane = 0; lane < t->lanes; lane += PANEL) {
-      int64_t width = least(PANEL, t->lanes - lane), done = 0;
-      const char *key = (const char *)((const uint16_t *)in->key.data + at);
-      const uint32_t *query = (const uint32_t *)t->query + lane * pairs;
-      float *to = p + lane * keys;
+  const float scale = (float)in->scale;
+  const int64_t pairs = in->head_dim / 2;
 #if HAS_AMX
-      if (t->amx) {
-        done = keys / SIDE * SIDE; /* a tile of fewer rows would read behind the last key */
-        product_amx(1, width, done, pairs, key, 2 * in->key.row, query, width, to, width);
-        for (int64_t i = 0; scale != 1.0f && i < done * width; i += LANES) store(to + i, load(to + i) * splat(scale));
-      }
+  if (t->split && t->fit && t->split->fit_keys) {
+    const int64_t lanes = t->lanes, rows = round_up(keys, SIDE);
+    product_amx(t->parts, 1, lanes, rows, pairs, keys_from(t->split, start), pairs_at(t->query_parts, pairs, lanes), p, lanes);
+    if (!t->brain) return; /* queries were scaled */
+    if (scale > 0 && in->softcap == 0 && !in->bias.data && !in->slopes) t->left = scale;
+    else
+      for (int64_t i = 0; i < keys * lanes; i += LANES) store(p + i, load(p + i) * splat(scale));
+    return;
+  }
 #endif
-      product_brain(1, width, keys - done, pairs, key + done * 2 * in->key.row, 2 * in->key.row, 4, query, width,
-                    to + done * width, width, &scale);
+  if (t->brain) {
+    const char *key = (const char *)((const uint16_t *)in->key.data + at);
+    for (int64_t lane = 0; lane < t->lanes; lane += PANEL) {
+      int64_t width = least(PANEL, t->lanes - lane);
+      product_brain(1, width, keys, pairs, key, 2 * in->key.row, 4, (const uint32_t *)t->query + lane * pairs, width,
+                    p + lane * keys, width, &scale);
     }
     return;
   }

@@ -232,3 +232,5 @@ DEFINE_PRODUCT(product, FRESH, stride, 1)
 DEFINE_PRODUCT(product_onto, ONTO, stride, 1)
 /* c[m][n] = scale[m] * c[m][n] + sum_k a[k * stride + m] * b[k][n] */
 DEFINE_PRODUCT(product_transposed, SCALED, 1, stride)
+/* c[m][n] += sum_k a[k * stride + m] * b[k][n] */
+DEFINE_PRODUCT(product_transposed_onto, ONTO, 1, stride)

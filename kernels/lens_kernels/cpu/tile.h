@@ -1,74 +1,6 @@
 /* A tile of queries of the forward pass, and what a tile of keys adds to it. */
 #pragma once
-#include "forward.h"
-
-enum {
-  GROUPS = 4,
-  MARKS = 1024, /* bits for labels */
-  SLACK = ROWS + COLS, /* entries on either side of the diagonals, for masked lanes */
-};
-
-/* The keys of one key tile that belong to one group. */
-typedef struct {
-  int64_t start, keys; /* keys [start, start + keys); those of other groups have p = 0 */
-  float *p;            /* P' relative to the pivot: panels of [keys][width] */
-  float pivot[ROWS];
-} Strip;
-
-/* The keys of a strip that belong to one key block. */
-typedef struct {
-  int64_t strip, block;
-} Part;
-
-/* Running sums of the rows over the keys of one group, relative to exp(max). */
-typedef struct {
-  float max[ROWS], sum[ROWS], log_part[ROWS], squares[ROWS], distance[ROWS];
-  float *output;            /* [ROWS][value_width] */
-  float *features, *matched; /* [features][ROWS], [pairs][ROWS] */
-} Sums;
-
-/* The labels of the rows of a tile: the least, the largest, and bits, each of which may stand for several labels. */
-typedef struct {
-  int32_t low, high;
-  uint64_t bits[MARKS / 64];
-} Marks;
-
-typedef struct {
-  float *query, *query_rows; /* see Rows */
-  float *p, *s;       /* P' of one strip, or of all when column statistics are wanted; logits of a mixed tile */
-  float *key, *value; /* copies of a key tile, where it cannot be read in place */
-  uint32_t *pairs;    /* P' of a strip as pairs of bfloat16 */
-  Marks *marks;       /* [pairs] */
-  float *part_sum, *part_max, *part_weighted; /* [parts][ROWS]: sum of p, largest logit, sum of p * weight */
-  float *block_row;                           /* [key_blocks]: block mass when only top_keys is wanted */
-  Strip *strips;
-  Part *parts;
-  Sums sums[GROUPS];
-} Scratch;
-
-typedef struct {
-  const Forward *args;
-  Cut cut;
-  int64_t key_tile, value_width, query_blocks, key_blocks, groups;
-  int brain, amx;               /* bfloat16 by the machine's own instruction, and by its tiles */
-  int columns, blocks, rows;    /* which kinds of statistics are wanted */
-  int split;                    /* a key tile lies in one key block */
-  float *received, *diagonal;   /* partial sums [batch * heads, chunks, ...] */
-  int64_t diagonal_width;
-} Plan;
-
-/* The bit of a label. */
-INLINE uint32_t mark_of(int32_t label) { return (uint32_t)label * 2654435761u >> 22; }
-
-/* Everything about the tile that is being computed. */
-typedef struct {
-  const Plan *plan;
-  const Forward *a;
-  Scratch *w;
-  Rows q;
-  int64_t strip_count, part_count;
-  float alpha[ROWS], lse[ROWS];
-} State;
+#include "split.h"
 
 /* Largest logit per lane over keys [from, to) of the tile. */
 static void largest(State *t, float *p, int64_t keys, int64_t from, int64_t to, float *out) {
@@ -222,41 +154,27 @@ static void accumulate_matches(State *t, Sums *sums, float *p, int64_t start, in
   }
 }
 
-/* Each row by its factor, where one is not 1: most tiles move no maximum. */
-INLINE void scale_rows(float *rows, int64_t count, int64_t width, const float *factor) {
-  for (int64_t r = 0; r < count; r++)
-    for (int64_t i = 0; factor[r] != 1.0f && i < width; i += LANES) store(rows + r * width + i, load(rows + r * width + i) * splat(factor[r]));
-}
-
 static void accumulate_output(State *t, Sums *sums, float *p, int64_t start, int64_t keys) {
   const Inputs *in = &t->a->in;
   const int64_t width = t->plan->value_width;
+#if HAS_AMX
+  if (t->q.split) {
+    accumulate_split(t, sums, p, start, keys);
+    return;
+  }
+#endif
   int64_t at = t->q.batch * in->value.batch + t->q.kv_head * in->value.head + start * in->value.row;
 #if defined(__AVX512BF16__)
   if (t->plan->brain) {
     uint32_t *values = (uint32_t *)t->w->value;
-    const float zero[LANES] = {0};
     pair_rows(values, (const uint16_t *)in->value.data + at, in->value.row, keys, in->value_dim, width);
-#if HAS_AMX
-    if (t->plan->amx) {
-      const int64_t pairs = round_up((keys + 1) / 2, SIDE), from = (keys + 1) / 2;
-      memset(values + from * width, 0, (size_t)(4 * (pairs - from) * width));
-      scale_rows(sums->output, t->q.lanes, width, t->alpha);
-      for (int64_t lane = 0; lane < t->q.lanes; lane += PANEL) {
-        int64_t panel = least(PANEL, t->q.lanes - lane);
-        pair_keys(t->w->pairs, pairs, p + lane * keys, keys, panel);
-        product_amx(0, width, panel, pairs, (const char *)t->w->pairs, 4 * pairs, values, width, sums->output + lane * width, width);
-      }
-      return;
-    }
-#endif
     for (int64_t lane = 0; lane < t->q.lanes; lane += PANEL) {
       int64_t panel = least(PANEL, t->q.lanes - lane), rows = least(panel, round_up(t->q.rows - lane, 2));
       const float *from = p + lane * keys;
       for (int64_t k = 0; k < keys; k += 2)
         for (int64_t r = 0; r < panel; r += LANES)
           _mm512_storeu_si512(t->w->pairs + k / 2 * panel + r,
-                              pair_floats(from + k * panel + r, k + 1 < keys ? from + (k + 1) * panel + r : zero));
+                              pair_floats(load(from + k * panel + r), k + 1 < keys ? load(from + (k + 1) * panel + r) : splat(0.0f)));
       product_brain(0, width, rows, (keys + 1) / 2, (const char *)t->w->pairs, 4, 4 * panel, values, width,
                     sums->output + lane * width, width, t->alpha + lane);
     }
