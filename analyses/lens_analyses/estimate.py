@@ -64,10 +64,11 @@ class Estimate:
 
     def text(self) -> str:
         """One line a figure."""
+        captured = f"prompts {self.prompts}, {self.tokens:,} tokens, the longest {self.longest:,}"
         return "\n".join(
             (
                 f"model   {self.model}",
-                f"prompts {self.prompts}, {self.tokens:,} tokens, the longest {self.longest:,}",
+                *([captured] if self.prompts else []),
                 f"time    {self.duration()}",
                 f"memory  about {_size(self.memory)}",
                 f"disk    {_size(self.disk)}",

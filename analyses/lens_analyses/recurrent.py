@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lens
+from lens.common.results import counted
 from lens.models.vocabulary import around
 from lens.runs import open_run
 from lens.runs.opening import empty_table
@@ -13,7 +14,7 @@ from lens.runs.schema import HEADS, PROMPTS
 from lens_analyses.analysing import analyse
 from lens_analyses.config import RunConfig
 from lens_analyses.console import Output, log, refused_as_usage
-from lens_analyses.estimate import Pace
+from lens_analyses.estimate import Pace, expect
 from lens_analyses.making import Making, making
 from lens_analyses.planned import Source
 from lens_analyses.provenance import versions
@@ -56,19 +57,20 @@ def execute(
 def _circuit(
     config: RunConfig, model: "LoadedModel", sources: Sequence[Source], output: Output
 ) -> tuple[str, _Work]:
-    """What the run is about, and what is done in it; what cannot be is refused before."""
+    """The title of the run, and what is done in it; what cannot be is refused before."""
     from lens_analyses.inputs import plan
     from lens_analyses.steps.subject import analysed
 
     settings: Any = config.analysis
     with refused_as_usage():
-        analysed(config, model, plan(model, config, list(sources)))
+        asked = analysed(config, model, plan(model, config, list(sources)))
+        expected = expect(config, model, [], *asked)
 
     def work(made: Making) -> None:
         subject = Subject(model, open_run(made.writer.path), config, output)
-        made.error = analyse(subject, made.writer, Pace({}))
+        made.error = analyse(subject, made.writer, Pace(expected.steps))
 
-    return f"a circuit of {settings.task}", work
+    return f"A circuit of {settings.task} in {model.name} (mixers alone)", work
 
 
 def _mixers(
@@ -93,12 +95,12 @@ def _mixers(
         log.debug("%d windows in %.1f s", len(windows), time.monotonic() - start)
         made.writer.record(*section.save(made.writer.path))
 
-    return f"{len(windows)} windows of text", work
+    return f"{model.name} on {counted(len(windows), 'window')} of text (mixers alone)", work
 
 
 def _meta(config: RunConfig, model: "LoadedModel", about: str) -> dict[str, Any]:
     return {
-        "title": f"{model.name} on {about}, mixers alone",
+        "title": about,
         "what": config.what,
         "task": getattr(config.analysis, "task", None),
         "command": config.command(),

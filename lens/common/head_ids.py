@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 from lens.common.choices import check_lists, shown
 from lens.common.errors import LensError
+from lens.common.results import few
 
 Part = Literal["encoder", "decoder", "cross"]
 """Attention of an encoder-decoder: of its encoder, of the decoder to itself, of the decoder to the encoder."""
@@ -102,9 +103,18 @@ def one_or_more(name: str, given: Any) -> tuple[Any, ...]:
     """
     if isinstance(given, str) or _pair(given) is not None:
         return (given,)
-    named = "name" in getattr(given, "columns", ())  # of a table of heads
-    check_lists(**{name: given["name"] if named else given})
-    return tuple(given["name"] if named else given)
+    columns = getattr(given, "columns", ())  # of a table of heads
+    if "name" in columns:
+        given = given["name"]
+    elif {"layer", "head"} <= set(columns):
+        given = [str(HeadId(*map(int, pair))) for pair in given[["layer", "head"]].to_numpy()]
+    elif len(columns):
+        raise LensError(
+            f"{name} must be heads, got a table with the columns {few(list(columns))}; one of heads has 'name', or 'layer' and "
+            "'head'"
+        )
+    check_lists(**{name: given})
+    return tuple(given)
 
 
 def _parse(head: AnyHead) -> HeadId:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Unpack
 import plotly.graph_objects as go
 
 from lens.common.plots import draws
+from lens.common.results import with_ends
 from lens.figures.rows import draw_rankings
 from lens.figures.style import Look, style
 
@@ -54,10 +55,15 @@ def faithfulness_by_size(found: FoundCircuit, **look: Unpack[Look]) -> go.Figure
     )
     figure.add_hline(y=found.least, line={"dash": "dot", "width": 1}, annotation_text="asked for")
     figure.update_xaxes(title=f"edges kept of {circuit.graph.n:,}")
+    low, high = (  # those drawn, and not how far intervals of few prompts go
+        pick(pick(table.faithfulness), found.least, edge) for pick, edge in ((min, 0.0), (max, 1.0))
+    )
+    figure.update_yaxes(range=[low - 0.1 * (high - low), high + 0.1 * (high - low)])
     scores = found.scores
+    told = with_ends(chosen.iloc[0], "faithfulness", ".2f", plain=True)
     return style(
         figure,
-        f"{scores.method} on {scores.task}: {circuit.n:,} edges, faithfulness {chosen.faithfulness.item():.2f}",
+        f"{scores.method} on {scores.task}: {circuit.n:,} edges, faithfulness {told} on the prompts that chose",
         look,
         meta={"method": scores.method, "task": scores.task, "model": scores.model},
     )

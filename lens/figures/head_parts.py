@@ -45,19 +45,19 @@ def parts_plot(joined: JoinedHeads, **look: Unpack[Look]) -> go.Figure:
 
 @draws("SinkCheck")
 def sink_check_plot(check: SinkCheck, **look: Unpack[Look]) -> go.Figure:
-    """Bars of the change by each edit with intervals over prompts: the circuit's heads beside others."""
+    """Bars of the gain by each edit with intervals over prompts: the circuit's heads beside others."""
     table = check.table()
     figure = go.Figure()
     for name, rows in table.groupby("heads"):
         figure.add_bar(
             x=rows["edit"],
-            y=rows["change"],
+            y=rows["gain"],
             name=f"heads of the {name}" if name == "circuit" else "others of the same layers",
-            error_y=bars(rows, "change"),
+            error_y=bars(rows, "gain"),
         )
     figure.update_layout(barmode="group")
     figure.update_yaxes(title=f"gained {check.metric}")
-    excluded, moved = table.loc[table["heads"] == "circuit", "change"]
-    finding = f"Without the first key in {len(check.heads)} heads: {excluded:+z.3g}; its mass moved: {moved:+z.3g}"
+    excluded, moved = table.loc[table["heads"] == "circuit", "gain"]
+    finding = f"Without the first key in {len(check.heads)} heads: gain {excluded:+z.3g}; its mass moved: {moved:+z.3g}"
     meta = {"task": check.task, "model": check.model}
     return style(figure, finding, look, meta=meta)

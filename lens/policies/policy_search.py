@@ -168,7 +168,9 @@ class PolicySearch(Result):
         if not cheaper.any():
             return "No candidate is cheaper than full in any head, its choosing counted"
         if not (cheaper & (self.scores.error[:-1] <= TOLERANCES[0])).any():
-            return f"No candidate that is cheaper than full errs by at most {TOLERANCES[0]:.0%} of what a layer writes"
+            known = not np.isnan(self.scores.of("layer_error")).any()
+            of = "a layer writes" if known else "a head gives"
+            return f"No candidate that is cheaper than full errs by at most {TOLERANCES[0]:.0%} of what {of}"
         return f"No choice keeps the loss within {self.asked:g} nats"
 
     def beside(self, published: Any) -> pd.DataFrame:

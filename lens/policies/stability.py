@@ -26,12 +26,13 @@ from lens.policies.transferring import (
     USABLE,
     best_blocks,
     best_of,
+    measure_columns,
     ordered_pairs,
     paired_units,
     searched_efficiency,
     transfer_measures,
 )
-from lens.stats.intervals import columns, known_mean
+from lens.stats.intervals import known_mean
 from lens.stats.verdicts import verdict
 
 CLAIMS = (
@@ -84,7 +85,7 @@ class PolicyStability(Result):
             units = _units(condition, np.moveaxis(values, 1, -1))
             rows = head_columns(heads) | {"n": units.shape[-1]}
             for name, one in zip(MEASURES, units, strict=True):
-                rows |= columns(name, one, self.seed)
+                rows |= measure_columns(name, one, self.seed)
             frame = pd.DataFrame(rows)
             frame.insert(0, "condition", condition)
             found.append(frame)
@@ -103,7 +104,8 @@ class PolicyStability(Result):
                 units = _units(condition, known_mean(one.reshape(len(one), -1)))
                 row["n"] = len(units)
                 row |= {
-                    key: value[0] for key, value in columns(name, units[None], self.seed).items()
+                    key: value[0]
+                    for key, value in measure_columns(name, units[None], self.seed).items()
                 }
             rows.append(row)
         return pd.DataFrame(rows)

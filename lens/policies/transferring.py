@@ -24,6 +24,7 @@ USABLE = 0.05
 MEASURES = (
     "jaccard", "recall", "own_recall", "efficiency", "random_recall", "lse_error", "cached_efficiency",
 )  # fmt: skip
+_RANGES = {"jaccard": (-np.inf, 1), "lse_error": (0, np.inf)}  # all others are shares
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -59,7 +60,7 @@ class PolicyTransfer(Result):
         units = paired_units(np.moveaxis(self._pairs, 1, -1))
         table["n"] = units.shape[-1]
         for name, values in zip(MEASURES, units, strict=True):
-            table |= columns(name, values, self.seed)
+            table |= measure_columns(name, values, self.seed)
         return pd.DataFrame(table)
 
     @property
@@ -75,7 +76,7 @@ class PolicyTransfer(Result):
         mean = {
             key: float(value[0])
             for name, one in zip(MEASURES, units, strict=True)
-            for key, value in columns(name, one[None], self.seed).items()
+            for key, value in measure_columns(name, one[None], self.seed).items()
         }
         every = np.isnan(mean["jaccard"])
         said = [
@@ -194,18 +195,19 @@ def transfer_measures(
     after: np.ndarray,
 ) -> list[np.ndarray]:
     """The measures of `PolicyTransfer` for one source and target, [layers, heads] each, but for the cached one."""
-    taken, mine, there = (one.sum(-1) for one in (source, own, seen))
-    alike = (taken * mine / np.maximum(there, 1)).sum(-1)  # shared by chance, row by row
-    chance = alike / ((taken + mine).sum(-1) - alike)
+    taken, owned, there = (one.sum(-1) for one in (source, own, seen))  # numbers of blocks
+    alike = (taken * owned / np.maximum(there, 1)).sum(-1)  # shared by chance, row by row
+    chance = alike / ((taken + owned).sum(-1) - alike)
     both, either = (source & own).sum((-1, -2)), (source | own).sum((-1, -2))
     jaccard = (both / either - chance) / np.where(chance < 1, 1 - chance, np.nan)
     whole = mass.sum((-1, -2))
-    recall, mine = ((mass * one).sum((-1, -2)) / whole for one in (source, own))
+    recall, own_recall = ((mass * one).sum((-1, -2)) / whole for one in (source, own))
     rows = taken / np.maximum(there, 1)
     weights = mass.sum(-1)
     random = (rows * weights).sum(-1) / weights.sum(-1)
     off = np.abs(np.expm1(np.where(np.isfinite(after) & np.isfinite(before), after - before, 0)))
-    return [jaccard, recall, mine, recall / mine, random, np.asarray(quantile(off, 0.99))]
+    efficiency = recall / own_recall
+    return [jaccard, recall, own_recall, efficiency, random, np.asarray(quantile(off, 0.99))]
 
 
 def ordered_pairs(n: int) -> list[tuple[int, int]]:
@@ -214,9 +216,10 @@ def ordered_pairs(n: int) -> list[tuple[int, int]]:
 
 
 def paired_units(values: np.ndarray) -> np.ndarray:
-    """[..., units] that are independent of each other, with the mean of `values` [..., ordered pairs].
+    """[..., units] that are independent of each other, with the mean of what is known of `values` [..., ordered pairs].
 
-    Pairs share members: each member's unit is its pseudo-value of the jackknife, what the mean over pairs owes to it.
+    Pairs share members: each member's unit is its pseudo-value of the jackknife, what the mean over pairs owes to it, so that
+    three traces are three units, and a unit of shares may be below 0 or above 1 (`measure_columns` ends where shares do).
     Two members, in two orders, are one unit.
 
     Reference: Arvesen, Jackknifing U-statistics, 1969, Annals of Mathematical Statistics 40(6).
@@ -227,7 +230,17 @@ def paired_units(values: np.ndarray) -> np.ndarray:
         return mean[..., None]
     pairs = np.array(ordered_pairs(n))
     without = [known_mean(values[..., (pairs != one).all(1)]) for one in range(n)]
-    return np.stack([n * mean - (n - 1) * rest for rest in without], -1)
+    units = np.stack([n * mean - (n - 1) * rest for rest in without], -1)
+    return units + (mean - units.mean(-1))[..., None]  # 0 where all pairs are known
+
+
+def measure_columns(name: str, units: np.ndarray, seed: int) -> dict[str, np.ndarray]:
+    """`lens.stats.intervals.columns` of one of `MEASURES` or a share, over units; the ends lie where the measure can be."""
+    found = columns(name, units, seed, shares=False)
+    least, most = _RANGES.get(name, (0, 1))
+    for end in ("low", "high"):
+        found[f"{name}_{end}"] = np.clip(found[f"{name}_{end}"], least, most)
+    return found
 
 
 def best_blocks(mass: np.ndarray, seen: np.ndarray, share: float) -> np.ndarray:

@@ -88,11 +88,16 @@ class Headline:
         return math.isfinite(self.low) and math.isfinite(self.high)
 
     @property
+    def ends(self) -> tuple[float, float]:
+        """Low and high end of the interval of the highest of as many as the value was chosen of; NaN where there is none."""
+        if not self.is_sure:
+            return math.nan, math.nan
+        return of_many(self.value, self.low, self.high, self.many, self.units)
+
+    @property
     def surprise(self) -> float:
         """How many times the baseline's scale the value lies beyond it, as this module defines it."""
-        low, high = self.value, self.value
-        if self.is_sure:
-            low, high = of_many(self.value, self.low, self.high, self.many, self.units)
+        low, high = self.ends if self.is_sure else (self.value, self.value)
         gap = max(low - self.baseline, self.baseline - high, 0.0)
         scale = self.spread if math.isfinite(self.spread) else abs(self.baseline)
         if math.isnan(self.spread) and not self.unit and 0 <= self.baseline <= 1:

@@ -149,8 +149,9 @@ def _written(traces: list[AttentionTrace], results: list[Result], runs: Path) ->
     together = [pooled_table(tables, "text")] if tables else []
     every = [*together, *tables] or [empty_table(HEADS)]
     writer.table("heads", pd.concat(every, ignore_index=True))
-    for result, name in zip(results, numbered(map(_name, results), "{}_{}"), strict=True):
-        writer.record(*_section(result, name).save(writer.path))
+    names, titles = numbered(map(_name, results), "{}_{}"), numbered(map(_title, results))
+    for result, name, title in zip(results, names, titles, strict=True):
+        writer.record(*_section(result, name, title).save(writer.path))
     return writer.finish()
 
 
@@ -202,7 +203,7 @@ def _prompts(traces: list[AttentionTrace]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _section(result: Result, name: str) -> Section:
+def _section(result: Result, name: str, title: str) -> Section:
     """The sentences, table and figure of a result."""
     table = result.table().reset_index(drop=True)
     table.columns = [str(name) for name in table.columns]
@@ -213,13 +214,17 @@ def _section(result: Result, name: str) -> Section:
         figures = {}
     return Section(
         name=name,
-        title=re.sub(r"(?<=[a-z])(?=[A-Z])", " ", kind).capitalize(),
+        title=title,
         summary=result.findings() or tuple(repr(result).splitlines()),
         limits=("Opened from memory: how it was made is not kept here.",),
         columns=dict.fromkeys(table.columns, f"As in {kind}.table(), see help({kind})."),
         tables={"table": table},
         figures=figures,
     )
+
+
+def _title(result: Result) -> str:
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", " ", type(result).__name__).capitalize()
 
 
 def _name(result: Result) -> str:

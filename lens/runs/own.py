@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
@@ -12,14 +13,14 @@ from numpy.typing import ArrayLike
 from lens.common.choices import Seed, is_number
 from lens.common.errors import LensError
 from lens.common.head_ids import AnyHead, all_heads, head_columns, head_id, layers_in_words
-from lens.common.results import ends
+from lens.common.results import ends, few
 from lens.figures.columns import column_grid
 from lens.runs.folders import Run, open_run
 from lens.runs.headlines import Headline, highest
 from lens.runs.sections import Section
 from lens.runs.writer import RunWriter
 from lens.stats.intervals import columns
-from lens.stats.verdicts import of_many
+from lens.stats.verdicts import rivals
 
 _OWN = "own numbers"
 _LONGEST = 64  # letters of a name, which is that of a folder too
@@ -77,7 +78,7 @@ def add(
     table = pd.DataFrame({**heads, **columns(name, numbers, seed), "n": numbers.shape[2]})
     if (mixers := _mixers(run)) is not None:
         table.insert(3, "mixer", table["name"].map(mixers))
-    told = _told(table, name, unit)
+    told = _told(table, numbers.reshape(len(table), -1), name, unit, seed)
     section = Section(
         name=name,
         title=title or name.replace("_", " ").capitalize(),
@@ -177,8 +178,11 @@ def _checked(run: Run, name: str, values: ArrayLike, definition: str, layers: in
     return numbers
 
 
-def _told(table: pd.DataFrame, name: str, unit: str) -> tuple[Headline, ...]:
-    """The highest head beside the median one, its interval that of the highest of all; nothing where it is as high."""
+def _told(
+    table: pd.DataFrame, numbers: np.ndarray, name: str, unit: str, seed: int
+) -> tuple[Headline, ...]:
+    """The highest head beside the median one and those that it is not told apart from, its interval that of the highest of
+    all; nothing where it is as high."""
     try:
         best, fields = highest(
             table[name], table[f"{name}_low"], table[f"{name}_high"], int(table["n"].iloc[0])
@@ -187,13 +191,15 @@ def _told(table: pd.DataFrame, name: str, unit: str) -> tuple[Headline, ...]:
         return ()
     if not fields["value"] > fields["baseline"]:
         return ()
-    low, high = of_many(
-        fields["value"], fields["low"], fields["high"], fields["many"], fields["units"]
-    )
-    median = f"the median head has {fields['baseline']:.3g}"
-    words = name.replace("_", " ").capitalize()
+    known = np.flatnonzero(~np.isnan(numbers).any(1))
+    alike = ""
+    if best in known and (
+        near := rivals(numbers[known], int(np.searchsorted(known, best)), seed=seed)
+    ):
+        alike = f", not told apart from {few(table['name'].to_numpy()[known[near]].tolist(), 3)}"
+    one = Headline("", **fields, against="the median head", unit=unit, figure="grid")
     text = (
-        f"{words} is highest in {table['name'][best]}: {fields['value']:.3g}{ends(low, high)}{', not told apart from others' if low <= fields['baseline'] else ''}; "
-        f"{median}."
+        f"{name.replace('_', ' ').capitalize()} is highest in {table['name'][best]}: {one.value:.3g}{ends(*one.ends)}{alike}; "
+        f"the median head has {one.baseline:.3g}."
     )
-    return (Headline(text, **fields, against="the median head", unit=unit, figure="grid"),)
+    return (replace(one, text=text),)

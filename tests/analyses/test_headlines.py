@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
+from lens_analyses.report.page import strip_of
 from lens_analyses.steps.classes import _headline as classes_headline
 from lens_analyses.steps.explain import _without as parts_headline
 from lens_analyses.steps.explain_answers import _fragile
@@ -30,6 +31,7 @@ import lens
 from lens.common.head_ids import HeadId
 from lens.heads.measures.scores import HeadScores, Intervention
 from lens.reading.removals import Removals
+from lens.runs.headlines import Headline
 
 NAN = float("nan")
 
@@ -206,22 +208,32 @@ def test_the_sink_of_a_circuit_stands_beside_as_many_other_heads():
             ("excluded", "others", -0.1, -0.2, 0.0),
             ("redistributed", "circuit", 0.3, 0.2, 0.4),
         ],
-        columns=["edit", "heads", "change", "change_low", "change_high"],
+        columns=["edit", "heads", "gain", "gain_low", "gain_high"],
     )
     (one,) = of_sink_check(table, "ioi", "logit_difference", "sink", 2.0)
     assert one.text == (
-        "With the first key excluded in the circuit's heads ioi changes by -0.4 [-0.5, -0.3] logit_difference "
-        "(more is better), in as many others of the same layers by -0.1."
+        "With the first key excluded in the circuit's heads ioi gains -0.4 [-0.5, -0.3] logit_difference (below 0 it goes "
+        "worse), in as many others of the same layers -0.1."
     )
     assert (one.value, one.low, one.high, one.baseline) == (-0.4, -0.5, -0.3, -0.1)
     assert one.spread == pytest.approx(0.1)
+
+
+def test_the_strip_of_the_highest_of_many_is_as_wide_as_its_sentence():
+    one = Headline("", 0.5, 0.4, 0.6, 0.1, "the median head", many=24, units=8)
+    low, high = one.ends
+    assert low < 0.4
+    assert high > 0.6
+    plain = replace(one, many=1)
+    assert strip_of(one.as_json()) == strip_of(replace(plain, low=low, high=high).as_json())
+    assert strip_of(one.as_json()) != strip_of(plain.as_json())
 
 
 def test_nothing_is_told_of_a_change_that_is_rounding():
     """Of a classifier that was not trained, whose keys change nothing: -4e-8 of a metric of 0.01."""
     table = pd.DataFrame(
         [("excluded", "circuit", -4e-8, -5e-8, -3e-8), ("excluded", "others", 1e-9, 0.0, 2e-9)],
-        columns=["edit", "heads", "change", "change_low", "change_high"],
+        columns=["edit", "heads", "gain", "gain_low", "gain_high"],
     )
     assert not list(of_sink_check(table, "letters", "logit_difference", "sink", 0.01))
     assert len(list(of_sink_check(table, "letters", "logit_difference", "sink", 1e-4))) == 1

@@ -36,6 +36,8 @@ def test_a_model_of_mixers_alone_has_a_run_of_its_circuit(folder, tmp_path, lens
     asked = [*COMMAND.split(), "--model", folder, "--json"]
     planned = lens_command(*asked, "--dry-run")
     assert (planned.code, "profile" in planned.json["steps"]) == (0, False), planned.err
+    said = lens_command(*asked[:-1], "--dry-run").out
+    assert ("time " in said, "prompts" in said) == (True, False)
     answer = lens_command(*asked, "--out", tmp_path / "runs")
     assert answer.code == 0, answer.err
     run = open_run(answer.json["path"])
@@ -54,7 +56,12 @@ def test_a_model_of_mixers_alone_has_a_run_of_its_circuit(folder, tmp_path, lens
     report = (run.path / "report.html").read_text()
     assert "2 layers of mixers, none with softmax attention" in report
     assert "2 prompts of induction" in report
-    assert "over prompts" in report.partition('id="limits"')[2]
+    limits = report.partition('id="limits"')[2]
+    assert "over prompts" in limits
+    assert "lens.mixers.Ablate takes one out" not in limits  # that is of what heads make of values
+    assert (
+        run.meta["title"] == f"A circuit of induction in {run.meta['model']['name']} (mixers alone)"
+    )
     shown = str(render(Library(tmp_path / "runs"), f"/run/{run.id}/circuits", ""))
     assert "L0H1 (mixer)" in shown
     assert "/head/" not in shown

@@ -83,5 +83,7 @@ def test_two_results_of_one_kind_are_two_sections(traces, tmp_path):
         "pattern_classes",
         "pattern_classes_2",
     ]
+    titles = [run.section(name).title for name in list(run.sections)[:2]]
+    assert titles == ["Pattern classes", "Pattern classes (2)"]
     one, two = (run.section(name).summary for name in list(run.sections)[:2])
     assert one != two

@@ -267,6 +267,7 @@ def circuit_checks() -> Numbers:
         .set_index(["edit", "heads"])
     )
     at = [("excluded", "circuit"), ("redistributed", "circuit")]
+    table = table.rename(columns=lambda name: name.replace("gain", "change"))
     return found | cells("circuits.sink_check", table, "value change change_low change_high", at)
 
 

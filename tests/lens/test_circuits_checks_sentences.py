@@ -148,6 +148,8 @@ def test_patch_effects(patched):
     assert alone.findings() == (
         "Of 3 places a0.h0 moves most: -0.5 of the -1 loss between both runs, the median place +1e-09.",
     )
+    worse = replace(patched, sign=-1).findings()[0]
+    assert "of the -1 loss between both runs (up is worse), the median" in worse
     nothing = " ".join(replace(patched, source=ONES).findings())
     assert nothing.startswith(
         "Both runs have the same loss (1, mean of 4 prompts), so there is nothing"

@@ -211,6 +211,11 @@ def test_paths_are_those_of_the_four_passes(gpt2, task, freeze_mlps, name, recei
 def test_a_head_as_receiver_reads_by_all_three_parts(gpt2, task):
     whole = patch(gpt2, task, ["a0.h1"], receivers=["a1.h1"], progress=False)
     assert whole.receivers == ("a1.h1<q>", "a1.h1<k>", "a1.h1<v>")
+    for named in ("L1H1<q>", "1.1<q>", "a1.h1<q>"):
+        found = patch(gpt2, task, ["a0.h1"], receivers=named, progress=False)
+        assert found.receivers == ("a1.h1<q>",)
+    with pytest.raises(LensError, match=r"there is no receiver 'a1\.h1<z>'"):
+        patch(gpt2, task, ["a0.h1"], receivers=["L1H1<z>"], progress=False)
     parts = patch(gpt2, task, ["a0.h1"], receivers=whole.receivers, progress=False)
     assert error(whole.patched, parts.patched) < 1e-12
 

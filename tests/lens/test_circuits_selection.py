@@ -141,6 +141,16 @@ def test_find_takes_the_smallest_circuit_that_is_faithful_enough():
     ):
         other = replace(found, tried=tried.assign(low=low, faithfulness=row["faithfulness"]))
         assert of_kind(other.findings(), "enough")[0] == f"{smallest} 0.85{ending}"
+    wide = replace(found, tried=tried.assign(low=-19.5, high=1.42)).plot()
+    title = wide.layout.title.text  # type: ignore[attr-defined]
+    assert (
+        f"faithfulness {row['faithfulness']:.2f} [-19.50, 1.42] on the prompts that chose" in title
+    )
+    low, high = wide.layout.yaxis.range  # type: ignore[attr-defined]
+    assert (low, high) == (
+        pytest.approx(min(0, *tried["faithfulness"]), abs=0.2),
+        pytest.approx(max(1, *tried["faithfulness"]), abs=0.2),
+    )
     (size,) = of_kind(found.findings(), "circuit")
     assert size.startswith(
         f"The circuit has {found.circuit.n:,} of {found.circuit.graph.n:,} edges"

@@ -134,12 +134,17 @@ def test_sink_check():
     )
     assert kinds(check) == ["excluded", "redistributed"]
     assert one(check, "excluded") == (
-        "With the first key excluded in 2 heads, ioi goes from 3 to 2 (-1 [-1, -1] logit_difference, more is "
-        "better); in 1 others of the same layers by -0.5 [-0.5, -0.5]."
+        "With the first key excluded in 2 heads, ioi goes from 3 to 2 in logit_difference, a gain of -1 [-1, -1] (below 0 it "
+        "goes worse); in 1 other of the same layers of -0.5 [-0.5, -0.5]."
     )
-    assert "redistributed in 2 heads, ioi goes from 3 to 3.5 (+0.5" in one(check, "redistributed")
+    assert "2 heads, ioi goes from 3 to 3.5 in logit_difference, a gain of +0.5" in one(
+        check, "redistributed"
+    )
+    loss = replace(check, plain=-plain, edited=dict.fromkeys(check.edited, -plain - 1), sign=-1)
+    assert "goes from 3 to 4 in logit_difference, a gain of -1 [" in one(loss, "excluded")
+    assert loss.table()["value"].iloc[0] == 4
     alone = replace(check, others={name: np.empty((0, 2)) for name in check.others})
-    assert one(alone, "excluded").endswith("more is better).")
+    assert one(alone, "excluded").endswith("(below 0 it goes worse).")
 
 
 def test_codes():

@@ -73,14 +73,14 @@ def test_table_and_figure_have_both_sets_of_heads(case):
         (edit, heads) for edit in ("excluded", "redistributed") for heads in ("circuit", "others")
     ]
     row = found.table().iloc[2]
-    assert row["change"] == pytest.approx((found.edited["redistributed"] - found.plain).mean())
-    assert row["change_low"] <= row["change"] <= row["change_high"]
+    assert row["gain"] == pytest.approx((found.edited["redistributed"] - found.plain).mean())
+    assert row["gain_low"] <= row["gain"] <= row["gain_high"]
     assert [list(bar.y) for bar in found.plot().data] == [
-        found.table().loc[found.table()["heads"] == heads, "change"].tolist()
+        found.table().loc[found.table()["heads"] == heads, "gain"].tolist()
         for heads in ("circuit", "others")
     ]
     title = found.plot().layout.title.text  # type: ignore[attr-defined]
-    assert f"Without the first key in 1 heads: {table['change'].iloc[0]:+.3g}" in title
+    assert f"Without the first key in 1 heads: gain {table['gain'].iloc[0]:+.3g}" in title
     assert "L0H1" not in repr(found)
     assert repr(found).startswith("SinkCheck(1 heads on 'drawn'")
 

@@ -67,6 +67,7 @@ def test_one_head_or_several_in_any_form():
         torch.tensor(two),
         table,
         table["name"],
+        table[["head", "layer"]],
         ["3.15", "L0H1"],
     )
     for given in several:
@@ -74,6 +75,8 @@ def test_one_head_or_several_in_any_form():
     for wrong in (3, None, {"L3H15": 1}):
         with pytest.raises(LensError, match="heads must be a list, got"):
             one_or_more("heads", wrong)
+    with pytest.raises(LensError, match="got a table with the columns layer, value; one of heads"):
+        one_or_more("heads", pd.DataFrame({"layer": [3], "value": [0.5]}))
 
 
 def test_a_head_that_the_model_lacks_is_refused():

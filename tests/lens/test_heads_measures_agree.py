@@ -136,6 +136,12 @@ def test_one_measure_of_two_checkpoints_stands_side_by_side_under_names():
         assert table[f"{label}_low"].tolist() == own.tolist()
     with pytest.raises(LensError, match="only models of one size can be joined head by head"):
         join(before=old, after=scores(np.zeros((3, 5, 3))))
+    for twice in (
+        lambda: join(third, **{third.label: old}),
+        lambda: join(before=old, other=third.table().rename(columns={"value": "before"})),
+    ):
+        with pytest.raises(LensError, match="is a column of another result; give this one another"):
+            twice()
 
 
 def test_tables_of_heads_join_by_layer_and_head(small):

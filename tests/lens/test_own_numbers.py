@@ -48,7 +48,8 @@ def test_numbers_become_a_section_with_intervals_and_a_headline(run):
     assert (table["n"] == PROMPTS).all()
     (told,) = back.headlines
     assert told.value == pytest.approx(values[1, 3].mean())
-    assert "Doubt is highest in L2H3" in told.text
+    assert told.text.startswith("Doubt is highest in L2H3: ")
+    assert "not told apart" not in told.text
     assert told.baseline == pytest.approx(np.median(np.delete(values.mean(-1).ravel(), 8)))
     assert back.columns["doubt"] == "How far I doubt this head, in nats."
     assert section.title == back.title == "Doubt"
@@ -60,7 +61,13 @@ def test_the_highest_of_many_is_told_with_the_interval_of_the_highest(run):
     noise = np.random.default_rng(1).random((2, HEADS, PROMPTS))
     section = add(run, "noise", noise, "Noise.")
     (told,) = section.summary
-    assert ", not told apart from others; the median head has" in told
+    assert ", not told apart from L" in told
+    assert " more; the median head has" in told
+    near = add(run, "near", np.stack([noise[0] + 9, noise[1]]), "Five high ones.").summary[0]
+    assert (
+        ", not told apart from L0" in near
+    )  # nor is the highest of 10 told apart from the other four
+    assert "L2" not in near
     low, high = map(float, told.partition("[")[2].partition("]")[0].split(", "))
     row = section.tables["heads"].sort_values("noise").iloc[-1]
     assert low < row["noise_low"]

@@ -161,7 +161,10 @@ def test_random_blocks_cost_more_and_sentences_follow_the_numbers(found):
 
     assert because(cost=1.0).startswith("No candidate is cheaper than full in any head")
     assert because(layer_error=0.4).startswith(
-        "No candidate that is cheaper than full errs by at most 30%"
+        "No candidate that is cheaper than full errs by at most 30% of what a layer writes"
+    )
+    assert because(layer_error=np.nan, output_error=0.4).startswith(
+        "No candidate that is cheaper than full errs by at most 30% of what a head gives"
     )
 
 

@@ -9,7 +9,8 @@ import xarray as xr
 
 import lens
 from lens.policies import transfer
-from lens.policies.transferring import transfer_measures
+from lens.policies.transferring import MEASURES, paired_units, transfer_measures
+from lens.stats.intervals import known_mean
 from lens.traces.trace import AttentionTrace
 
 
@@ -72,6 +73,34 @@ def test_two_traces_are_one_unit_as_two_prompts_are():
     pairs = three.values[3][~np.eye(3, dtype=bool)]
     assert np.allclose(table["efficiency"], pairs.mean(0).ravel())
     assert (table["efficiency_low"] < table["efficiency_high"]).all()
+
+
+def test_intervals_of_pairs_end_where_the_measure_does():
+    """Pseudo-values of three traces, of which one is unlike the others, lie beyond 0 and 1."""
+    generator = np.random.default_rng(2)
+    one, other = causal(generator, 16), causal(generator, 16)
+    drift = 3 * generator.random((2, 3, 8))
+    found = run(trace(one), trace(one), trace(other, drift))
+    table = found.table()
+    units = paired_units(np.moveaxis(found._pairs, 1, -1))
+    assert (units[MEASURES.index("efficiency")].max(-1) > 1).any()
+    assert (units[MEASURES.index("lse_error")].min(-1) < 0).any()
+    for name in ("recall", "own_recall", "efficiency", "random_recall"):
+        assert table[[f"{name}_low", f"{name}_high"]].stack().between(0, 1).all()
+        assert (table[f"{name}_low"] <= table[name]).all()
+        assert (table[name] <= table[f"{name}_high"]).all()
+    assert (table["lse_error_low"] >= 0).all()
+    assert (table["lse_error_high"] > 1).any()
+    assert (table["jaccard_high"] <= 1).all()
+
+
+def test_units_have_the_mean_of_the_pairs_that_are_known():
+    whole = np.array([0.9, 0.9, 0.8, 0.8, 0.9, 0.7])
+    pseudo = [3 * whole.mean() - 2 * whole[[a, b]].mean() for a, b in ((3, 5), (1, 4), (0, 2))]
+    assert np.allclose(paired_units(whole), pseudo)
+    some = np.where(np.arange(6) == 0, np.nan, whole)
+    assert paired_units(some).mean() == pytest.approx(known_mean(some))
+    assert np.isnan(paired_units(np.full(6, np.nan))).all()
 
 
 def test_every_block_is_no_choice():

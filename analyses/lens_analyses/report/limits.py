@@ -32,8 +32,9 @@ _MEASURED_BY = {
 def limits(run: Run, config: Mapping[str, Any], sections: Collection[str]) -> list[str]:
     """One or two sentences each, most important first; `sections`: names of those that the run has."""
     if run.meta["model"].get("attending") == []:
+        phi = "What a head makes of its values is not what the model would do without it; lens.mixers.Ablate takes one out."
         return [
-            "What a head makes of its values is not what the model would do without it; lens.mixers.Ablate takes one out.",
+            *([phi] if "mixers" in sections else []),
             "Brackets are 95 % bootstrap intervals over "
             + (
                 "prompts."

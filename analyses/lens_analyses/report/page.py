@@ -4,7 +4,6 @@ The page forbids itself every request by a content security policy; plotly.js is
 """
 
 import json
-import math
 from functools import cache
 from typing import Any
 from urllib.parse import quote
@@ -15,6 +14,7 @@ from plotly.offline import get_plotlyjs
 from plotly.utils import PlotlyJSONEncoder
 
 from lens.figures.small import strip
+from lens.runs.headlines import Headline
 from lens.runs.schema import KIND_WORDS
 from lens_analyses.report.charts import template
 from lens_analyses.report.maps import HeadMap
@@ -156,8 +156,8 @@ def value(given: Any) -> str:
 
 def strip_of(headline: dict[str, Any]) -> str:
     """The strip of a headline as a data URI."""
-    low, high = (math.nan if headline[end] is None else headline[end] for end in ("low", "high"))
-    drawn = strip(headline["value"], low, high, headline["baseline"], headline["against"])
+    one = Headline.from_json(headline)
+    drawn = strip(one.value, *one.ends, one.baseline, one.against)
     return f"data:image/svg+xml,{quote(drawn)}"
 
 

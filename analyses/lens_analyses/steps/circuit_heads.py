@@ -23,8 +23,7 @@ COLUMNS = {
     "head": "Head of the layer, from 0.",
     "full": "Metric lost when the whole head comes from the corrupt run; positive: the task goes worse.",
     "pattern": "Metric lost when its queries and keys come from the corrupt run (QK).",
-    "value": "Metric lost when its values come from the corrupt run (OV); of an edit: the metric, turned so that more "
-    "is better.",
+    "value": "Metric lost when its values come from the corrupt run (OV); of an edit: the metric.",
     "interaction": "full - pattern - value.",
     "without_sink": "full, with the first key taken out of both patterns: far from full, the sink is part of it.",
     "previous_token": "Mean attention to the token before.",
@@ -38,7 +37,7 @@ COLUMNS = {
     "first_key": "Mean attention of that row to the first key.",
     "edit": "excluded: the first key's part is left out; redistributed: its mass goes to the other keys.",
     "heads": "Those of the circuit with the largest scores, or as many others of the same layers.",
-    "change": "Edited - as it is, of the metric turned so that more is better.",
+    "gain": "How much better the metric got with the edit, whatever its sign.",
     "draws": "Sets of other heads that were drawn.",
     "n": "Number of prompts.",
     "edge": "Writer and reader.",

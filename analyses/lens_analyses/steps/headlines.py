@@ -323,12 +323,12 @@ def of_sink_check(
         by = _rows(rows, "heads")
         if {"circuit", "others"} <= set(by):
             one, others = by["circuit"], by["others"]
-            if is_rounding(whole, one["change"], others["change"]):
+            if is_rounding(whole, one["gain"], others["gain"]):
                 continue
             yield beside(
-                f"With the first key {edit} in the circuit's heads {task} changes by {change(one, 'change')} {metric} "
-                f"(more is better), in as many others of the same layers by {others['change']:+z.3g}.",
-                "change",
+                f"With the first key {edit} in the circuit's heads {task} gains {change(one, 'gain')} {metric} (below 0 it goes "
+                f"worse), in as many others of the same layers {others['gain']:+z.3g}.",
+                "gain",
                 one,
                 others,
                 "as many other heads",

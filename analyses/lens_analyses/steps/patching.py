@@ -56,6 +56,7 @@ def patching(subject: Subject) -> Section:
             **{name: getattr(settings, name) for name in ("direction", "corruption", "window")},
             **({"noise": settings.noise, "at": settings.at or "every token"} if noisy else {}),
             "prompts": task.n,
+            "sign": task.sign,
             "seed": subject.seed,
         },
         tables=tables,

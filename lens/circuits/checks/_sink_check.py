@@ -21,7 +21,7 @@ from lens.circuits.known.circuit import KnownCircuit
 from lens.common.choices import Count, Seed
 from lens.common.head_ids import AnyHead, HeadId
 from lens.common.progress import advancing
-from lens.common.results import Result, Sentence, with_ends
+from lens.common.results import Result, Sentence, counted, with_ends
 from lens.edits.attention import Drop, Move
 from lens.edits.base import selected_heads
 from lens.edits.running import edit
@@ -47,6 +47,7 @@ class SinkCheck(Result):
         drawn: how many heads one draw has: as many as were edited, or what is left of their layers.
         metric, task, model: their names.
         seed: of the draws and of the bootstrap.
+        sign: of the metric, -1 where less is better.
     """
 
     heads: tuple[HeadId, ...]
@@ -58,13 +59,14 @@ class SinkCheck(Result):
     task: str
     model: str
     seed: int
+    sign: int = 1
 
     def table(self) -> pd.DataFrame:
         """One row per edit and set of heads.
 
-        Columns: `edit`, `heads` ("circuit" or "others"), `value` (metric, more is better), `change`
-        (edited - as it is) with `change_low` and `change_high` (95 % bootstrap interval over prompts),
-        `draws` (of heads, NaN for the circuit's own), `n`.
+        Columns: `edit`, `heads` ("circuit" or "others"), `value` (the metric), `gain` (how much better it got, whatever the
+        metric's sign) with `gain_low` and `gain_high` (95 % bootstrap interval over prompts), `draws` (of heads, NaN for the
+        circuit's own), `n`.
         """
         rows = []
         for name in EDITS:
@@ -72,27 +74,27 @@ class SinkCheck(Result):
             for heads, values in sets.items():
                 if len(values):
                     row = pd.DataFrame(
-                        columns("change", values.mean(0) - self.plain, self.seed, shares=False)
+                        columns("gain", values.mean(0) - self.plain, self.seed, shares=False)
                     )
-                    row.insert(0, "value", values.mean())
+                    row.insert(0, "value", self.sign * values.mean())
                     row["draws"] = len(values) if heads == "others" else np.nan
                     rows.append(row.assign(edit=name, heads=heads))
         table = pd.concat(rows, ignore_index=True)
         return table[["edit", "heads", *table.columns[:-2]]].assign(n=len(self.plain))
 
     def findings(self) -> tuple[Sentence, ...]:
-        """One sentence per edit ("excluded", "redistributed"): what changes, and what it does to other heads."""
+        """One sentence per edit ("excluded", "redistributed"): what is gained, and what it does to other heads."""
         found = []
         for name, rows in self.table().groupby("edit", sort=False):
             row = rows.iloc[0]
             words = (
                 f"With the first key {name} in {len(self.heads)} heads, {self.task} goes from "
-                f"{self.plain.mean():.3g} to {row['value']:.3g} ({with_ends(row, 'change', '+z.3g')} {self.metric}, "
-                "more is better)"
+                f"{self.sign * self.plain.mean():.3g} to {row['value']:.3g} in {self.metric}, a gain of "
+                f"{with_ends(row, 'gain', '+z.3g')} (below 0 it goes worse)"
             )
             if len(rows) > 1:
-                other = with_ends(rows.iloc[1], "change", "+z.3g")
-                words += f"; in {self.drawn} others of the same layers by {other}"
+                other = with_ends(rows.iloc[1], "gain", "+z.3g")
+                words += f"; in {counted(self.drawn, 'other')} of the same layers of {other}"
             found.append(Sentence(f"{words}.", kind=str(name)))
         return tuple(found)
 
@@ -149,7 +151,8 @@ def sink_check(
                 advance(1)
             edited[name], others[name] = runs[0], np.array(runs[1:]).reshape(-1, task.n)
     each = len(sets[0]) if sets else 0
-    return SinkCheck(chosen, plain, edited, others, each, task.metric, task.name, model.name, seed)
+    names = task.metric, task.name, model.name
+    return SinkCheck(chosen, plain, edited, others, each, *names, seed, task.sign)
 
 
 def _measured(

@@ -36,6 +36,7 @@ class PatchEffects(Result):
         receivers: of path patching, else empty.
         metric, task, model: names.
         seed: of the bootstrap.
+        sign: of the metric, -1 where less is better.
     """
 
     nodes: tuple[str, ...]
@@ -49,6 +50,7 @@ class PatchEffects(Result):
     task: str
     model: str
     seed: int = 0
+    sign: int = 1
 
     @property
     def effects(self) -> np.ndarray:
@@ -113,9 +115,10 @@ class PatchEffects(Result):
         moved = rows["change"].abs() > ROUNDING * largest
         clear = int((moved & leave_out_0(rows["low"], rows["high"])).sum())
         away = bool(best["effect"] < 0)
+        worse = " (up is worse)" if self.sign < 0 else ""
         text = (
             f"Of {len(rows)} places {_place(best)} moves most{', away from the other run' * away}: "
-            f"{_change(best, len(rows), len(self.base))} of the {self.whole:+.3g} {self.metric} between both runs, "
+            f"{_change(best, len(rows), len(self.base))} of the {self.whole:+.3g} {self.metric} between both runs{worse}, "
             f"the median place {rows['change'].median():+z.3g}"
         )
         most = int(np.argmax(rows["effect"]))

@@ -251,7 +251,10 @@ def _begin(
 
 def _receivers(graph: Graph, names: Iterable[AnyHead]) -> tuple[str, ...]:
     found: list[str] = []
-    for name in map(node_of_head, one_or_more("receivers", names)):
+    for given in one_or_more("receivers", names):
+        head, part, rest = given.partition("<") if isinstance(given, str) else (given, "", "")
+        named = node_of_head(head)
+        name = f"{named}{part}{rest}" if part else named
         parts = [reader for reader in graph.readers if reader.partition("<")[0] == name]
         parts = parts or [reader for reader in graph.readers if reader == name]
         if not parts:
@@ -323,5 +326,5 @@ def _effects(
     base, source = torch.cat(ends, 1).numpy()
     where, patched = tuple(name for name, _ in places), np.concatenate(values, 2)
     return PatchEffects(
-        names, where, patched, base, source, direction, receivers, task.metric, task.name, model.name
+        names, where, patched, base, source, direction, receivers, task.metric, task.name, model.name, sign=task.sign
     )  # fmt: skip

@@ -126,6 +126,7 @@ def patch_streams(
         task.name,
         model.name,
         seed,
+        task.sign,
     )
 
 

@@ -108,8 +108,8 @@ def join(
             lays one measure of two checkpoints side by side.
 
     Raises:
-        LensError: none, of models of other sizes (without names of other models), one given twice, or a table that
-            has not one row per head.
+        LensError: none, of models of other sizes (without names of other models), one given twice, under a name that is a
+            column of another, or a table that has not one row per head.
 
     Example:
         >>> scores = lens.heads.importance(small, lens.tasks.induction(small, n=8), method="gradient")
@@ -141,6 +141,10 @@ def join(
                 )
             rows = one if isinstance(one, pd.DataFrame) else one.table()
         parts.append(_one_row_each(rows, word))
+    for word, part in zip(words, parts, strict=True):
+        own = isinstance(named.get(word), HeadScores)
+        if own and any(word in other for other in parts if other is not part):
+            raise LensError(f"{word} is a column of another result; give this one another name")
     return _side_by_side(parts, words)
 
 
