@@ -134,7 +134,7 @@ table.round(3)
 
 # %%
 stable = policies.stability(model, windows[:3], block_size=BLOCK, steps=(1, 4, 16), progress=False)
-assert stable.summary().set_index("condition").loc["repeat", "jaccard"] == 1
+assert stable.summary().set_index("condition").loc["repeat", "overlap"] == 1
 stable.plot()
 
 # %%

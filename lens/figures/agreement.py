@@ -11,6 +11,7 @@ from lens.common.colors import DIVERGING, LINE, scale
 from lens.common.given import given_as, given_table
 from lens.figures.rows import whiskers
 from lens.figures.style import Look, escaped, style
+from lens.stats.verdicts import of_many_told
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -65,9 +66,9 @@ def _finding(rows: pd.DataFrame) -> str:
     if known.empty:
         return "Rank agreement: no pair of measures has an order to compare"
     worst = known.sort_values("tau").iloc[0]
+    told = of_many_told(worst, "tau", ".2f", len(known), 0, least=-1, most=1)
     return escaped(
-        f"Rank agreement: least between {worst['first']} and {worst['second']}, "
-        f"tau {worst['tau']:.2f}"
+        f"Rank agreement: least between {worst['first']} and {worst['second']}, tau {told}"
     )
 
 

@@ -15,6 +15,7 @@ from lens.common.plots import draws
 from lens.figures.grids import grid
 from lens.figures.rows import draw_rankings
 from lens.figures.style import Look, band, escaped, style
+from lens.stats.verdicts import of_many_told
 
 if TYPE_CHECKING:
     from lens.circuits.checks.evaluation import CircuitEvaluation
@@ -337,11 +338,12 @@ def edge_map(scores: EdgeScores, **look: Unpack[Look]) -> go.Figure:
     )
     figure.update_xaxes(title="writer", showgrid=False)
     figure.update_yaxes(title="reader", autorange="reversed", showgrid=False)
-    best = int(np.nanargmax(values))
-    name = graph.edges[best].replace("<", "·").replace("->", " to ").rstrip(">")
+    best, many = scores.table(count=1).iloc[0], int(np.isfinite(values).sum())
+    name = best["edge"].replace("<", "·").replace("->", " to ").rstrip(">")
+    told = of_many_told(best, "value", ".3g", many, scores.n, plain=True)
     return style(
         figure,
-        f"{scores.method} on {scores.task}: most at {name}, {values[best]:.3g}",
+        f"{scores.method} on {scores.task}: most at {name}, {told}",
         look,
         meta={"method": scores.method, "task": scores.task, "model": scores.model},
     )

@@ -16,6 +16,7 @@ from lens.common.errors import LensError
 from lens.figures.grids import grid
 from lens.figures.rows import head_names
 from lens.figures.style import Look, escaped, style
+from lens.stats.verdicts import of_many_told
 
 
 def column_scatter(
@@ -125,11 +126,14 @@ def column_grid(
     if not np.isfinite(values).any():
         raise LensError(f"no head has {column!r}")
     words = escaped((labels or {}).get(column, column))
-    layer, head = map(int, np.unravel_index(np.nanargmax(values), values.shape))
-    best = f"L{wide.index[layer]}H{wide.columns[head]}"
+    row = table.iloc[int(np.nanargmax(table[column].to_numpy(float)))]
+    best, told = f"L{int(row['layer'])}H{int(row['head'])}", f"{row[column]:.3g}"
+    if {f"{column}_low", f"{column}_high"} <= set(table):
+        units = row.get("n", row.get("prompts", 0))
+        told = of_many_told(row, column, ".3g", int(np.isfinite(values).sum()), int(units))
     return grid(
         values,
-        f"{words}: highest at {best}, {values[layer, head]:.3g}",
+        f"{words}: highest at {best}, {told}",
         look,
         unit=words,
         layers=wide.index,

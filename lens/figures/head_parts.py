@@ -9,6 +9,7 @@ import plotly.graph_objects as go
 from lens.common.plots import draws
 from lens.figures.rows import bars
 from lens.figures.style import Look, style
+from lens.stats.verdicts import of_many_told
 
 if TYPE_CHECKING:
     from lens.circuits.checks._sink_check import SinkCheck
@@ -35,8 +36,9 @@ def parts_plot(joined: JoinedHeads, **look: Unpack[Look]) -> go.Figure:
     figure.update_layout(barmode="relative")
     figure.update_yaxes(title=f"lost {joined.metric}")
     best = table.iloc[int(table["full"].abs().to_numpy().argmax())]
+    told = of_many_told(best, "full", ".3g", len(table), int(best["n"]))
     finding = (
-        f"{best['name']} matters most ({best['full']:.3g}): pattern {best['pattern']:.3g}, "
+        f"{best['name']} matters most ({told}): pattern {best['pattern']:.3g}, "
         f"value {best['value']:.3g}"
     )
     meta = {"task": joined.task, "model": joined.model}

@@ -16,6 +16,7 @@ from lens.common.given import given_table
 from lens.figures.grids import grid, heat
 from lens.figures.rows import head_names
 from lens.figures.style import Look, escaped, style
+from lens.stats.verdicts import of_many_told
 from lens.traces.metrics import metric_of
 
 _COLUMNS = ("prompt_id", "layer", "head", "metric", "variant", "value", "low", "high", "detail")
@@ -133,9 +134,13 @@ def _finding(rows: pd.DataFrame, metric: str, variant: str) -> str:
     name, values = label(metric, variant), rows["value"].to_numpy(float)
     if np.isnan(values).all():
         return f"{name}: not scored ({rows['detail'].iloc[0]})"
-    best = int(np.nanargmax(values))
-    head = f"L{rows['layer'].iloc[best]}H{rows['head'].iloc[best]}"
-    return f"{name}: highest at {head}, {values[best]:.3g}"
+    best = rows.iloc[int(np.nanargmax(values))]
+    least = 0 if (values[~np.isnan(values)] >= 0).all() else -np.inf
+    most = 1 if metric_of(metric).unit == "probability" else np.inf
+    units = 0 if np.isnan(best["n"]) else int(best["n"])
+    many = int((~np.isnan(values)).sum())
+    told = of_many_told(best, "value", ".3g", many, units, plain=True, least=least, most=most)
+    return f"{name}: highest at L{int(best['layer'])}H{int(best['head'])}, {told}"
 
 
 def _meta(rows: pd.DataFrame, figure: str, **chosen: Any) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import plotly.graph_objects as go
 from lens.common.plots import draws
 from lens.figures.grids import grid
 from lens.figures.style import Look
+from lens.stats.verdicts import of_many_told
 
 if TYPE_CHECKING:
     from lens.heads.measures.scores import HeadScores
@@ -23,7 +24,7 @@ def importance_grid(scores: HeadScores, **look: Unpack[Look]) -> go.Figure:
     Example:
         >>> scores = lens.heads.importance(model, task, method="ablation")
         >>> lens.figures.importance_grid(scores).layout.title.text
-        'Ablation (mean) on induction: most at L0H0, 5.09 (loss)'
+        'Ablation (mean) on induction: most at L0H0, 5.09 [4.49, 5.68] (loss)'
     """
     text = [
         [
@@ -44,10 +45,11 @@ def importance_grid(scores: HeadScores, **look: Unpack[Look]) -> go.Figure:
 
 
 def _finding(scores: HeadScores) -> str:
-    best = scores.top(1)[0]
-    value = scores.values[best]
+    table, least = scores.table(), 0 if scores.absolute else -np.inf
+    best = table.iloc[0]
+    told = of_many_told(best, "value", ".3g", len(table), scores.n, plain=True, least=least)
     what = f"{scores.label} on {scores.task}"
-    return f"{what[0].upper()}{what[1:]}: most at {best}, {value:.3g} ({scores.metric})"
+    return f"{what[0].upper()}{what[1:]}: most at {best['name']}, {told} ({scores.metric})"
 
 
 @draws("PruningMetrics")
@@ -61,7 +63,12 @@ def pruning_grid(
     values = metrics.values(metric) if label is None else metrics.by_class(metric)[label]
     layer, number = np.unravel_index(values.argmax(), values.shape)
     of = "" if label is None else f" of class {label}"
-    found = f"{metric}{of} without each head: most at L{layer}H{number}, {values.max():.3g}"
+    name, told = f"L{layer}H{number}", f"{values.max():.3g}"
+    if label is None:
+        table = metrics.table()
+        (row,) = table[(table["metric"] == metric) & (table["name"] == name)].to_dict("records")
+        told = of_many_told(row, "value", ".3g", values.size, metrics.n, plain=True)
+    found = f"{metric}{of} without each head: most at {name}, {told}"
     meta = {"metric": metric, "baseline": metrics.baseline, "model": metrics.model}
     return grid(values, found, look, unit=metric, signed=True, meta=meta)
 

@@ -10,6 +10,7 @@ from lens.common.colors import ACCENT, LINE
 from lens.common.plots import draws
 from lens.figures.rows import bars
 from lens.figures.style import Look, style, tick_step
+from lens.stats.verdicts import of_many_told
 
 if TYPE_CHECKING:
     from lens.heads.pruning.sublayer_scores import BlockInfluence, GreedyRemoval, SkipSweep
@@ -40,9 +41,10 @@ def skip_scatter(sweep: SkipSweep, **look: Unpack[Look]) -> go.Figure:
     figure.update_xaxes(title=f"{sweep.distance} between outputs with and without it")
     figure.update_yaxes(title=f"{sweep.metric} lost without it")
     worst = table.iloc[int(table["drop"].to_numpy().argmax())]
+    told = of_many_told(worst, "drop", ".3g", len(table), len(sweep.clean))
     return style(
         figure,
-        f"{sweep.task}: missed most is {worst['name']}, {worst['drop']:.3g}",
+        f"{sweep.task}: missed most is {worst['name']}, {told}",
         look,
         meta={"distance": sweep.distance, "task": sweep.task, "model": sweep.model},
     )
@@ -90,9 +92,11 @@ def influence_bars(influence: BlockInfluence, **look: Unpack[Look]) -> go.Figure
     figure.update_xaxes(title="layer", dtick=tick_step(len(table)))
     figure.update_yaxes(title="1 - cosine, before and after")
     least = table.iloc[int(table["influence"].to_numpy().argmin())]
+    units = influence.per_prompt.shape[1]
+    told = of_many_told(least, "influence", ".3g", len(table), units, plain=True, least=0, most=2)
     return style(
         figure,
-        f"{influence.task}: layer {least['layer']:.0f} turns the stream least, {least['influence']:.3g}",
+        f"{influence.task}: layer {least['layer']:.0f} turns the stream least, {told}",
         look,
         meta={"task": influence.task, "model": influence.model},
     )

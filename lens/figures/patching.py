@@ -37,8 +37,7 @@ def patch_map(effects: PatchEffects, **look: Unpack[Look]) -> go.Figure:
     figure.update_yaxes(title="node", type="category", autorange="reversed", showgrid=False)
     best = "nothing, both runs have the same metric"
     if effects.whole:
-        node, place = np.unravel_index(int(np.abs(values).argmax()), values.shape)
-        best = f"{effects.nodes[node]} at {effects.positions[place]}, {values[node, place]:.2f}"
+        best = effects.strongest
     return style(
         figure,
         f"{effects.direction} on {effects.task}: most at {best}",

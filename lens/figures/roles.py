@@ -13,8 +13,10 @@ from lens.common.colors import VIRIDIS, scale
 from lens.common.errors import LensError
 from lens.common.given import given_table
 from lens.common.plots import draws
+from lens.common.results import counted
 from lens.figures.grids import grid
 from lens.figures.style import Look, style
+from lens.stats.verdicts import of_many_told
 from lens.traces.metrics import METRICS
 
 if TYPE_CHECKING:
@@ -99,8 +101,10 @@ def _detail(row: pd.Series, name: str) -> str:
 def retrieval_grid(scores: RetrievalScores, **look: Unpack[Look]) -> go.Figure:
     """Retrieval score of every head: layers down, heads across, 0 to 1."""
     values = scores.values
-    best = np.unravel_index(values.argmax(), values.shape)
-    found = f"Retrieval: most at L{best[0]}H{best[1]}, {values[best]:.2f} ({scores.n} trials)"
+    table = scores.table()
+    best = table.iloc[int(table["retrieval"].to_numpy().argmax())]
+    told = of_many_told(best, "retrieval", ".2f", len(table), scores.n, least=0, most=1)
+    found = f"Retrieval: most at {best['name']}, {told} ({counted(scores.n, 'trial')})"
     return share_grid(values, found, unit="share of the needle", **look)
 
 

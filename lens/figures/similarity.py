@@ -10,6 +10,7 @@ import plotly.graph_objects as go
 from lens.common.colors import ACCENT, DIVERGING, GRID, LINE, VIRIDIS, scale
 from lens.common.plots import draws
 from lens.figures.style import Look, style
+from lens.stats.verdicts import of_many_told
 
 if TYPE_CHECKING:
     from lens.heads.likeness.head_similarity import HeadSimilarity
@@ -93,9 +94,13 @@ def similarity_map(
 def _finding(similarity: HeadSimilarity) -> str:
     without = ", sink excluded" if similarity.sink_excluded else ""
     bound = "" if similarity.exactness == "exact" else f", {similarity.exactness}"
-    closest = "a single head, no pairs"
-    for nearest in similarity.table()[:1].to_dict("records"):
-        closest = f"closest {nearest['first']} and {nearest['second']}, {nearest['value']:.3g}"
+    closest, table = "a single head, no pairs", similarity.table().dropna(subset="value")
+    least, most = similarity.bounds
+    for nearest in table[:1].to_dict("records"):
+        told = of_many_told(
+            nearest, "value", ".3g", len(table), similarity.n, plain=True, least=least, most=most
+        )
+        closest = f"closest {nearest['first']} and {nearest['second']}, {told}"
     return f"{_LABEL[similarity.method]}{without}{bound}: {closest}"
 
 

@@ -149,7 +149,7 @@ class PolicyStability(Result):
         again = self.summary().set_index("condition").loc["repeat"]
         said.append(
             Sentence(
-                f"The same prompt again: overlap {again['jaccard']:.3f}, LSE usable in {again['usable_lse']:.0%} of the "
+                f"The same prompt again: overlap {again['overlap']:.3f}, LSE usable in {again['usable_lse']:.0%} of the "
                 f"heads. With the best {self.share:.0%} of the blocks of each row.",
                 kind="control",
             )

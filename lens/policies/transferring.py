@@ -22,9 +22,9 @@ USABLE = 0.05
 """A row's masses are off by `exp(change of LSE) - 1` where the LSE of another run is taken: most that is usable."""
 
 MEASURES = (
-    "jaccard", "recall", "own_recall", "efficiency", "random_recall", "lse_error", "cached_efficiency",
+    "overlap", "recall", "own_recall", "efficiency", "random_recall", "lse_error", "cached_efficiency",
 )  # fmt: skip
-_RANGES = {"jaccard": (-np.inf, 1), "lse_error": (0, np.inf)}  # all others are shares
+_RANGES = {"overlap": (-np.inf, 1), "lse_error": (0, np.inf)}  # all others are shares
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -33,7 +33,8 @@ class PolicyTransfer(Result):
 
     Attributes:
         values: [measure, source, target, layer, head], NaN for a trace with itself. Measures are, in order:
-            jaccard: of the two sets of blocks, 0 as by chance, 1 the same; NaN where every block is chosen;
+            overlap: of the two sets of blocks, shared / in either, 0 as by chance, 1 the same; NaN where every block is chosen
+            (`jaccard` of `lens.heads.stability` is of the best blocks of the whole map, not of each row);
             recall: mass of the target on the blocks of the source;
             own_recall: on as many blocks of its own;
             efficiency: the one over the other;
@@ -78,7 +79,7 @@ class PolicyTransfer(Result):
             for name, one in zip(MEASURES, units, strict=True)
             for key, value in measure_columns(name, one[None], self.seed).items()
         }
-        every = np.isnan(mean["jaccard"])
+        every = np.isnan(mean["overlap"])
         said = [
             Sentence(
                 f"Every block is chosen where the best {self.share:.0%} of a row's blocks are, at least one: nothing is told "
@@ -87,7 +88,7 @@ class PolicyTransfer(Result):
                 else f"The best {self.share:.0%} of the blocks of one trace keep {mean['recall']:.1%} of the attention "
                 f"of another, {with_ends(mean, 'efficiency', '.1%')} of what its own best keep "
                 f"({mean['own_recall']:.1%}); as many random ones {mean['random_recall']:.1%}. Overlap above "
-                f"chance {mean['jaccard']:.2f}.",
+                f"chance {mean['overlap']:.2f}.",
                 kind="transfer",
             )
         ]
@@ -152,7 +153,7 @@ def transfer(
 
     Example:
         >>> found = lens.policies.transfer(traces)
-        >>> found.table()[["name", "jaccard", "recall", "own_recall"]]
+        >>> found.table()[["name", "overlap", "recall", "own_recall"]]
     """
     traces = given_traces(traces)
     if len(traces) < 2:
@@ -199,7 +200,7 @@ def transfer_measures(
     alike = (taken * owned / np.maximum(there, 1)).sum(-1)  # shared by chance, row by row
     chance = alike / ((taken + owned).sum(-1) - alike)
     both, either = (source & own).sum((-1, -2)), (source | own).sum((-1, -2))
-    jaccard = (both / either - chance) / np.where(chance < 1, 1 - chance, np.nan)
+    overlap = (both / either - chance) / np.where(chance < 1, 1 - chance, np.nan)
     whole = mass.sum((-1, -2))
     recall, own_recall = ((mass * one).sum((-1, -2)) / whole for one in (source, own))
     rows = taken / np.maximum(there, 1)
@@ -207,7 +208,7 @@ def transfer_measures(
     random = (rows * weights).sum(-1) / weights.sum(-1)
     off = np.abs(np.expm1(np.where(np.isfinite(after) & np.isfinite(before), after - before, 0)))
     efficiency = recall / own_recall
-    return [jaccard, recall, own_recall, efficiency, random, np.asarray(quantile(off, 0.99))]
+    return [overlap, recall, own_recall, efficiency, random, np.asarray(quantile(off, 0.99))]
 
 
 def ordered_pairs(n: int) -> list[tuple[int, int]]:

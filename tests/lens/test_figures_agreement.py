@@ -41,7 +41,7 @@ def test_the_map_has_every_pair_both_ways():
     expected = [[1, 0.5, -0.25], [0.5, 1, np.nan], [-0.25, np.nan, 1]]
     np.testing.assert_array_equal(np.array(drawn.z, float), expected)
     assert "top 4 shared 50% (by chance 12%)" in drawn.text[1][0]
-    assert figure.layout.title.text.endswith("between a and c &lt;i&gt;, tau -0.25")
+    assert figure.layout.title.text.endswith("between a and c &lt;i&gt;, tau -0.25 [-0.36, -0.14]")
     assert "no pair" in agreement_map(some_agreement((np.nan,) * 3)).layout.title.text
 
 

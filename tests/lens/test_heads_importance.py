@@ -376,7 +376,7 @@ def test_the_figure_shows_the_values_where_they_belong():
     assert (heatmap.zmin, heatmap.zmid, heatmap.zmax) == (-9, 0, 9)
     assert figure.layout.yaxis.autorange == "reversed"
     assert "± 1.5 (standard error, 3 prompts)" in heatmap.text[0][0]
-    assert figure.layout.title.text == "Ablation (mean) on made: most at L1H1, 9 (loss)"
+    assert figure.layout.title.text == "Ablation (mean) on made: most at L1H1, 9 [9, 9] (loss)"
     assert scores.plot(title="mine", width=300, theme="dark").layout.title.text == "mine"
     single = made(np.zeros((1, 2, 1))).plot().data[0]
     assert (single.zmin, single.zmax) == (-1, 1)

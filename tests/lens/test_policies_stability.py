@@ -48,9 +48,9 @@ def best(masses, seen, share):
 
 def test_a_repeat_and_the_start_of_a_longer_prompt_are_exact(found):
     rows = found.summary().set_index("condition")
-    assert rows.loc["repeat", "jaccard"] == 1
+    assert rows.loc["repeat", "overlap"] == 1
     assert rows.loc["repeat", "lse_error"] == 0
-    assert rows.loc["length", "jaccard"] > 0.999
+    assert rows.loc["length", "overlap"] > 0.999
     assert rows.loc["length", "lse_error"] < 1e-4
     assert list(rows.index) == [
         "repeat",

@@ -41,7 +41,7 @@ def run(*traces: Any, **options: Any):
 def test_a_trace_serves_itself():
     one = trace(causal(np.random.default_rng(0)))
     row = run(one, one).table()
-    assert np.allclose(row["jaccard"], 1)
+    assert np.allclose(row["overlap"], 1)
     assert np.allclose(row["efficiency"], 1)
     assert np.allclose(row["lse_error"], 0)
     said = {sentence.kind: sentence for sentence in run(one, one).findings()}
@@ -53,9 +53,9 @@ def test_a_trace_serves_itself():
 def test_independent_patterns_overlap_by_chance_and_serve_like_random_blocks():
     generator = np.random.default_rng(1)
     found = run(*(trace(causal(generator)) for _ in range(6)), share=0.25).table()
-    assert abs(found["jaccard"].mean()) < 0.05
+    assert abs(found["overlap"].mean()) < 0.05
     early = run(*(trace(causal(generator, blocks=8)) for _ in range(40)), share=0.2).table()
-    assert abs(early["jaccard"].mean()) < 0.02  # the first rows have no choice: that is chance, too
+    assert abs(early["overlap"].mean()) < 0.02  # the first rows have no choice: that is chance, too
     assert found["recall"].mean() == pytest.approx(found["random_recall"].mean(), abs=0.02)
     assert (found["own_recall"] > found["recall"] + 0.1).all()
 
@@ -91,7 +91,7 @@ def test_intervals_of_pairs_end_where_the_measure_does():
         assert (table[name] <= table[f"{name}_high"]).all()
     assert (table["lse_error_low"] >= 0).all()
     assert (table["lse_error_high"] > 1).any()
-    assert (table["jaccard_high"] <= 1).all()
+    assert (table["overlap_high"] <= 1).all()
 
 
 def test_units_have_the_mean_of_the_pairs_that_are_known():
@@ -106,7 +106,7 @@ def test_units_have_the_mean_of_the_pairs_that_are_known():
 def test_every_block_is_no_choice():
     one = trace(np.ones((1, 2, 1, 1)))
     found = run(one, one)
-    assert found.table()["jaccard"].isna().all()
+    assert found.table()["overlap"].isna().all()
     said = {sentence.kind: sentence for sentence in found.findings()}
     assert set(said) == {"transfer", "lse"}
     assert said["transfer"].startswith("Every block is chosen")
@@ -115,8 +115,8 @@ def test_every_block_is_no_choice():
     row = np.ones((1, 1, 1, 4))
     every = np.ones((1, 1, 1, 4), bool)
     lse = np.zeros((1, 1, 4))
-    jaccard = transfer_measures(every, every, row, every, lse, lse)[0]
-    assert np.isnan(jaccard).all()  # 0 would be as by chance, 1 a choice that agrees
+    overlap = transfer_measures(every, every, row, every, lse, lse)[0]
+    assert np.isnan(overlap).all()  # 0 would be as by chance, 1 a choice that agrees
 
 
 def test_the_lse_of_another_run_is_off_by_its_exponential():

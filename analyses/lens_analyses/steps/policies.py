@@ -312,7 +312,7 @@ _COLUMNS = {name: f"{text[0].upper()}{text[1:]}." for name, text in COLUMNS.item
     "high": "Upper end.",
     "verdict": "Whether the claim holds here: above 0.9 of what the own best blocks keep serves; an LSE varies where fewer than 0.9 of the heads "
     "can use it. Not told apart: the interval holds 0.9, or there is none.",
-    "jaccard": "Overlap of the two choices, 0 as by chance, 1 the same.",
+    "overlap": "Overlap of the two choices, 0 as by chance, 1 the same.",
     "own_recall": "Attention kept by as many blocks of its own.",
     "efficiency": "recall / own_recall.",
     "cached_efficiency": "What blocks keep that are searched with the LSE of the other condition, over own_recall's blocks.",

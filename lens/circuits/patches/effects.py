@@ -129,6 +129,12 @@ class PatchEffects(Result):
         said = Sentence(f"{text}.", kind="most")
         return (said, Sentence(many, kind="chance")) if len(self.base) > 1 else (said,)
 
+    @property
+    def strongest(self) -> str:
+        """The place that moves most by size, with its interval as of the largest of all: "a0.h0 at 7, -0.5 [-0.7, -0.3]"."""
+        rows = self.table()
+        return f"{_place(rows.iloc[0])}, {_change(rows.iloc[0], len(rows), len(self.base))}"
+
     def __repr__(self) -> str:
         best = "" if self.whole else "none, both runs have the same metric"
         best = best or ", ".join(

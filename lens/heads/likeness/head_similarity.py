@@ -73,8 +73,8 @@ class HeadSimilarity(Result):
         return cosine(sums, own, own)
 
     @property
-    def _range(self) -> tuple[float, float]:
-        """That a value can be in."""
+    def bounds(self) -> tuple[float, float]:
+        """Lowest and highest that a value can be."""
         return (0, float(np.log(2))) if self.method == "js" else (-1, 1)
 
     @property
@@ -105,7 +105,7 @@ class HeadSimilarity(Result):
         """Low and high end [head, head] of the 95 % interval over prompts; NaN for one."""
         ends = np.full((2, *self.sums.shape[1:]), np.nan)
         if self.n > 1:
-            weights, values, (least, most) = stats.draws(self.n, seed), self.values, self._range
+            weights, values, (least, most) = stats.draws(self.n, seed), self.values, self.bounds
             rows, columns = np.triu_indices(len(self.names))
             step = max(1, _LARGEST // len(weights))
             for start in range(0, len(rows), step):
@@ -216,7 +216,7 @@ class HeadSimilarity(Result):
         if table.empty:
             return ()
         row = table.iloc[0]
-        least, most = self._range
+        least, most = self.bounds
         closest = of_many_told(
             row, "value", ".3g", len(table), self.n, plain=True, least=least, most=most
         )
