@@ -1,6 +1,6 @@
 """`Task`: prompts, where to read the logits, and what counts as right there."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,8 +14,10 @@ from lens.models.sizes import reads_picture_first
 from lens.passes.logits import Given, check_predicts_tokens, labels_of, logits_of
 from lens.passes.sources import paired
 from lens.tasks import metrics
+from lens.tasks._checks import check_same_shape, check_targets, range_of, rows_of, whole
 from lens.tasks.metrics import METRICS, AnswerSets
 
+_WHOLE = ("clean", "corrupt", "positions", "correct", "wrong", "lengths", "targets")
 _LOGITS = 1 << 25  # numbers that one forward pass may return
 _REFERENCE = 1 << 28  # numbers of the distributions that "kl" compares with
 
@@ -70,18 +72,19 @@ class Task:
     targets: Tensor | None = None
 
     def __post_init__(self) -> None:
-        for name in ("clean", "positions", "correct"):
-            given_as("Tensor", **{name: getattr(self, name)})
+        for name in _WHOLE:
+            if name in ("clean", "positions", "correct") or getattr(self, name) is not None:
+                given_as("Tensor", **{name: getattr(self, name)})
         pictures = self.labels is not None and self.clean.is_floating_point()
         if self.targets is not None:
-            _check_targets(self.clean, self.targets)
+            check_targets(self.clean, self.targets)
         elif self.clean.dim() != (4 if pictures else 2) or not self.clean.numel():
             raise LensError(
                 f"clean must be token ids [prompts, tokens], got the shape {list(self.clean.shape)}"
             )
-        _same_shape("corrupt", self.corrupt, "clean", self.clean)
-        _same_shape("correct", self.correct, "positions", self.positions)
-        _same_shape("wrong", self.wrong, "positions", self.positions)
+        check_same_shape("corrupt", self.corrupt, "clean", self.clean)
+        check_same_shape("correct", self.correct, "positions", self.positions)
+        check_same_shape("wrong", self.wrong, "positions", self.positions)
         if self.targets is not None and self.lengths is not None:
             raise LensError("targets have one length; leave lengths out")
         if self.positions.dim() != 2 or len(self.positions) != len(self.clean):
@@ -93,7 +96,7 @@ class Task:
             raise LensError("positions has no answers; give at least one per prompt")
         if not 0 <= int(self.positions.min()) <= int(self.positions.max()) < self.length:
             raise LensError(
-                f"positions must be 0 to {self.length - 1}; got {_range(self.positions)}"
+                f"positions must be 0 to {self.length - 1}; got {range_of(self.positions)}"
             )
         if self.lengths is not None and (
             self.lengths.shape != (self.n,)
@@ -132,6 +135,10 @@ class Task:
                     f"the mark {name!r} must be one position of 0 to {self.length - 1} for each of "
                     f"{self.n} prompts"
                 )
+        continuous = self.clean.is_floating_point() and (pictures or self.targets is not None)
+        for name in _WHOLE[2 * continuous :]:
+            if (given := getattr(self, name)) is not None:
+                object.__setattr__(self, name, whole(name, given))
 
     @property
     def n(self) -> int:
@@ -217,8 +224,13 @@ class Task:
         """Whether the metric has no gradient where the model is as it is, being at its best there."""
         return self.metric in metrics.FLAT
 
-    def take(self, rows: Tensor) -> "Task":
-        """These of the prompts (numbers), in this order; some may come twice."""
+    def take(self, rows: Tensor | Sequence[int]) -> "Task":
+        """These of the prompts (numbers), in this order; some may come twice.
+
+        Raises:
+            LensError: none, or a number that there is not.
+        """
+        rows = rows_of(rows, self.n)
 
         def some(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else tensor[rows]
@@ -265,7 +277,7 @@ class Task:
         if self.lengths is not None:
             raise LensError(
                 f"{what} {does}, and those of {self.name!r} have "
-                f"{_range(self.lengths)} tokens; give prompts of one length"
+                f"{range_of(self.lengths)} tokens; give prompts of one length"
             )
 
     def with_metric(self, metric: str) -> "Task":
@@ -368,7 +380,7 @@ class Task:
     def __repr__(self) -> str:
         better, corrupt = ("less", "more")[self.sign > 0], ("with", "without")[self.corrupt is None]
         dropped = f", {len(self.dropped)} dropped" if self.dropped else ""
-        length = self.length if self.lengths is None else _range(self.lengths)
+        length = self.length if self.lengths is None else range_of(self.lengths)
         if self.targets is not None:
             what = f"{self.n} targets of {self.length} tokens"
         elif self.clean.is_floating_point():
@@ -376,24 +388,3 @@ class Task:
         else:
             what = f"{self.n} prompts of {length} tokens"
         return f"Task({self.name}: {what}, {corrupt} corrupt ones{dropped}; {self.metric}, {better} is better)"
-
-
-def _check_targets(sources: Tensor, targets: Tensor) -> None:
-    """Raises LensError unless these are sources [prompts, ...] with targets [prompts, tokens]."""
-    if sources.dim() < 2 or targets.dim() != 2 or targets.is_floating_point():
-        raise LensError(
-            "targets must be token ids [prompts, tokens] beside sources [prompts, ...], got the shapes "
-            f"{list(targets.shape)} and {list(sources.shape)}"
-        )
-    if len(sources) != len(targets) or not targets.numel() or not sources.numel():
-        raise LensError(f"each source needs a target; got {len(sources)} and {len(targets)}")
-
-
-def _same_shape(name: str, tensor: Tensor | None, other_name: str, other: Tensor) -> None:
-    if tensor is not None and tensor.shape != other.shape:
-        shapes = f"{list(other.shape)}; got {list(tensor.shape)}"
-        raise LensError(f"{name} must have the shape of {other_name}, {shapes}")
-
-
-def _range(tensor: Tensor) -> str:
-    return f"{int(tensor.min())} to {int(tensor.max())}"

@@ -319,11 +319,26 @@ def test_a_file_that_is_no_task_is_refused(toy, tmp_path, rows, message):
         ({"metric": "bleu"}, "unknown metric 'bleu'; known: loss, accuracy, logit_difference"),
         ({"metric": "logit_difference"}, "got 'logit_difference' without them"),
         ({"wrong": torch.zeros(N, 2)}, "got 'loss' with them"),
+        ({"clean": torch.zeros(N, LENGTH)}, "clean must be whole numbers, got torch.float32"),
+        ({"positions": torch.full((N, 2), 1.5)}, "positions must be whole numbers"),
+        ({"correct": torch.zeros(N, 2) > 0}, "correct must be whole numbers, got torch.bool"),
+        ({"corrupt": [[1]]}, "corrupt must be a Tensor"),
     ],
 )
 def test_tasks_that_do_not_fit_together_are_refused(changes, message):
     with pytest.raises(LensError, match=message):
         make(**changes)
+
+
+def test_numbers_of_any_width_are_the_same_and_prompts_that_there_are_not_are_refused(toy):
+    """torch reads uint8 as a mask; a prompt too many was an IndexError."""
+    task = induction(toy, n=3)
+    small = replace(task, positions=task.positions.to(torch.uint8), correct=task.correct.int())
+    assert torch.equal(small.evaluate(toy), task.evaluate(toy))
+    assert torch.equal(task.take([2, 0]).clean, task.clean[[2, 0]])
+    for rows in ([3], [-1], [0.5], [True], "ab", [[0]], 1):
+        with pytest.raises(LensError, match="rows must be"):
+            task.take(rows)
 
 
 def test_other_refusals(toy, reader):
