@@ -248,11 +248,11 @@ def test_alignment_is_what_its_definition_says():
     }
     (said,) = (one for one in listed.findings() if one.kind == "known")
     assert (
-        f"a share of {means[0]:.2f}, the other 6 {means[1]:.2f}: {means[0] - means[1]:.2f} ["
+        f"a share of {means[0]:.2f}, the other 6 {means[1]:.2f}: a difference of {means[0] - means[1]:+.2f} ["
         in said
     )
     by_order = alignment([traces, traces], known=[(0, 1)]).findings()[0]
-    assert "have a mean tau of" in by_order
+    assert "has a mean tau of" in by_order
     for known in ([], [(5, 0)], table.index.tolist()):
         with pytest.raises(LensError, match="known"):
             alignment(traces, labels, known=known)
