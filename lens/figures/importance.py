@@ -24,7 +24,7 @@ def importance_grid(scores: HeadScores, **look: Unpack[Look]) -> go.Figure:
     Example:
         >>> scores = lens.heads.importance(model, task, method="ablation")
         >>> lens.figures.importance_grid(scores).layout.title.text
-        'Ablation (mean) on induction: most at L0H0, 5.09 [4.49, 5.68] (loss)'
+        'Ablation (mean) on induction: most at L0H0, 5.09 [4.22, 5.83] (loss)'
     """
     text = [
         [

@@ -158,12 +158,13 @@ def mean_told(values: Shaped[np.ndarray, " units"], seed: int, form: str = ".3g"
     return f"{mean:{form}}{ends(low, high, form)}"
 
 
-def clear_told(many: int) -> str:
-    """What is said behind the number of those of so many whose intervals leave out 0.
+def clear_told(clear: int, many: int, what: str) -> str:
+    """How many of so many have intervals that leave out 0, in words.
 
     Example:
         >>> from lens.stats.verdicts import clear_told
-        >>> f"3 of 24 heads {clear_told(24)}"
+        >>> clear_told(3, 24, "heads")
         '3 of 24 heads have a 95 % interval that leaves out 0 (1.2 by chance)'
     """
-    return f"have a 95 % interval that leaves out 0 ({by_chance(many):.1f} by chance)"
+    has = "has" if clear == 1 else "have"
+    return f"{clear:,} of {many:,} {what} {has} a 95 % interval that leaves out 0 ({by_chance(many):.1f} by chance)"

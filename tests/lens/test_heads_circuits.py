@@ -93,6 +93,12 @@ def test_disagreement_and_redundancy_are_said_in_words():
     assert "L0H1 only by ablation (mean)" in last
     assert "share no most important head (0%" in last
     group = ablate(model, task, heads=["L1H0", "L1H2", "L1H3"], progress=False)
+    (alone,) = group.findings()
+    row = group.table().iloc[0]
+    assert (row["heads"], row["n"], alone.kind) == ("L1H0, L1H2, L1H3", 16, "worth")
+    assert alone.startswith(
+        f"Together L1H0, L1H2, L1H3 are worth {row['value']:.3g} [{row['low']:.3g}, {row['high']:.3g}] "
+    )
     (said,) = group.findings(mean)
     assert said.startswith("Together L1H0, L1H2, L1H3 are worth ")
     assert "single-head importance understates them" in said

@@ -192,7 +192,7 @@ SAID = {
     importance: [
         "No head is told to be worth anything to copying: L0H0 0.4 [-1.2, 4.07], L1H1 0.02 [0.02, 0.02] (the highest of 4, by "
         "ablation (mean), in units of loss, n = 2).",
-        "1 of 4 heads have a 95 % interval that leaves out 0 (0.2 by chance).",
+        "1 of 4 heads has a 95 % interval that leaves out 0 (0.2 by chance).",
         "One head is out at a time, so that what others make up for does not show.",
         "The mean over 2 prompts that stands in for a head is to 1/2 the prompt's own output, so that what is lost is "
         "understated; take more prompts, or baseline='pooled_mean'.",

@@ -193,7 +193,7 @@ class EdgeScores(Result):
         if several and signed:
             largest = rows.loc[order[:seen]]
             clear = int(leave_out_0(largest["low"], largest["high"]).sum())
-            text = f"{clear:,} of {known:,} edges {clear_told(known)}."
+            text = f"{clear_told(clear, known, 'edges')}."
             said.append(Sentence(text, kind="chance"))
         if self.residual is not None and self.total:
             share = abs(self.residual / self.total)

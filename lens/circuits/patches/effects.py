@@ -125,7 +125,7 @@ class PatchEffects(Result):
         towards = rows.iloc[most]
         if away and towards["effect"] > 0 and moved.iloc[most]:
             text += f"; towards it {_place(towards)} most, {_change(towards, len(rows), len(self.base))}"
-        many = f"{clear} of {len(rows)} places {clear_told(len(rows))}."
+        many = f"{clear_told(clear, len(rows), 'places')}."
         said = Sentence(f"{text}.", kind="most")
         return (said, Sentence(many, kind="chance")) if len(self.base) > 1 else (said,)
 

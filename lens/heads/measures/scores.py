@@ -175,7 +175,7 @@ class HeadScores(Result):
         said = [Sentence(told, kind="none" if none else "top")]
         if self.n > 1 and not self.absolute:
             apart = int(leave_out_0(table["low"], table["high"]).sum())
-            text = f"{apart} of {len(table)} heads {clear_told(len(table))}."
+            text = f"{clear_told(apart, len(table), 'heads')}."
             said.append(Sentence(text, kind="told"))
         limits = _LIMITS.get(self.method, ""), self.intervention.own_share(self.n)
         return (*said, *(Sentence(limit, kind="limit") for limit in limits if limit))

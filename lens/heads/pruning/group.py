@@ -3,10 +3,11 @@
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 
 from lens.common.errors import LensError
 from lens.common.head_ids import HeadId
-from lens.common.results import Sentence, ends, few
+from lens.common.results import Result, Sentence, ends, few
 from lens.heads.measures.scores import HeadScores, Intervention
 from lens.stats import over_units
 from lens.stats.verdicts import Verdict, verdict
@@ -29,7 +30,7 @@ _TOLD: dict[Verdict, tuple[str, str]] = {
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class GroupAblation:
+class GroupAblation(Result):
     """What a group of heads is worth to a task, all replaced at once.
 
     Sign as in `HeadScores`: positive = without them the task goes worse.
@@ -103,11 +104,25 @@ class GroupAblation:
         low, high = over_units(self.per_prompt - alone, np.ones(self.n), seed, shares=False)
         return float(low), float(high)
 
-    def findings(self, single: HeadScores, *, seed: int = 0) -> tuple[Sentence, ...]:
-        """Whether single heads understate or overstate what the group is worth.
+    def table(self, *, seed: int = 0) -> pd.DataFrame:
+        """One row: `heads` ("L1H0, L1H3"), `value` with `low` and `high` (95 % bootstrap interval over prompts), `n`."""
+        low, high = self.interval(seed=seed)
+        heads = ", ".join(map(str, self.heads))
+        row = {"heads": heads, "value": self.value, "low": low, "high": high, "n": self.n}
+        return pd.DataFrame([row])
+
+    def findings(self, single: HeadScores | None = None, *, seed: int = 0) -> tuple[Sentence, ...]:
+        """What the group is worth ("worth"), or whether single heads understate or overstate it.
 
         By the interval of `interaction`: kind "understated", "overstated" or "same". Errors as in `interaction`.
         """
+        worth = f"{self.value:.3g}{ends(*self.interval(seed=seed))}"
+        if single is None:
+            text = (
+                f"Together {few(self.heads)} {'are' if len(self.heads) > 1 else 'is'} worth {worth} {self.metric} to "
+                f"{self.task} ({self.clean.mean():.3g} with all heads, {self.ablated.mean():.3g} without, n = {self.n})."
+            )
+            return (Sentence(text, kind="worth"),)
         extra = self.interaction(single)
         low, high = self.interaction_interval(single, seed=seed)
         kind, told = _TOLD[verdict(low, high)]
@@ -115,8 +130,8 @@ class GroupAblation:
             told = "one prompt tells nothing of single heads beside the group"
         return (
             Sentence(
-                f"Together {', '.join(map(str, self.heads))} are worth {self.value:.3g}"
-                f"{ends(*self.interval(seed=seed))} ({self.metric}), alone {self.value - extra:.3g} in sum (difference "
+                f"Together {', '.join(map(str, self.heads))} are worth {worth} "
+                f"({self.metric}), alone {self.value - extra:.3g} in sum (difference "
                 f"{extra:+.3g}{ends(low, high, '+.3g')}, n = {self.n}); {told}.",
                 kind=kind,
             ),

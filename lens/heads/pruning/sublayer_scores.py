@@ -70,7 +70,7 @@ class SkipSweep(Result):
         apart = int((clear & (table["drop"].abs() > rounding)).sum())
         return (
             Sentence(f"Without {told}{beside}.", kind="most"),
-            Sentence(f"{apart} of {many} sub-layers {clear_told(many)}.", kind="chance"),
+            Sentence(f"{clear_told(apart, many, 'sub-layers')}.", kind="chance"),
         )
 
     def __repr__(self) -> str:
