@@ -14,6 +14,7 @@ MADE_BY = {
     "Circuit": "lens.circuits.find(model, task) makes one",
     "EdgeScores": "lens.circuits.score_edges(model, task) makes one, and lens.circuits.find(model, task) holds one",
     "HeadScores": "lens.heads.importance(model, task) makes them",
+    "PruningCurve": "lens.heads.pruning.curve(model, task, order=scores) makes one",
     "Agreement": "lens.heads.agreement(scores, others) makes one",
     "Effect": "lens.effect(model, prompts, edit) makes one",
     "Segments": "lens.vision.segments(model, inputs) makes them",

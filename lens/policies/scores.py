@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from lens.common.choices import check_choice
 from lens.common.head_ids import HeadId, all_heads, head_columns
 from lens.common.results import Result, Sentence, ends, few, with_ends
 from lens.stats.intervals import columns
@@ -75,7 +76,12 @@ class PolicyScores(Result):
         return all_heads(self.layers, self.values.shape[3])
 
     def of(self, column: str) -> np.ndarray:
-        """[policies, layers, heads, prompts] of a column."""
+        """[policies, layers, heads, prompts] of a column.
+
+        Raises:
+            LensError: no such column.
+        """
+        check_choice("column", column, COLUMNS)
         return self.values[:, list(COLUMNS).index(column)]
 
     @property

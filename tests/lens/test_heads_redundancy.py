@@ -137,6 +137,7 @@ def test_what_cannot_be_grouped_is_refused():
     found = of_distances(line(0, 1, 5), n=2)
     cases = [
         (lambda: clusters(found, count=4), "count must be 1 to 3"),
+        (lambda: clusters(found, count="x"), "count must be 1 to 3"),
         (lambda: clusters(found, resamples=0), "resamples must be a positive integer"),
         (lambda: redundancy(found, resamples=0), "resamples must be a positive integer"),
         (lambda: clusters(of_distances(line(0, 1))), "at least 3 heads, toy has 2"),

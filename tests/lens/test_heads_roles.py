@@ -296,6 +296,16 @@ def test_what_cannot_be_asked_for_is_said(toy, toy_roles):
         roles(toy, [1, 2, 3], baseline="zero")
     with pytest.raises(LensError, match="unknown column 'x'; known: previous_token"):
         toy_roles.top("x")
+    for method, options, said in (
+        ("top", {"column": "induction", "count": 1.5}, "count must be a positive integer, got 1.5"),
+        ("top", {"column": ["induction"]}, "column must be a text, got"),
+        ("findings", {"most": "x"}, "most must be a positive integer, got 'x'"),
+        ("findings", {"columns": 3}, "columns must be a list, got 3"),
+        ("findings", {"random_weights": [1]}, "random_weights must be a mapping, got"),
+        ("sink_heads", {"rows_below": "x", "column_above": 1}, "rows_below must be a number"),
+    ):
+        with pytest.raises(LensError, match=said):
+            getattr(toy_roles, method)(**options)
     p = probabilities(layers=1, heads=2, length=11, seed=4)
     with pytest.raises(LensError, match="pattern must be one of 'previous_token_head'"):
         detect(trace_of(p), "x")

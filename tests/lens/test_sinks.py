@@ -71,6 +71,8 @@ def test_learned_sinks_take_of_the_first_query_too():
     assert found.alpha[0, 0] == pytest.approx(sum(1 / n for n in range(1, 9)) / 8 / 20)
     assert found.value == 1
     assert found.curve((0.01, 0.1)).values.tolist() == [1, 0]
+    with pytest.raises(LensError, match="epsilons must be a list, got 3"):
+        found.curve(3)  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize(("name", "queries"), [("gemma2", 29), ("bert", 29)])

@@ -14,7 +14,8 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
-from lens.common.choices import Seed
+from lens.common.checked import checked
+from lens.common.choices import Count, Seed
 from lens.common.errors import LensError
 from lens.common.head_ids import HeadId, head_columns
 from lens.common.progress import advancing
@@ -95,7 +96,8 @@ class HeadRoles(Result):
         parts = [pd.DataFrame({"name": names}), result, pd.DataFrame(added)]
         return pd.concat(parts, axis=1)
 
-    def top(self, column: str, count: int = 5) -> pd.DataFrame:
+    @checked
+    def top(self, column: str, count: Count = 5) -> pd.DataFrame:
         """The heads with the largest score: `name`, `value`, `low`, `high`, `baseline`.
 
         Raises:
@@ -109,6 +111,7 @@ class HeadRoles(Result):
         found["baseline"] = table.get(f"{column}_baseline", np.nan)
         return found.reset_index(drop=True)
 
+    @checked
     def sink_heads(self, *, rows_below: float, column_above: float) -> list[HeadId]:
         """Heads that all rows send to the first key: Guo et al.'s rule with its two thresholds.
 
@@ -128,11 +131,12 @@ class HeadRoles(Result):
         pooled = tables[0] if len(tables) == 1 else pooled_table(tables, "all", seed=self.seed)
         return wide(pooled, prompts=self.prompts)
 
+    @checked
     def findings(
         self,
         *,
         columns: Sequence[str] = _SHOWN,
-        most: int = 1,
+        most: Count = 1,
         random_weights: Mapping[str, float] | None = None,
     ) -> tuple[Sentence, ...]:
         """The heads with the largest score of each role, and where they lie beside the baseline; the kind is the column.

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from lens import stats
+from lens.common.checked import checked
 from lens.common.errors import LensError
 from lens.common.head_ids import AnyHead, HeadId, head_id
 from lens.common.results import Result, Sentence
@@ -101,6 +102,7 @@ class HeadSimilarity(Result):
         parts = (weights[start : start + step] for start in range(0, resamples, step))
         return (values for part in parts for values in self._of_pairs(part, *pairs))
 
+    @checked
     def interval(self, *, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
         """Low and high end [head, head] of the 95 % interval over prompts; NaN for one."""
         ends = np.full((2, *self.sums.shape[1:]), np.nan)
@@ -124,6 +126,7 @@ class HeadSimilarity(Result):
         norm = np.sqrt(np.where(own > 0, own, np.nan))
         return sums / (norm[:, a] * norm[:, b])
 
+    @checked
     def neighbours(self, head: AnyHead, count: int = 5) -> pd.DataFrame:
         """The heads most like one head: columns `name`, `layer`, `head`, `value`, `low`,
         `high`, `n`, closest first.
@@ -150,6 +153,7 @@ class HeadSimilarity(Result):
         order = np.argsort(self.distances[row], kind="stable")
         return table.iloc[order[order != row][:count]].reset_index(drop=True)
 
+    @checked
     def table(self, *, seed: int = 0) -> pd.DataFrame:
         """One row per pair: `first`, `second`, `value`, `low`, `high`, `floor`, `n`; closest first."""
         low, high = self.interval(seed=seed)
@@ -178,6 +182,7 @@ class HeadSimilarity(Result):
         """`closeness` of other values, such as resampled ones."""
         return 1 - values / np.log(2) if self.method == "js" else values
 
+    @checked
     def clusters(
         self, *, count: int | None = None, resamples: int = 200, seed: int = 0
     ) -> HeadClusters:
@@ -193,6 +198,7 @@ class HeadSimilarity(Result):
         """
         return clusters(self, count=count, resamples=resamples, seed=seed)
 
+    @checked
     def redundancy(self, *, resamples: int = 300, seed: int = 0) -> pd.DataFrame:
         """How replaceable each head looks: one row per head, most redundant first.
 
@@ -210,6 +216,7 @@ class HeadSimilarity(Result):
         """
         return redundancy(self, resamples=resamples, seed=seed)
 
+    @checked
     def findings(self, *, seed: int = 0) -> tuple[Sentence, ...]:
         """The two heads that are most alike, beside the same two across prompts and the median pair ("closest")."""
         table = self.table(seed=seed).dropna(subset="value")

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from lens import stats
-from lens.common.choices import check_counts
+from lens.common.choices import check_counts, is_whole
 from lens.common.errors import LensError
 from lens.common.head_ids import HeadId, head_columns
 from lens.common.results import Result, Sentence
@@ -150,7 +150,7 @@ def clusters(
         )
     if heads < 3:
         raise LensError(f"clusters need at least 3 heads, {similarity.model} has {heads}")
-    if count is not None and not 1 <= count <= heads:
+    if count is not None and not (is_whole(count) and 1 <= count <= heads):
         raise LensError(f"count must be 1 to {heads}, the number of heads, got {count}")
     check_counts(resamples=resamples)
     found = grouped(distances, count=count, seed=seed)

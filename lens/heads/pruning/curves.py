@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from lens.common.checked import checked
 from lens.common.choices import Seed, check_counts, is_number
 from lens.common.errors import LensError
 from lens.common.head_ids import AnyHead, HeadId
@@ -90,6 +91,7 @@ class PruningCurve(Result):
         last = len(self.removed) - 1 if not len(over) else over[0] - 1
         return self.order[: int(self.removed[last])] if last >= 0 else ()
 
+    @checked
     def beside(self, other: PruningCurve) -> PruningCurve:
         """The same with the random orders of another curve of these prompts and heads."""
         return replace(self, random=other.random)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import pandas as pd
 
+from lens.common.checked import checked
 from lens.common.choices import Seed
 from lens.common.errors import LensError
 from lens.common.given import given_traces
@@ -78,6 +79,7 @@ class SinkRate(Result):
         """[layers, heads], mean of alpha over the samples."""
         return self.alphas.mean(0)
 
+    @checked
     def curve(self, epsilons: Sequence[float] = _GRID) -> SinkCurve:
         """The rate at each of `epsilons`, of which those that a first key exceeds anyway are left out.
 
