@@ -277,6 +277,12 @@ for _name, _options in {
     "scale": {"scale": -0.3},
     "float16": {"dtype": torch.float16},
     "bfloat16": {"dtype": torch.bfloat16},
+    "bfloat16 in whole vectors": {"dtype": torch.bfloat16, "sizes": (2, 14, 2, 1, 2099, 64, 80)},
+    "bfloat16 in place": {
+        "dtype": torch.bfloat16,
+        "sizes": (2, 14, 2, 1, 2099, 64, 80),
+        "statistics": ("lse", "entropy", "received", "block_mass"),
+    },
     "wide": {"sizes": (1, 2, 1, 2, 1100, 256, 200)},
     "groups": {"groups": (torch.arange(2 * 2099) % 7 % 4).view(2, 2099)},
     "blocks": {"block_mask": _chance(0.6, 1, 4, 1, 66)},
@@ -291,6 +297,7 @@ for _name, _options in {
 FEW = (
     "few on many, ragged",
     "few on many, bfloat16",
+    "few on many, bfloat16 in place",
     "bfloat16, whole tiles and more",
     "float32, whole tiles, causal",
     "few on many, blocks of 7",

@@ -6,7 +6,7 @@
  * done, the sums of a head's pieces are merged in order, and what needs the log-sum-exp (block maps,
  * received mass, diagonals) is read off the row.
  */
-#include "forward.h"
+#include "few.h"
 
 enum {
   PIECE = 1024, /* keys of a unit, about: whole key blocks */
@@ -34,19 +34,6 @@ typedef struct {
   int64_t batch, kv_head, row0, start, keys, number; /* row0: of [batch, heads, queries] */
   float *query, *key, *value, *norm;                 /* scratch: scaled queries, a key, some values, norms of values */
 } Unit;
-
-static float dot(const float *x, const float *y, int64_t n) {
-  vec even = splat(0.0f), odd = even;
-  int64_t i = 0;
-  for (; i + 2 * LANES <= n; i += 2 * LANES) {
-    even += load(x + i) * load(y + i);
-    odd += load(x + i + LANES) * load(y + i + LANES);
-  }
-  if (i + LANES <= n) even += load(x + i) * load(y + i), i += LANES;
-  float sum = total(even + odd);
-  for (; i < n; i++) sum += x[i] * y[i];
-  return sum;
-}
 
 static float largest_of(const float *x, int64_t n) {
   float best = -INFINITY;
@@ -76,12 +63,18 @@ static int all_finite(const float *x, int64_t n) {
 
 static void dot_products(const Unit *u, float *s) {
   const Inputs *in = &u->plan->a->in;
-  const int64_t at = u->batch * in->key.batch + u->kv_head * in->key.head + u->start * in->key.row;
-  for (int64_t k = 0; k < u->keys; k++) {
-    const float *key = (const float *)in->key.data + at + k * in->key.row;
-    if (in->key.type != F32) read_row(u->key, &in->key, at + k * in->key.row, in->head_dim), key = u->key;
-    for (int64_t r = 0; r < u->plan->rows; r++)
-      s[r * u->plan->width + k] = dot(key, u->query + r * in->head_dim, in->head_dim);
+  const int64_t dim = in->head_dim, at = u->batch * in->key.batch + u->kv_head * in->key.head + u->start * in->key.row;
+  const int64_t row = in->key.row, brain = in->key.type == BF16, rows = u->plan->rows, width = u->plan->width;
+  int64_t k = 0;
+  for (; dim % LANES == 0 && in->key.type != F16 && k + LANES <= u->keys; k += LANES) {
+    const char *key = (const char *)in->key.data + (brain ? 2 : 4) * (at + k * row);
+    for (int64_t r = 0; r < rows; r++)
+      store(s + r * width + k, brain ? dots(1, !r, u->query + r * dim, key, 2 * row, dim)
+                                     : dots(0, !r, u->query + r * dim, key, 4 * row, dim));
+  }
+  for (; k < u->keys; k++) {
+    read_row(u->key, &in->key, at + k * row, dim);
+    for (int64_t r = 0; r < rows; r++) s[r * width + k] = dot(u->key, u->query + r * dim, dim);
   }
 }
 
@@ -148,49 +141,31 @@ static float matched(const float *p, const int32_t *label, int32_t wanted, int64
   return all;
 }
 
-/* Vectors where the compiler does not make them of its own accord. */
-#if defined(__GNUC__) && !defined(__clang__)
-__attribute__((optimize("O3")))
-#endif
-static void square_roots(float *x, int64_t n) {
-  for (int64_t i = 0; i < n; i++) x[i] = sqrtf(x[i]);
-}
-
-static void norms(const float *value, int64_t row, int64_t dim, int64_t count, float *norm) {
-  int64_t i = 0;
-  for (; dim % LANES == 0 && i + LANES <= count; i += LANES) {
-    vec sums[LANES];
-    UNROLL for (int l = 0; l < LANES; l++) {
-      const float *x = value + (i + l) * row;
-      sums[l] = load(x) * load(x);
-      for (int64_t d = LANES; d < dim; d += LANES) sums[l] += load(x + d) * load(x + d);
-    }
-    store(norm + i, totals(sums));
-  }
-  for (; i < count; i++) norm[i] = dot(value + i * row, value + i * row, dim);
-  square_roots(norm, count);
-}
-
 /* sum_k p[r][k] v[k] of all rows into their sums, and the norms of the values where they are wanted. */
 static void weigh_values(const Unit *u, const float *p, float *output) {
   const Decode *plan = u->plan;
   const Inputs *in = &plan->a->in;
-  const int64_t at = u->batch * in->value.batch + u->kv_head * in->value.head + u->start * in->value.row;
-  const int in_place = in->value.type == F32 && plan->value_width == in->value_dim;
-  const int64_t stride = plan->pieces * plan->sums;
+  const Operand *from = &in->value;
+  const int64_t at = u->batch * from->batch + u->kv_head * from->head + u->start * from->row, dim = plan->value_width;
+  const int64_t stride = plan->pieces * plan->sums, width = plan->width, rows = plan->rows;
+  const int whole = dim == in->value_dim, norm = plan->a->mean_value_norm != NULL, brain = from->type == BF16;
   for (int64_t k = 0, step; k < u->keys; k += step) {
-    step = least(in_place ? u->keys : TILE, u->keys - k);
-    const float *value = (const float *)in->value.data + at + k * in->value.row;
-    int64_t row = in->value.row;
-    if (!in_place) {
-      value = u->value, row = plan->value_width;
+    step = least(TILE, u->keys - k);
+    const char *value = (const char *)from->data + (at + k * from->row) * (brain ? 2 : 4);
+    if (whole && brain && !norm) {
+      weigh_all(1, dim, rows, p + k, width, value, 2 * from->row, step, output, stride);
+      continue;
+    }
+    int64_t row = from->row;
+    if (!whole || from->type != F32) {
+      value = (const char *)u->value, row = dim;
       for (int64_t i = 0; i < step; i++) {
-        read_row(u->value + i * row, &in->value, at + (k + i) * in->value.row, in->value_dim);
+        read_row(u->value + i * row, from, at + (k + i) * from->row, in->value_dim);
         for (int64_t d = in->value_dim; d < row; d++) u->value[i * row + d] = 0.0f;
       }
     }
-    product_onto(plan->value_width, plan->rows, step, p + k, plan->width, value, row, output, stride, NULL);
-    if (plan->a->mean_value_norm) norms(value, row, in->value_dim, step, u->norm + k);
+    weigh_all(0, dim, rows, p + k, width, value, 4 * row, step, output, stride);
+    if (norm) norms((const float *)value, row, in->value_dim, step, u->norm + k);
   }
 }
 
