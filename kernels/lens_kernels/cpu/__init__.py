@@ -4,8 +4,7 @@
 are compiled on first use with the machine's C compiler (a few seconds, once; `build.py`) and called
 through ctypes. bfloat16 is multiplied by the machine's own instruction where the compiler knows one (`brain.h`,
 AVX512_BF16, and `amx.h`, the tiles of AMX; the probabilities are then rounded to bfloat16 before they meet the values, as
-elsewhere, and statistics are not), else as float32. The tiles of AMX multiply float32 too, each number as the sum of three of
-bfloat16 (`parts.h`), with float32's accuracy. Where there is no compiler, `supports` says so, and the torch backend
+elsewhere, and statistics are not), else as float32. Where there is no compiler, `supports` says so, and the torch backend
 serves, slower.
 
 Why C without torch's headers, measured on 2 cores (causal, 8 heads x 64, 4,096 tokens, with

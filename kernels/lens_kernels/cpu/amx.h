@@ -1,4 +1,4 @@
-/* Matrix products by the tiles of AMX: 16 rows of 16 pairs of bfloat16 at once, summed in float32.
+/* Matrix products of bfloat16 numbers by the tiles of AMX: 16 rows of 16 pairs at once, summed in float32.
  *
  * Where the compiler knows it for this machine, HAS_AMX is 1; whether the kernel of the system lets a process use the
  * tiles is asked once. Pairs are those of brain.h. A thread sets its tiles up with `begin_tiles` and gives them back as
@@ -15,15 +15,12 @@
 #define HAS_AMX 0
 #endif
 
-enum {
-  SIDE = 16, /* rows of a tile, and pairs in each */
-  PARTS = 3, /* numbers of bfloat16 whose sum is one of float32 (parts.h) */
-};
+enum { SIDE = 16 }; /* rows of a tile, and pairs in each */
 
-/* A matrix of bfloat16 pairs in blocks of SIDE x SIDE, or the `PARTS` of one of float32; a row of blocks lies in one piece. */
+/* A matrix of pairs in blocks of SIDE x SIDE; a row of blocks lies in one piece. */
 typedef struct {
   const uint32_t *data;
-  int64_t row, part; /* pairs from a row of blocks, and from a part, to the next */
+  int64_t row; /* pairs from a row of blocks to the next */
 } Pairs;
 
 #if HAS_AMX
@@ -65,27 +62,10 @@ static inline void end_tiles(const Tiles *before) {
 }
 
 /* A block into a tile. */
-#define LOAD(tile, matrix, part_, i, j) _tile_loadd(tile, (matrix).data + (part_) * (matrix).part + (i) * (matrix).row + (j) * SIDE * SIDE, 4 * SIDE)
+#define LOAD(tile, matrix, i, j) _tile_loadd(tile, (matrix).data + (i) * (matrix).row + (j) * SIDE * SIDE, 4 * SIDE)
 
-INLINE void load_left(const int tall, Pairs a, int part, int64_t k) {
-  LOAD(4, a, part, 0, k);
-  if (tall) LOAD(5, a, part, 1, k);
-}
-INLINE void load_right(const int wide, Pairs b, int part, int64_t k) {
-  LOAD(6, b, part, k, 0);
-  if (wide) LOAD(7, b, part, k, 1);
-}
-INLINE void add_product(const int tall, const int wide) {
-  _tile_dpbf16ps(0, 4, 6);
-  if (wide) _tile_dpbf16ps(1, 4, 7);
-  if (tall) _tile_dpbf16ps(2, 5, 6);
-  if (tall && wide) _tile_dpbf16ps(3, 5, 7);
-}
-
-/* c[m][n] = (fresh ? 0 : c[m][n]) + sum over pairs, of one or two blocks of rows (tall) and columns (wide). Of parts, the
- * products that float32 can tell from 0 beside the largest: those whose numbers, from 0, add up to 2 at most. */
-INLINE void multiply_blocks(const int parts, const int tall, const int wide, const int fresh, int64_t blocks, Pairs a, Pairs b,
-                            float *c, int64_t c_row) {
+/* c[m][n] = (fresh ? 0 : c[m][n]) + sum over pairs, of one or two blocks of rows (tall) and columns (wide). */
+INLINE void multiply_blocks(const int tall, const int wide, const int fresh, int64_t blocks, Pairs a, Pairs b, float *c, int64_t c_row) {
   float *below = c + SIDE * c_row;
   if (fresh) {
     _tile_zero(0);
@@ -99,12 +79,18 @@ INLINE void multiply_blocks(const int parts, const int tall, const int wide, con
     if (tall && wide) _tile_loadd(3, below + SIDE, 4 * c_row);
   }
   for (int64_t k = 0; k < blocks; k++) {
-    load_left(tall, a, 0, k);
-    for (int part = parts - 1; part >= 0; part--) load_right(wide, b, part, k), add_product(tall, wide);
-    if (parts == 1) continue;
-    load_left(tall, a, 2, k), add_product(tall, wide);
-    load_left(tall, a, 1, k), add_product(tall, wide);
-    load_right(wide, b, 1, k), add_product(tall, wide);
+    LOAD(4, a, 0, k);
+    LOAD(6, b, k, 0);
+    _tile_dpbf16ps(0, 4, 6);
+    if (wide) {
+      LOAD(7, b, k, 1);
+      _tile_dpbf16ps(1, 4, 7);
+    }
+    if (tall) {
+      LOAD(5, a, 1, k);
+      _tile_dpbf16ps(2, 5, 6);
+    }
+    if (tall && wide) _tile_dpbf16ps(3, 5, 7);
   }
   _tile_stored(0, c, 4 * c_row);
   if (wide) _tile_stored(1, c + SIDE, 4 * c_row);
@@ -112,28 +98,20 @@ INLINE void multiply_blocks(const int parts, const int tall, const int wide, con
   if (tall && wide) _tile_stored(3, below + SIDE, 4 * c_row);
 }
 
-/* The same of any rows, columns and pairs that are multiples of SIDE. */
-INLINE void multiply_all(const int parts, const int fresh, int64_t columns, int64_t rows, int64_t pairs, Pairs a, Pairs b,
-                         float *c, int64_t c_row) {
+/* c [rows][c_row] = (fresh ? 0 : c) + a b, of any rows, columns and pairs that are multiples of SIDE. */
+static inline void product_amx(const int fresh, int64_t columns, int64_t rows, int64_t pairs, Pairs a, Pairs b, float *c, int64_t c_row) {
   __asm__ volatile("" ::: "memory"); /* tiles are read behind the compiler's back: what they read is in memory now */
   for (int64_t n = 0; n < columns; n += 2 * SIDE)
     for (int64_t m = 0; m < rows; m += 2 * SIDE) {
-      const Pairs left = {a.data + m / SIDE * a.row, a.row, a.part}, right = {b.data + n * SIDE, b.row, b.part};
+      const Pairs left = {a.data + m / SIDE * a.row, a.row}, right = {b.data + n * SIDE, b.row};
       float *to = c + m * c_row + n;
       const int tall = m + SIDE < rows, wide = n + SIDE < columns;
-      if (tall && wide) multiply_blocks(parts, 1, 1, fresh, pairs / SIDE, left, right, to, c_row);
-      else if (tall) multiply_blocks(parts, 1, 0, fresh, pairs / SIDE, left, right, to, c_row);
-      else if (wide) multiply_blocks(parts, 0, 1, fresh, pairs / SIDE, left, right, to, c_row);
-      else multiply_blocks(parts, 0, 0, fresh, pairs / SIDE, left, right, to, c_row);
+      if (tall && wide) multiply_blocks(1, 1, fresh, pairs / SIDE, left, right, to, c_row);
+      else if (tall) multiply_blocks(1, 0, fresh, pairs / SIDE, left, right, to, c_row);
+      else if (wide) multiply_blocks(0, 1, fresh, pairs / SIDE, left, right, to, c_row);
+      else multiply_blocks(0, 0, fresh, pairs / SIDE, left, right, to, c_row);
     }
   __asm__ volatile("" ::: "memory");
-}
-
-/* c [rows][c_row] = (fresh ? 0 : c) + a b */
-static inline void product_amx(int parts, const int fresh, int64_t columns, int64_t rows, int64_t pairs, Pairs a, Pairs b,
-                               float *c, int64_t c_row) {
-  if (parts == 1) multiply_all(1, fresh, columns, rows, pairs, a, b, c, c_row);
-  else multiply_all(PARTS, fresh, columns, rows, pairs, a, b, c, c_row);
 }
 
 /* Lane i of x[k] becomes lane k of x[i]. */

@@ -7,7 +7,7 @@
  * column statistics) is kept relative to the pivot of its key tile and multiplied by
  * exp(pivot - lse) when the row is finished, so Q K' is computed once.
  *
- * The tiles of AMX need keys and values in an order of their own, float32 as sums of bfloat16 (parts.h): several tiles of
+ * The tiles of AMX need keys and values in an order of their own (blocks.h): several tiles of
  * queries then meet a tile of keys one after the other, so that it is put so once for all of them.
  *
  * Memory per thread is O(keys): sums per (query, key block), and, only for column statistics, a strip
@@ -24,8 +24,8 @@ static void begin_tile(State *t, int64_t head, Tile tile) {
   const Plan *plan = t->plan;
   const Forward *a = t->a;
   const Scratch *w = t->w;
-  t->q = (Rows){.in = &a->in, .query = w->query, .query_rows = w->query_rows, .key = w->key, .brain = plan->brain, .parts = plan->parts,
-                .query_parts = w->query_parts};
+  t->q = (Rows){.in = &a->in, .query = w->query, .query_rows = w->query_rows, .key = w->key, .brain = plan->brain,
+                .query_blocks = plan->amx ? w->query_blocks : NULL};
   load_rows(&t->q, head, tile);
   for (int64_t g = 0; g < plan->groups; g++) {
     Sums *sums = t->w->sums + g;
@@ -49,7 +49,7 @@ static void meet_keys(State *tiles, int64_t count, int64_t start, int64_t stop) 
     int64_t from = most(start, t->q.any_low), to = least(stop, t->q.any_high);
     if (from >= to || is_skipped(&t->q, start)) continue;
 #if HAS_AMX
-    if (t->plan->parts) {
+    if (t->plan->amx) {
       if (!split.keys.data) split = split_keys(t, start, stop - start);
       t->q.split = &split;
       from = start + (from - start) / (2 * SIDE) * (2 * SIDE);
@@ -75,7 +75,7 @@ static void query_tiles(const Plan *plan, Scratch *w, int64_t head, int64_t firs
   }
   for (State *t = tiles; t < tiles + count; t++) {
 #if HAS_AMX
-    if (plan->parts) turn_outputs(t);
+    if (plan->amx) turn_outputs(t);
 #endif
     if (t->a->groups) finish_groups(t);
     finish_rows(t);
@@ -100,13 +100,13 @@ static void lay_out(const Plan *plan, Layout *layout, Scratch *all) {
   w.value = take(layout, 4 * tile * plan->value_width);
   w.p = take(layout, plan->columns ? 0 : 4 * ROWS * tile);
   w.s = take(layout, a->groups ? 4 * ROWS * tile : 0);
-  w.pairs = take(layout, 2 * ROWS * tile * (plan->parts ? plan->parts : plan->brain));
-  w.split_parts = take(layout, 2 * tile * plan->parts * (in->head_dim + plan->value_width));
-  w.turned = take(layout, plan->parts ? 4 * ROWS * plan->value_width : 0);
+  w.pairs = take(layout, 2 * ROWS * tile * plan->brain);
+  w.key_blocks = take(layout, 2 * tile * plan->amx * (in->head_dim + plan->value_width));
+  w.turned = take(layout, 4 * ROWS * plan->amx * plan->value_width);
   for (int64_t i = 0; i < plan->together; i++) {
     w.query = take(layout, 4 * ROWS * in->head_dim);
     w.query_rows = take(layout, 4 * FEW * in->head_dim);
-    w.query_parts = take(layout, 2 * ROWS * plan->parts * in->head_dim);
+    w.query_blocks = take(layout, 2 * ROWS * plan->amx * in->head_dim);
     if (plan->columns) w.p = take(layout, 4 * ROWS * (in->keys * plan->groups + SIDE));
     w.marks = take(layout, a->pairs * (int64_t)sizeof(Marks));
     w.part_sum = take(layout, 4 * ROWS * parts);
@@ -146,7 +146,7 @@ static void run_unit(void *argument, char *scratch, int64_t unit) {
   if (!is_finite_share(plan, head, chunk)) __atomic_store_n(plan->args->infinite, 1, __ATOMIC_RELAXED);
 #if HAS_AMX
   Tiles before;
-  if (plan->parts) begin_tiles(&before);
+  if (plan->amx) begin_tiles(&before);
 #endif
   const int64_t begin = plan->cut.chunk_start[chunk], count = plan->cut.chunk_start[chunk + 1] - begin;
   const int64_t times = (count + plan->together - 1) / plan->together;
@@ -156,7 +156,7 @@ static void run_unit(void *argument, char *scratch, int64_t unit) {
     query_tiles(plan, w, head, first, end - first, received, diagonal, &seen_rows);
   }
 #if HAS_AMX
-  if (plan->parts) end_tiles(&before);
+  if (plan->amx) end_tiles(&before);
 #endif
 }
 
@@ -174,7 +174,7 @@ int lens_forward(const Forward *a) {
   plan.blocks = a->block_mass || a->block_max || a->block_max_logit || a->block_weighted || a->top_k;
   plan.brain = HAS_BRAIN && in->query.type == BF16 && in->head_dim % 2 == 0;
 #if HAS_AMX
-  if (in->head_dim % (2 * SIDE) == 0 && (plan.brain || in->queries >= SPLIT_FROM) && may_use_amx()) plan.parts = plan.brain ? 1 : PARTS;
+  plan.amx = plan.brain && in->head_dim % (2 * SIDE) == 0 && may_use_amx();
 #endif
   plan.rows = a->entropy || a->concentration || a->distance;
   plan.split = in->blocks.data || (plan.blocks && in->key_block > widest);
@@ -182,8 +182,8 @@ int lens_forward(const Forward *a) {
   if (plan.split) plan.key_tile = least(widest, in->key_block);
   else if (plan.blocks) plan.key_tile = widest / in->key_block * in->key_block;
   plan.diagonal_width = a->distances + 2 * SLACK;
-  plan.together = !plan.parts ? 1 : plan.columns ? TOGETHER / 4 : TOGETHER; /* columns keep P' of each whole */
-  const int64_t enough = plan.parts ? least(in->queries / (2 * ROWS), 32 * in->threads / heads) : in->queries;
+  plan.together = !plan.amx ? 1 : plan.columns ? TOGETHER / 4 : TOGETHER; /* columns keep P' of each whole */
+  const int64_t enough = plan.amx ? least(in->queries / (2 * ROWS), 32 * in->threads / heads) : in->queries;
   int status = cut_queries(in, most(1, plan.columns ? 256 / heads : enough), &plan.cut);
   const int64_t units = heads * plan.cut.chunks;
   if (status == OK && a->received) {

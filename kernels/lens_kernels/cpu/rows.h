@@ -1,7 +1,7 @@
 /* What both passes share: the caller's inputs, a tile of query rows, and its logits with every mask. */
 #pragma once
 
-#include "parts.h"
+#include "blocks.h"
 #if defined(__F16C__)
 #include <immintrin.h>
 #endif
@@ -138,9 +138,8 @@ typedef struct {
   float *query;      /* Q' scaled: panels of [head_dim][width] */
   float *query_rows; /* the first FEW rows of Q scaled */
   int brain;         /* query holds pairs of bfloat16, not scaled: panels of [head_dim / 2][width] */
-  int parts, fit;    /* of the queries for the tiles of AMX (0: none), and whether these may be multiplied so */
-  uint32_t *query_parts; /* [parts]: rows of pairs of depths, a lane beside the other */
-  const Split *split;    /* the keys that are multiplied next, or NULL */
+  uint32_t *query_blocks; /* for the tiles of AMX, else NULL: rows of pairs of depths, a lane beside the other */
+  const Split *split;     /* the keys that are multiplied next, or NULL */
   float left;        /* the scale where logits do not have it yet, else 1 */
   float *key;        /* a copy of a key tile, where it cannot be read in place */
 } Rows;
@@ -166,7 +165,6 @@ static inline void load_queries(Rows *t) {
   const Inputs *in = t->in;
   const float scale = (float)in->scale;
 #if defined(__AVX512BF16__)
-  t->fit = 1;
   if (t->brain) {
     for (int64_t lane = 0; lane < t->lanes; lane += PANEL) {
       int64_t width = least(PANEL, t->lanes - lane), rows = most(0, least(width, t->rows - lane));
@@ -179,8 +177,8 @@ static inline void load_queries(Rows *t) {
       }
     }
 #if HAS_AMX
-    const Pairs blocks = pairs_at(t->query_parts, in->head_dim / 2, t->lanes);
-    for (int64_t d = 0; t->parts && d < in->head_dim / 2; d++)
+    const Pairs blocks = pairs_at(t->query_blocks, t->lanes);
+    for (int64_t d = 0; t->query_blocks && d < in->head_dim / 2; d++)
       for (int64_t r = 0; r < t->lanes; r += SIDE) memcpy(place_of(blocks, d, r), (uint32_t *)t->query + d * t->lanes + r, 4 * SIDE);
 #endif
     return;
@@ -194,14 +192,6 @@ static inline void load_queries(Rows *t) {
     transpose_row(t->query, in->head_dim, r, t->lanes, row, scale);
     for (int64_t d = 0; r < FEW && d < in->head_dim; d++) t->query_rows[r * in->head_dim + d] = row[d] * scale;
   }
-#if HAS_AMX
-  if (t->parts) {
-    pair_lines(PARTS, pairs_at(t->query_parts, in->head_dim / 2, t->lanes), in->head_dim / 2, t->query, in->head_dim, t->lanes);
-    __mmask16 bad = 0;
-    for (int64_t i = 0; i < in->head_dim * t->lanes; i += LANES) bad |= unfit(load(t->query + i));
-    t->fit = !bad;
-  }
-#endif
 }
 
 static inline void load_intervals(Rows *t) {
@@ -356,10 +346,9 @@ static inline void multiply_keys(Rows *t, float *p, int64_t start, int64_t keys)
   const float scale = (float)in->scale;
   const int64_t pairs = in->head_dim / 2;
 #if HAS_AMX
-  if (t->split && t->fit && t->split->fit_keys) {
+  if (t->split) {
     const int64_t lanes = t->lanes, rows = round_up(keys, SIDE);
-    product_amx(t->parts, 1, lanes, rows, pairs, keys_from(t->split, start), pairs_at(t->query_parts, pairs, lanes), p, lanes);
-    if (!t->brain) return; /* queries were scaled */
+    product_amx(1, lanes, rows, pairs, keys_from(t->split, start), pairs_at(t->query_blocks, lanes), p, lanes);
     if (scale > 0 && in->softcap == 0 && !in->bias.data && !in->slopes) t->left = scale;
     else
       for (int64_t i = 0; i < keys * lanes; i += LANES) store(p + i, load(p + i) * splat(scale));

@@ -2,42 +2,24 @@
 #pragma once
 #include "state.h"
 
-enum { SPLIT_FROM = 2 * ROWS }; /* queries from which it pays to split float32 */
-
 #if HAS_AMX
-
-/* Of bfloat16 the numbers themselves; `rows`: scratch of [pairs][width]. */
-static void split_brain(Split *split, const uint16_t *key, const uint16_t *value, const Inputs *in, int64_t keys, int64_t width,
-                        int64_t pairs, uint32_t *rows) {
-  for (int64_t i = 0; i < keys; i++)
-    for (int64_t d = 0; d < in->head_dim; d += 2 * SIDE)
-      memcpy(place_of(split->keys, i, d / 2), key + i * in->key.row + d, 4 * SIDE);
-  const int64_t from = (keys + 1) / 2;
-  pair_rows(rows, value, in->value.row, keys, in->value_dim, width);
-  memset(rows + from * width, 0, (size_t)(4 * (pairs - from) * width));
-  for (int64_t k = 0; k < pairs; k += SIDE)
-    for (int64_t d = 0; d < width; d += SIDE) turn_block(place_of(split->values, d, k), rows + k * width + d, width);
-  split->fit_keys = split->fit_values = 1;
-}
 
 /* Keys [start, start + keys) and their values. */
 static Split split_keys(const State *t, int64_t start, int64_t keys) {
-  const Plan *plan = t->plan;
   const Inputs *in = &t->a->in;
-  const int64_t rows = round_up(plan->key_tile, 2 * SIDE), depths = in->head_dim / 2, width = plan->value_width;
-  const int64_t key_at = t->q.batch * in->key.batch + t->q.kv_head * in->key.head + start * in->key.row;
-  const int64_t value_at = t->q.batch * in->value.batch + t->q.kv_head * in->value.head + start * in->value.row;
-  Split split = {.start = start, .keys = pairs_at(t->w->split_parts, rows, depths)};
-  split.values = pairs_at(t->w->split_parts + plan->parts * rows * depths, width, rows / 2);
-  if (plan->parts == 1) {
-    split_brain(&split, (const uint16_t *)in->key.data + key_at, (const uint16_t *)in->value.data + value_at, in, keys, width, rows / 2,
-                (uint32_t *)t->w->value);
-    return split;
-  }
-  const float *key = read_rows(t->w->key, &in->key, key_at, keys, in->head_dim, in->head_dim);
-  const float *value = read_rows(t->w->value, &in->value, value_at, keys, in->value_dim, width);
-  split.fit_keys = split_rows(split.keys, key, keys, in->head_dim);
-  split.fit_values = split_turned(split.values, rows / 2, value, keys, width);
+  const int64_t rows = round_up(t->plan->key_tile, 2 * SIDE), depths = in->head_dim / 2, width = t->plan->value_width;
+  const uint16_t *key = (const uint16_t *)in->key.data + t->q.batch * in->key.batch + t->q.kv_head * in->key.head + start * in->key.row;
+  const uint16_t *value =
+      (const uint16_t *)in->value.data + t->q.batch * in->value.batch + t->q.kv_head * in->value.head + start * in->value.row;
+  const Split split = {start, pairs_at(t->w->key_blocks, depths), pairs_at(t->w->key_blocks + rows * depths, rows / 2)};
+  for (int64_t i = 0; i < keys; i++)
+    for (int64_t d = 0; d < in->head_dim; d += 2 * SIDE) memcpy(place_of(split.keys, i, d / 2), key + i * in->key.row + d, 4 * SIDE);
+  uint32_t *lines = (uint32_t *)t->w->value; /* values as pairs [rows / 2][width] */
+  const int64_t from = (keys + 1) / 2;
+  pair_rows(lines, value, in->value.row, keys, in->value_dim, width);
+  memset(lines + from * width, 0, (size_t)(4 * (rows / 2 - from) * width));
+  for (int64_t k = 0; k < rows / 2; k += SIDE)
+    for (int64_t d = 0; d < width; d += SIDE) turn_block(place_of(split.values, d, k), lines + k * width + d, width);
   return split;
 }
 
@@ -56,10 +38,10 @@ static void accumulate_split(State *t, Sums *sums, const float *p, int64_t start
   const Split *split = t->q.split;
   const int64_t width = t->plan->value_width, lanes = t->q.lanes, pairs = round_up(keys, 2 * SIDE) / 2;
   scale_lanes(sums->output, width, lanes, t->alpha);
-  if (split->fit_values && (start - split->start) % (2 * SIDE) == 0) {
-    const Pairs weights = pairs_at(t->w->pairs, pairs, lanes);
-    pair_lines(t->q.parts, weights, pairs, p, keys, lanes);
-    product_amx(t->q.parts, 0, lanes, width, pairs, values_from(split, start), weights, sums->output, lanes);
+  if ((start - split->start) % (2 * SIDE) == 0) {
+    const Pairs weights = pairs_at(t->w->pairs, lanes);
+    pair_lines(weights, pairs, p, keys, lanes);
+    product_amx(0, lanes, width, pairs, values_from(split, start), weights, sums->output, lanes);
     return;
   }
   const int64_t at = t->q.batch * in->value.batch + t->q.kv_head * in->value.head + start * in->value.row;

@@ -38,8 +38,8 @@ typedef struct {
   float *query, *query_rows; /* see Rows */
   float *p, *s;       /* P' of one strip, or of all when column statistics are wanted; logits of a mixed tile */
   float *key, *value; /* copies of a key tile, where it cannot be read in place */
-  uint32_t *pairs;    /* P' of a strip as pairs of bfloat16, in parts for the tiles of AMX */
-  uint32_t *query_parts, *split_parts; /* see Rows and Split */
+  uint32_t *pairs;    /* P' of a strip as pairs of bfloat16 */
+  uint32_t *query_blocks, *key_blocks; /* see Rows and Split */
   float *turned;      /* [ROWS][value_width] */
   Marks *marks;       /* [pairs] */
   float *part_sum, *part_max, *part_weighted; /* [parts][ROWS]: sum of p, largest logit, sum of p * weight */
@@ -53,7 +53,7 @@ typedef struct {
   const Forward *args;
   Cut cut;
   int64_t key_tile, value_width, query_blocks, key_blocks, groups;
-  int brain, parts;             /* bfloat16 by the machine's own instruction; of numbers for its tiles, 0: without them */
+  int brain, amx;               /* bfloat16 by the machine's own instruction, and by its tiles */
   int64_t together;             /* tiles of queries that meet a tile of keys one after the other */
   int columns, blocks, rows;    /* which kinds of statistics are wanted */
   int split;                    /* a key tile lies in one key block */
