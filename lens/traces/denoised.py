@@ -104,7 +104,7 @@ class Denoising(Result):
         columns = dict(head_columns(heads))
         columns["module"] = np.repeat(trace.attrs["modules"], trace.heads)
         nothing = np.full(len(heads), np.nan)
-        seen = (trace.visible.values > 0).any(0)
+        seen = np.any(trace.visible.values > 0, axis=0)
         columns |= {"keys": seen.sum(), "text_keys": 0}
         entropy = trace.dataset.get("entropy")
         columns["entropy"] = nothing if entropy is None else _mean(entropy.values)

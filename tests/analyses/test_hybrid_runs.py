@@ -76,7 +76,8 @@ def test_the_report_and_the_pages_say_which_layers_have_heads(run):
     assert "4 heads in 2 layers (the other 3 have no softmax attention)" in report
     assert "layers 1, 4 of 5" in report
     table = run.heads[run.heads["prompt_id"] == "text"]
-    assert list(lens.figures.head_grid(table, "sink_rate").layout["yaxis"]["tickvals"]) == [1, 4]
+    figure = lens.figures.head_grid(table, "sink_rate")
+    assert (list(figure.data[0].y), figure.layout.yaxis.type) == (["1", "4"], "category")
     library = Library(run.path.parent)
     page = str(render(library, f"/run/{run.id}", ""))
     assert "layers 1 and 4 of 5 × 2 heads" in page
