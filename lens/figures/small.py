@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import plotly.graph_objects as go
 import plotly.io as pio
@@ -17,6 +17,7 @@ SIZE = 300, 126
 _LEAST_TICKS, _MOST_TICKS = 4, 7
 _WIDE, _HIGH, _EDGE = 300, 30, 6  # of a strip
 _ROOM = 36  # characters below it
+_LETTER, _LEAST_LEFT, _MOST_LEFT = 6, 26, 90  # width of a tick's letter; room for ticks of rows
 
 
 def small(figure: go.Figure) -> go.Figure:
@@ -48,7 +49,7 @@ def small(figure: go.Figure) -> go.Figure:
         "tickfont": {"size": 9},
         "tickangle": 0,
     }
-    words = any(_is_named(trace) for trace in made.data)
+    words = any(_names_along(trace, "x") for trace in made.data)
     set_axes(made, axis | {"showticklabels": False} if words else axis, axis)
     down: Any = list(made.select_yaxes())
     across: Any = list(made.select_xaxes())
@@ -58,6 +59,10 @@ def small(figure: go.Figure) -> go.Figure:
             one.tickvals = one.tickvals[::each]
             if one.ticktext is not None:  # plotly names the first place by the first text
                 one.ticktext = one.ticktext[::each]
+    beside = [name for one in down for name in one.ticktext or ()]
+    beside += [name for trace in made.data for name in _names_along(trace, "y")]
+    longest = max((len(name) for name in beside), default=0)
+    made.layout.margin.l = min(max(_LEAST_LEFT, _LETTER * (longest + 1)), _MOST_LEFT)
     rows = max((_rows(trace) for trace in made.data), default=0)
     for one in down:
         if isinstance(one.dtick, int | float) and rows / one.dtick > _MOST_TICKS:
@@ -82,12 +87,12 @@ def _copied(figure: go.Figure) -> go.Figure:
     return go.Figure(plain)
 
 
-def _is_named(trace: Any) -> bool:
-    """Whether words stand below the axis, for which there is no room."""
-    across = getattr(trace, "x", None)
-    if across is None or isinstance(across, dict):  # plotly's form of numbers in a file
-        return False
-    return any(isinstance(one, str) for one in list(across)[:1])
+def _names_along(trace: Any, axis: Literal["x", "y"]) -> list[str]:
+    """The words that stand along an axis; none where it has numbers."""
+    along = getattr(trace, axis, None)
+    if along is None or isinstance(along, dict):  # plotly's form of numbers in a file
+        return []
+    return [one for one in along if isinstance(one, str)]
 
 
 def _bare(trace: Any) -> None:

@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -209,6 +210,19 @@ def test_a_small_picture_has_no_words_and_leaves_the_figure_as_it_is():
     other = small(go.Figure(layout={"template": {"layout": {"colorway": ["red"]}}}))
     assert other.layout.template.layout.colorway == ("red",)
     assert made.layout.template == figure.layout.template
+
+
+def test_names_of_rows_have_room_beside_a_small_picture():
+    heads = [f"L{layer}H{head}" for layer in range(20) for head in range(9)]
+    ticks = go.Figure(go.Heatmap(z=[[1.0]] * 180))
+    ticks.update_yaxes(tickvals=[*range(180)], ticktext=heads)
+    drawn = [
+        go.Figure(go.Heatmap(z=[[1.0]] * len(rows), y=rows))
+        for rows in (["L0"], heads, ["a name of forty letters, told to its end"])
+    ]
+    layouts: list[Any] = [small(figure).layout for figure in (*drawn, ticks)]
+    narrow, wide, longest, by_ticks = (layout.margin.l for layout in layouts)
+    assert narrow < wide == by_ticks < longest < layouts[0].width / 2
 
 
 def test_the_strip_puts_value_interval_and_baseline_on_one_line():
