@@ -19,12 +19,14 @@ import types
 import typing
 from collections import ChainMap
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TypeVar
 
 from lens.common.choices import check_choice, check_counts, is_whole, shown, whole_of
 from lens.common.errors import LensError
 from lens.common.given import MADE_BY, described, is_of, not_loaded
+from lens.common.isolation import on_cpu, owned
 
 _Public = TypeVar("_Public")
 _ARRAYS = ("Float", "Int", "Bool", "Shaped", "Real")  # of jaxtyping: the array's class stands first
@@ -84,7 +86,12 @@ def _looking(call: Any, names: Mapping[str, Any]) -> Any:
         for name, value in given.items():
             _check(name, value, plain.get(name, ()))
         try:
-            return call(*args, **named)
+            with ExitStack() as stack:
+                stack.enter_context(on_cpu())
+                for name, value in given.items():
+                    if "LoadedModel" in plain.get(name, ()) and value is not None:
+                        stack.enter_context(owned(value.model))
+                return call(*args, **named)
         except LensError:
             raise
         except Exception as error:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from lens.common.errors import LensError
+from lens.common.isolation import on_cpu, owned
 from lens.edits._keyed import KeyedEdit, edited_together
 from lens.edits.base import AttentionEdit
 from lens.edits.freezing import FrozenEdit
@@ -41,7 +42,7 @@ def edit(model: LoadedModel, *edits: Edit, backend: str = "auto") -> Iterator[tu
         LensError: what is no edit, an edit that does not fit the model, a recipe beside another edit of
             the same heads; while the model runs, a key that is source and target, a cache that began
             outside of the block, or a capture inside the block (it would take the place of an edit of
-            attention, and show the attention without it).
+            attention, and show the attention without it); another thread works with the model.
 
     Example:
         >>> with lens.edit(model, lens.edits.Mask("first")) as (done,):
@@ -55,12 +56,14 @@ def edit(model: LoadedModel, *edits: Edit, backend: str = "auto") -> Iterator[tu
                 f"lens.edit takes edits such as lens.edits.Mask('first'), got {type(one).__name__}"
             )
     model.check_part()
-    running = [one.start(model, backend) for one in edits]
-    attention = [one.attention for one in running if one.attention is not None]
-    together = Together(attention, backend)
     with ExitStack() as stack:
-        for one in running:
-            stack.enter_context(one.hooks)
+        stack.enter_context(owned(model.model))
+        with on_cpu():
+            running = [one.start(model, backend) for one in edits]
+            attention = [one.attention for one in running if one.attention is not None]
+            together = Together(attention, backend)
+            for one in running:
+                stack.enter_context(one.hooks)
         if attention or model.info.attending:
             stack.enter_context(
                 listening(model, together.on_layer, exclusive=bool(attention), parts=True)

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
+from threading import Lock
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
@@ -17,6 +18,7 @@ from lens.common.results import few
 
 _NUMBERED = re.compile(r"(?:.*\.)?([A-Za-z_]+\.)\d+\..*")
 _LAYERS = re.compile(r"(num_)?(n|hidden|encoder|decoder)?_?layers?|depth")
+_LOADING = Lock()  # transformers turns tied weights off, for the whole process, while it loads
 _MOST = 4096  # layers: the deepest models have a few hundred
 
 
@@ -52,9 +54,10 @@ def trained(model_class: Any, name: str, **options: Any) -> PreTrainedModel:
         LensError: weights are damaged, missing, of another shape, integers, or a pickle of more than tensors.
     """
     try:
-        model, found = model_class.from_pretrained(
-            name, ignore_mismatched_sizes=True, output_loading_info=True, **options
-        )
+        with _LOADING:
+            model, found = model_class.from_pretrained(
+                name, ignore_mismatched_sizes=True, output_loading_info=True, **options
+            )
     except UnpicklingError as error:
         raise LensError(
             f"the weights of {name} are a pickle that holds more than tensors, and could run code: refused; save "

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lens.common.errors import LensError
+from lens.common.isolation import owned
 from lens.passes.calls import LayerCall, attend, first_of
 from lens.passes.check import relative_error, tolerance_of
 from lens.passes.computed import following, put_over
@@ -195,7 +196,7 @@ def denoising_calls(
         row: of the batch; -1, the last, is the one with the prompt where both are in one batch.
 
     Raises:
-        LensError: nothing was reached, or the output is not the denoiser's own.
+        LensError: nothing was reached, the output is not the denoiser's own, or another thread works with it.
     """
     own = denoiser.forward
     names = {id(one): name for name, one in attention_modules(denoiser).items()}
@@ -221,6 +222,7 @@ def denoising_calls(
         return found
 
     with ExitStack() as stack:
+        stack.enter_context(owned(denoiser))
         put_over(stack, denoiser, "forward", forward)
         yield
 

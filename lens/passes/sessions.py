@@ -18,6 +18,7 @@ from torch import nn
 
 from lens.common.errors import LensError, first_line
 from lens.common.head_ids import layers_in_words
+from lens.common.isolation import on_cpu, owned
 from lens.models.layout import blocks
 from lens.models.loaded import LoadedModel, check_loaded
 from lens.models.stacks import crossing, layers_of, stacks
@@ -41,7 +42,6 @@ if TYPE_CHECKING:
 
 OnLayer: TypeAlias = Callable[[LayerCall], torch.Tensor]
 """A call -> its output [batch, heads, queries, value_dim], of any floating type."""
-
 
 PACKED = "grid_thw"
 """Input of vision towers that read the patches of all pictures in one row: frames, height, width of each."""
@@ -83,9 +83,7 @@ class Session:
         self._turns: Counter[int] = Counter()  # of blocks that several layers share
         self._depth = 0
         self._new: torch.Tensor | None = None  # [batch, queries], tokens of this pass
-        self._target: torch.Tensor | None = (
-            None  # the same of a decoder that reads another sequence
-        )
+        self._target: torch.Tensor | None = None  # of a decoder that reads another sequence
         self._history = History()
         self._cache: Any = None  # of the last pass
         self._length = 0  # tokens that it held then
@@ -93,6 +91,10 @@ class Session:
 
     def attend(self, call: LayerCall) -> Float[torch.Tensor, "batch queries heads value_dim"]:
         """See `interface.Listener`."""
+        with on_cpu():
+            return self._heard(call)
+
+    def _heard(self, call: LayerCall) -> Float[torch.Tensor, "batch queries heads value_dim"]:
         around = not self._depth and self._layer is None  # of a model around this one
         place = "cross" if self._half == "decoder" and call.cross else self._half
         if around or place != (self._chosen or place) or self._pools(call):
@@ -216,7 +218,7 @@ def listening(
 
     Raises:
         LensError: a model without softmax attention; layers that attend twice or in other rows, and a function that
-            does not know.
+            does not know; another thread works with the model.
     """
     check_loaded(model)
     model.info.check_attends()
@@ -237,6 +239,7 @@ def listening(
     alone = not getattr(inner, "_supports_sdpa", True)
     session = Session(on_layer, exclusive, on_cut, model.chosen, crossed, name, config, alone)
     with ExitStack() as stack:
+        stack.enter_context(owned(model.model))
         stack.enter_context(received_by(session))
         stack.enter_context(switched(root))
         stack.enter_context(_followed(root))

@@ -1,0 +1,60 @@
+"""What runs a model runs alone: no other thread hangs something on its modules, no default device takes its tensors."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from lens.common.errors import LensError
+
+_LOCK = threading.RLock()
+_OWNERS: WeakKeyDictionary[Any, tuple[int, int]] = WeakKeyDictionary()
+"""Modules at work -> thread, and how many blocks deep."""
+
+
+@contextmanager
+def owned(module: Any) -> Iterator[None]:
+    """`module`, which may be one already, belongs to this thread inside the block.
+
+    Hooks and attention functions are the module's: those of two threads would each see the other's passes.
+
+    Raises:
+        LensError: another thread is inside such a block of the same module.
+
+    Example:
+        >>> with owned(model.model):
+        ...     logits = model.logits("It was the best of times")
+    """
+    thread = threading.get_ident()
+    with _LOCK:
+        owner, depth = _OWNERS.get(module, (thread, 0))
+        if owner != thread:
+            raise LensError(
+                f"another thread works with this {type(module).__name__} (captures, edits or measures it); "
+                "one after another, or each thread with a model that it loads itself"
+            )
+        _OWNERS[module] = owner, depth + 1
+    try:
+        yield
+    finally:
+        with _LOCK:
+            owner, depth = _OWNERS.pop(module)
+            if depth > 1:
+                _OWNERS[module] = owner, depth - 1
+
+
+def on_cpu() -> AbstractContextManager[Any]:
+    """Tensors made without a device are made on the CPU inside the block, whatever `torch.set_default_device` says.
+
+    Example:
+        >>> with on_cpu():
+        ...     places = torch.arange(4)
+    """
+    torch: Any = sys.modules.get("torch")
+    if torch is None or torch.get_default_device().type == "cpu":
+        return nullcontext()
+    return torch.device("cpu")

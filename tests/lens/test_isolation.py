@@ -1,0 +1,121 @@
+"""A model works for one thread at a time, and tensors are the CPU's whatever the default device is."""
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import lens
+from lens.common.errors import LensError
+from lens.common.isolation import owned
+
+TEXT = "It was the best of times, it was the worst of times"
+
+
+def _profile(model: lens.models.LoadedModel) -> pd.DataFrame:
+    return lens.profile(lens.capture(model, TEXT, progress=False))
+
+
+def _elsewhere(work: Callable[[], object]) -> object:
+    """What another thread makes of it."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(work).result()
+
+
+def test_a_model_at_work_is_refused_to_another_thread_and_free_after():
+    model = lens.load("text-lm-3l")
+    alone = _profile(model)
+    task = lens.tasks.induction(model, n=2)
+    works: list[Callable[[], object]] = [
+        lambda: _profile(model),
+        lambda: lens.heads.importance(model, task, progress=False),
+        lambda: lens.edit(model, lens.edits.Mask("first")).__enter__(),
+    ]
+    with lens.edit(model, lens.edits.Ablate(["L1H0"])):
+        model.logits(TEXT)  # nested in its own thread
+        for work in works:
+            with pytest.raises(LensError, match="another thread works with this LlamaForCausalLM"):
+                _elsewhere(work)
+    pd.testing.assert_frame_equal(_profile(model), alone)
+    pd.testing.assert_frame_equal(_elsewhere(lambda: _profile(model)), alone)
+
+
+def test_threads_that_meet_on_a_model_are_right_or_refused_and_leave_it_as_it_was():
+    model = lens.load("text-lm-3l")
+    alone, before = _profile(model), model.model.config._attn_implementation
+    start = threading.Barrier(4)
+
+    def work() -> pd.DataFrame | None:
+        start.wait()
+        try:
+            return _profile(model)
+        except LensError:
+            return None
+
+    with ThreadPoolExecutor(4) as pool:
+        made = [one.result() for one in [pool.submit(work) for _ in range(4)]]
+    assert any(one is not None for one in made)
+    for one in made:
+        if one is not None:
+            pd.testing.assert_frame_equal(one, alone)
+    assert model.model.config._attn_implementation == before
+    assert not any(part._forward_pre_hooks for part in model.model.modules())
+
+
+def test_threads_with_models_of_their_own_do_not_meet():
+    """Nor do they leave transformers without tied weights, which it turns off while it loads."""
+    alone = _profile(lens.load("text-lm-3l"))
+    with ThreadPoolExecutor(4) as pool:
+        for made in pool.map(lambda _: _profile(lens.load("text-lm-3l")), range(8)):
+            pd.testing.assert_frame_equal(made, alone)
+    assert lens.load("stories260k").model.lm_head.weight.requires_grad
+
+
+def test_blocks_may_end_in_another_order_or_by_an_error():
+    module = torch.nn.Linear(1, 1)
+    first, second = owned(module), owned(module)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    with pytest.raises(LensError, match="another thread works with this Linear"):
+        _elsewhere(owned(module).__enter__)
+    second.__exit__(None, None, None)
+    with pytest.raises(KeyError), owned(module):
+        raise KeyError
+    _elsewhere(lambda: owned(module).__enter__())
+
+
+def test_a_default_device_changes_nothing():
+    model = lens.load("induction-2l")
+    task = lens.tasks.induction(model, n=2)
+    edit, heads = lens.edits.Mask("first", heads=["L1H0"]), lens.edits.Ablate(["L0H1"])
+
+    def numbers() -> list[np.ndarray]:
+        trace = lens.capture(lens.load("text-lm-3l"), TEXT, progress=False)
+        results = [
+            lens.profile(trace),
+            lens.heads.importance(model, task, method="gradient", progress=False).table(),
+            lens.circuits.patch(model, task, progress=False).table(),
+            lens.effect(model, task, edit, controls=2, progress=False).table(),
+        ]
+        return [one.select_dtypes("number").to_numpy() for one in results]
+
+    ids = torch.arange(4)
+    right = numbers()
+    with lens.edit(model, edit, heads):
+        edited = model.logits(ids)
+    torch.set_default_device("meta")  # no tensor of which has numbers, as those of another device
+    try:
+        found = numbers()
+        with lens.edit(model, edit, heads):
+            again = model.logits(ids)
+        assert torch.zeros(1).device.type == "meta"
+    finally:
+        torch.set_default_device("cpu")
+    for one, other in zip(found, right, strict=True):
+        np.testing.assert_array_equal(one, other)
+    torch.testing.assert_close(again, edited, rtol=0, atol=0)
