@@ -52,12 +52,25 @@ def of_kind(sentences: Iterable[Sentence], *kinds: str) -> tuple[Sentence, ...]:
 
 def ends(low: float, high: float, form: str = ".3g") -> str:
     """` [low, high]` behind a number, both in this form; nothing where one is NaN, as of a single prompt."""
-    return "" if math.isnan(low) or math.isnan(high) else f" [{low:{form}}, {high:{form}}]"
+    if math.isnan(low) or math.isnan(high):
+        return ""
+    return f" [{written(low, form)}, {written(high, form)}]"
+
+
+def written(value: float, form: str) -> str:
+    """A number in this form, in which what rounds to 0 has no minus before it.
+
+    Example:
+        >>> written(-0.004, ".2f"), written(-0.004, "+.1%")
+        ('0.00', '-0.4%')
+    """
+    sign = form[:1] if form[:1] in ("+", "-", " ") else ""
+    return format(value, f"{sign}z{form.removeprefix(sign).removeprefix('z')}")
 
 
 def if_known(value: float, form: str = ".1%") -> str:
     """A number in words; `not known` of NaN, such as uniform attention where the mask is not."""
-    return "not known" if math.isnan(value) else f"{value:{form}}"
+    return "not known" if math.isnan(value) else written(value, form)
 
 
 def with_ends(row: Any, name: str, form: str = ".3g", *, plain: bool = False) -> str:
@@ -67,7 +80,7 @@ def with_ends(row: Any, name: str, form: str = ".3g", *, plain: bool = False) ->
         plain: the ends are `low` and `high`, as of `lens.stats.intervals.columns`.
     """
     start = "" if plain else f"{name}_"
-    return f"{row[name]:{form}}{ends(row[f'{start}low'], row[f'{start}high'], form)}"
+    return f"{written(row[name], form)}{ends(row[f'{start}low'], row[f'{start}high'], form)}"
 
 
 def counted(count: int, one: str) -> str:

@@ -246,7 +246,7 @@ class Effect(Result):
 
 
 def _with_interval(row: Any, name: str) -> str:
-    return f"{row[name]:.4f}{ends(row[f'{name}_low'], row[f'{name}_high'], '.4f')}"
+    return f"{row[name]:z.4f}{ends(row[f'{name}_low'], row[f'{name}_high'], '.4f')}"
 
 
 def _better(gain: float, low: float, high: float) -> str:

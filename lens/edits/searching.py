@@ -105,7 +105,7 @@ class HeadSearch(Result):
             return (Sentence(text, kind="chosen"),)
         rows = self.summary().to_dict("records")
         shown = [
-            f"{row['gain']:.4f}{ends(row['gain_low'], row['gain_high'], '.4f')}" for row in rows
+            f"{row['gain']:z.4f}{ends(row['gain_low'], row['gain_high'], '.4f')}" for row in rows
         ]
         chosen = (
             f"{len(self.chosen)} of {heads} heads were chosen on {prompts} validation prompts: "

@@ -126,7 +126,7 @@ class Alignment(Result):
                 told = f"No head is told to go on as the target does, {first['name']} most"
             said.append(
                 Sentence(
-                    f"{told}: Kendall's tau of its strongest keys is {tau:.2f}{ends(low, high, '.2f')}; the best of {self.ordered} heads whose "
+                    f"{told}: Kendall's tau of its strongest keys is {tau:z.2f}{ends(low, high, '.2f')}; the best of {self.ordered} heads whose "
                     f"keys have a random order reaches {self.random_order:.2f}.",
                     kind="monotonicity",
                 )

@@ -83,7 +83,7 @@ class Control(Result):
         """The faithfulness of the circuit, beside that of each control."""
         rows = {row["circuit"]: row for row in self.table().to_dict("records")}
         found = {
-            name: f"{row['faithfulness']:.2f}{ends(row['low'], row['high'], '.2f')}"
+            name: f"{row['faithfulness']:z.2f}{ends(row['low'], row['high'], '.2f')}"
             for name, row in rows.items()
         }
         others = "; ".join(

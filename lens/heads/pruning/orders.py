@@ -177,4 +177,4 @@ def _cost(one: PruningCurve, removed: int) -> str:
     )
     whole = abs(float(one.values[0]))
     share = f" ({last['cost'] / whole:+.1%})" if whole else ""
-    return f": it is then worse by {last['cost']:.3f}{ends(last['low'], last['high'], '.3f')}{share}{random}"
+    return f": it is then worse by {last['cost']:z.3f}{ends(last['low'], last['high'], '.3f')}{share}{random}"
