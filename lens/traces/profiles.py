@@ -2,7 +2,7 @@
 
 Scores come from the statistics that a trace holds, so they are exact at any length. Each is a mean
 over the rows (queries) of a prompt that can show it; a batch averages the prompts' means. Intervals
-are 95 % percentile bootstraps: over prompts where there are several, else over contiguous blocks of
+are 95 % bootstraps (`lens.stats.over_units`): over prompts where there are several, else over contiguous blocks of
 about sqrt(rows) rows of the one prompt, because neighbouring rows depend on each other.
 
 A score says little alone: a head that looks at all keys alike has one too, and so has a model before
