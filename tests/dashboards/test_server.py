@@ -1,6 +1,7 @@
 """The server: what it answers, whom it answers, and what it never does."""
 
 import json
+import os
 import re
 import socket
 import subprocess
@@ -285,9 +286,20 @@ def test_a_partial_run_says_so_and_shows_what_there_is(run, tmp_path):
     meta = {**run.meta, "status": "partial", "prompts": {"total": 4, "done": 1}}
     write_json(copy / "run.json", meta)
     shown = text_of(render(Library(tmp_path), f"/run/{run.id}", ""))
-    assert "1 of 4 prompts are done" in shown
+    assert "This run is unfinished: 1 of 4 prompts are done. Complete it with" in shown
     assert "heads.parquet is missing" in shown
     assert "no finished trace" in text_of(render(Library(tmp_path), f"/run/{run.id}/head/0/0", ""))
+
+
+def test_a_run_at_work_is_not_to_be_completed_by_hand(run, tmp_path):
+    copy = tmp_path / run.id
+    copy.mkdir()
+    alive = {"status": "started", "pid": os.getpid(), "host": socket.gethostname()}
+    meta = {**run.meta, **alive, "process_started": None, "prompts": {"total": 4, "done": 4}}
+    write_json(copy / "run.json", meta)
+    shown = text_of(render(Library(tmp_path), f"/run/{run.id}", ""))
+    assert "This run is still running: 4 of 4 prompts are done. Its analyses are not." in shown
+    assert "Load the page again for what has come since; if it was broken off, complete it" in shown
 
 
 def test_damage_is_a_card_and_not_a_traceback(run, tmp_path):

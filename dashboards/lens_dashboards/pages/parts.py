@@ -105,13 +105,18 @@ def run_banner(run: Run) -> list[html.Div]:
     prompts = run.meta["prompts"]
     banners = []
     if run.status in ("partial", "started"):
-        state = "is still running" if run.status == "started" else "is unfinished"
+        state, further = "is unfinished", "Complete it"
+        if run.status == "started":
+            state = "is still running"
+            further = (
+                "Load the page again for what has come since; if it was broken off, complete it"
+            )
         left = " Its analyses are not." if prompts["done"] == prompts["total"] else ""
         banners.append(
             html.Div(
                 [
                     f"This run {state}: {prompts['done']} of {prompts['total']} prompts are done."
-                    f"{left} Complete it with ",
+                    f"{left} {further} with ",
                     html.Code(again(run.path, run.meta)),
                 ],
                 className="banner partial",
