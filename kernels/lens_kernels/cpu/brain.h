@@ -11,9 +11,16 @@
 enum { HAS_BRAIN = 1 };
 #else
 enum { HAS_BRAIN = 0 };
+#define PREFERS_PAIRS 0
 #endif
 
 #if defined(__AVX512BF16__)
+
+/* Whether that is faster than the same numbers as float32: Intel's cores multiply as many of either in a cycle, and
+ * float32 needs no pairs of what the softmax gives. */
+#ifndef PREFERS_PAIRS
+#define PREFERS_PAIRS (!__builtin_cpu_is("intel"))
+#endif
 
 INLINE __m512bh pairs_of(uint32_t word) { return (__m512bh)_mm512_set1_epi32((int)word); }
 

@@ -86,7 +86,7 @@ def library_path(target: str | None = None) -> Path:
     """Path of the compiled library; compiles it when this machine has not yet.
 
     Args:
-        target: one machine flag (as `-mavx2`) instead of those of this machine; "" for none.
+        target: flags (as `-mavx2`) instead of those of this machine; "" for none.
 
     Raises:
         BuildError: with the reason in one line.
@@ -95,7 +95,7 @@ def library_path(target: str | None = None) -> Path:
         raise BuildError(f"the compiled path needs Linux or macOS, not {platform.system()}")
     folder = cache_folder()
     targets = _TARGETS if target is None else (target or None,)
-    settings = [_COMMON if flag is None else (*_COMMON, flag) for flag in targets]
+    settings = [(*_COMMON, *(flags or "").split()) for flags in targets]
     try:
         compiler = find_compiler()
     except BuildError:

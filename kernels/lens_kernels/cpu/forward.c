@@ -176,6 +176,7 @@ int lens_forward(const Forward *a) {
 #if HAS_AMX
   plan.amx = plan.brain && in->head_dim % (2 * SIDE) == 0 && may_use_amx();
 #endif
+  plan.brain = plan.amx || (plan.brain && PREFERS_PAIRS);
   plan.rows = a->entropy || a->concentration || a->distance;
   plan.split = in->blocks.data || (plan.blocks && in->key_block > widest);
   plan.key_tile = widest;
