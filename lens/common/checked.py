@@ -90,7 +90,7 @@ def _looking(call: Any, names: Mapping[str, Any]) -> Any:
                 stack.enter_context(on_cpu())
                 for name, value in given.items():
                     if "LoadedModel" in plain.get(name, ()) and value is not None:
-                        stack.enter_context(owned(value.model))
+                        stack.enter_context(owned(value.module))
                 return call(*args, **named)
         except LensError:
             raise

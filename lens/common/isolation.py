@@ -26,7 +26,7 @@ def owned(module: Any) -> Iterator[None]:
         LensError: another thread is inside such a block of the same module.
 
     Example:
-        >>> with owned(model.model):
+        >>> with owned(model.module):
         ...     logits = model.logits("It was the best of times")
     """
     thread = threading.get_ident()

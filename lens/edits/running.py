@@ -57,7 +57,7 @@ def edit(model: LoadedModel, *edits: Edit, backend: str = "auto") -> Iterator[tu
             )
     model.check_part()
     with ExitStack() as stack:
-        stack.enter_context(owned(model.model))
+        stack.enter_context(owned(model.module))
         with on_cpu():
             running = [one.start(model, backend) for one in edits]
             attention = [one.attention for one in running if one.attention is not None]

@@ -16,6 +16,7 @@ from lens.common.head_ids import Part, layers_in_words
 from lens.models.ids import check_ids, check_text, is_ids, numbers_of
 from lens.models.info import ModelInfo
 from lens.models.tokens import readable
+from lens.models.wrapped import Wrapped
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -114,6 +115,13 @@ class LoadedModel:
     def is_bridge(self) -> bool:
         """Whether this is a `TransformerBridge` (TransformerLens 4)."""
         return is_bridge(self.model)
+
+    @property
+    def module(self) -> Any:
+        """What hooks hang on: of a bridge, or of any module in a model's place, what is inside of it."""
+        if isinstance(self.model, Wrapped):
+            return self.model.module
+        return self.model.original_model if self.is_bridge else self.model
 
     @property
     def is_encoder_decoder(self) -> bool:

@@ -239,7 +239,7 @@ def listening(
     alone = not getattr(inner, "_supports_sdpa", True)
     session = Session(on_layer, exclusive, on_cut, model.chosen, crossed, name, config, alone)
     with ExitStack() as stack:
-        stack.enter_context(owned(model.model))
+        stack.enter_context(owned(model.module))
         stack.enter_context(received_by(session))
         stack.enter_context(switched(root))
         stack.enter_context(_followed(root))

@@ -75,6 +75,17 @@ def test_threads_with_models_of_their_own_do_not_meet():
     assert lens.load("stories260k").model.lm_head.weight.requires_grad
 
 
+def test_the_same_module_loaded_twice_is_one_model():
+    inner = lens.load("text-lm-3l").model
+    one, other = lens.load(inner), lens.load(inner)
+    own = torch.nn.TransformerEncoderLayer(16, 2, batch_first=True).eval()
+    wrapped = [lens.load(lens.passes.wrap(own, {"src": torch.zeros(1, 5, 16)})) for _ in range(2)]
+    for first, second in ((one, other), wrapped):
+        assert first.module is second.module
+        with lens.edit(first), pytest.raises(LensError, match="another thread works with this"):
+            _elsewhere(lens.edit(second).__enter__)
+
+
 def test_blocks_may_end_in_another_order_or_by_an_error():
     module = torch.nn.Linear(1, 1)
     first, second = owned(module), owned(module)
