@@ -123,4 +123,5 @@ def _because(row: Mapping, looks: Mapping[str, str]) -> str:  # type: ignore[typ
 
 
 def _cost(row: Mapping) -> str:  # type: ignore[type-arg]
-    return f"{with_ends(row, 'of_effect', '.0%')} of the effect"
+    form = ".0%" if abs(row["of_effect"]) >= 0.1 else ".2%"
+    return f"{with_ends(row, 'of_effect', form)} of the effect"

@@ -85,6 +85,12 @@ def test_what_a_cut_costs_is_a_share_of_the_effect_with_its_interval():
     assert said == [
         f"L1H0 writes the answer: cutting it off the logits takes {interval} of the effect."
     ]
+    ends = ("of_effect_low", "of_effect", "of_effect_high")
+    small = replace(
+        found, rows=found.rows.assign(**dict(zip(ends, (0.001, 0.002, 0.003), strict=True)))
+    )
+    (said,) = (one for one in small.findings() if one.kind == "logits")
+    assert said.endswith("takes 0.20% [0.10%, 0.30%] of the effect.")  # and not 0% [0%, 0%]
 
 
 @pytest.mark.parametrize("name", first(["first token", "last token", "successor"], "successor"))
