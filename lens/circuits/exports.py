@@ -192,9 +192,9 @@ def to_attribution_graph(
         raise LensError("edges of the circuit have no score (NaN), so their links have no weight")
     graph = circuit.graph
     links: dict[tuple[str, str], float] = {}
+    reader, writer = graph.ends
     for edge in np.flatnonzero(circuit.kept):
-        writer, reader = (names[end[edge]] for names, end in _ends(graph))
-        pair = writer, reader.partition("<")[0]
+        pair = graph.writers[writer[edge]], graph.readers[reader[edge]].partition("<")[0]
         links[pair] = links.get(pair, 0.0) + float(values[edge])
     if isinstance(graph, StreamGraph):
         links |= _to_heads(graph, links)
@@ -254,12 +254,6 @@ def _to_heads(
         for one in fed
         if reader in read and reader != graph.writers[one] in sums
     }
-
-
-def _ends(graph: Graph) -> tuple[tuple[tuple[str, ...], np.ndarray], ...]:
-    """Names and numbers of writers, then of readers."""
-    reader, writer = graph.ends
-    return (graph.writers, writer), (graph.readers, reader)
 
 
 def _kind(name: str, layers: int) -> tuple[str, str]:

@@ -116,6 +116,11 @@ def few(names: Sequence[object], most: int = 6, joint: str = ", ") -> str:
     return joint.join(map(str, names[:most])) + more
 
 
+def by_size(table: pd.DataFrame, column: str) -> pd.DataFrame:
+    """The rows of a table, those with the largest number by size first, of equal ones the first; without a number last."""
+    return table.sort_values(column, key=abs, ascending=False, kind="stable", ignore_index=True)
+
+
 class Result:
     """Anything that an analysis gives back: in a notebook its sentences and the first rows of its table."""
 

@@ -150,11 +150,8 @@ class Answer:
         """The same with the mean of all embeddings in the place of each."""
         table: nn.Module = self._model.model.get_input_embeddings()
         mean = table(torch.arange(self._model.info.vocab or 1, device=self.ids.device)).mean(0)
-        handle = table.register_forward_hook(lambda _, __, output: mean.expand_as(output))
-        try:
+        with table.register_forward_hook(lambda _, __, output: mean.expand_as(output)):
             return self._entering()
-        finally:
-            handle.remove()
 
     @contextmanager
     def _entered(self, change: Callable[[Tensor], Any]) -> Iterator[None]:

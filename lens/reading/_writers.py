@@ -260,6 +260,13 @@ class Taking(Plain):
                     lambda some, shift=shift: shift.expand(some.stop - some.start, -1),
                 )
 
+    def through(self, start: int, make: Make, some: slice, stop: int | None = None) -> Tensor:
+        """What is left of a part of these tokens behind the norms from `start` on, at the end or before `stop`."""
+        part = make(some)
+        for norm, size in self.stops[start:stop]:
+            part = norm.frozen(part, self.head.sizes[size][some])
+        return part
+
     def give(self, name: str, start: int, make: Make) -> None:
         """What a writer added before stop number `start` of the way to the head."""
         raise NotImplementedError
@@ -279,14 +286,7 @@ class _Apart(Taking):
 
     def give(self, name: str, start: int, make: Make) -> None:
         """Through the rest of the way."""
-
-        def through(some: slice) -> Tensor:
-            part = make(some)
-            for norm, size in self.stops[start:]:
-                part = norm.frozen(part, self.head.sizes[size][some])
-            return part
-
-        self._sides.add(name, through)
+        self._sides.add(name, lambda some: self.through(start, make, some))
 
 
 def _way(

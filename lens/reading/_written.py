@@ -54,9 +54,7 @@ class _Values(Taking):
         self.found: dict[str, Tensor] = {}
 
     def give(self, name: str, start: int, make: Make) -> None:
-        part = make(slice(0, self.head.tokens))
-        for norm, size in self.stops[start:]:
-            part = norm.frozen(part, self.head.sizes[size])
+        part = self.through(start, make, slice(0, self.head.tokens))
         self._put(name, self._rows @ part @ self._weight)
 
     def finish(self) -> None:

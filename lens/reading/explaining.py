@@ -210,13 +210,9 @@ def pair_cells(
     weights = _weights(head, rows, against)
     parts = take_apart(head, rows, keys, weights)
     at = torch.stack([row_of, key_of], 1)
-    for own in torch.arange(len(pairs)).split(max(1, _PRODUCTS // _products(parts))):
+    products = len(parts.names[0]) * len(parts.names[1])  # of a pair
+    for own in torch.arange(len(pairs)).split(max(1, _PRODUCTS // products)):
         yield own, _cells(parts, rows, keys, at[own.to(at.device)], weights)
-
-
-def _products(parts: Parts) -> int:
-    """Of a pair."""
-    return len(parts.names[0]) * len(parts.names[1])
 
 
 def _weights(head: Head, rows: Tensor, against: Against) -> Tensor:

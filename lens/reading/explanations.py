@@ -11,7 +11,7 @@ import pandas as pd
 
 from lens.common.choices import check_choice
 from lens.common.head_ids import HeadId
-from lens.common.results import Result, Sentence, few, with_ends
+from lens.common.results import Result, Sentence, by_size, few, with_ends
 from lens.stats.intervals import columns, over_units
 from lens.stats.verdicts import mean_told
 
@@ -80,8 +80,7 @@ class Explanation(Result):
                 "distance": (self.values - self.content).ravel(),
             }
         )
-        order = found["contrast"].abs().sort_values(ascending=False, kind="stable").index
-        return found.loc[order].reset_index(drop=True)
+        return by_size(found, "contrast")
 
     def side(self, side: Side) -> pd.DataFrame:
         """One row per part of one side, summed over the other: `part`, `value`, `contrast`, `share` (of all
@@ -102,8 +101,7 @@ class Explanation(Result):
                 "looks_at": [sources.get(name, "") for name in names],
             }
         )
-        order = np.argsort(-np.abs(contrast), kind="stable")
-        return found.iloc[order].reset_index(drop=True)
+        return by_size(found, "contrast")
 
     def findings(self) -> tuple[Sentence, ...]:
         """The pair ("pair"), what carries it on each side ("key", "query"), their largest product ("cell"), what rotary
@@ -259,8 +257,7 @@ class PairExplanation(Result):
                     "pairs": int(self.count[number].sum()),
                 }
             )
-            order = np.argsort(-table["contrast"].abs(), kind="stable")
-            tables.append(table.iloc[order])
+            tables.append(by_size(table, "contrast"))
         return pd.concat(tables, ignore_index=True)
 
     def leading(self, side: Side) -> pd.DataFrame:

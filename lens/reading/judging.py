@@ -32,9 +32,7 @@ from lens.stats.controls import drawing
 from lens.stats.orders import spearman
 
 _LEAST = 1e-6  # of the answer's probability that depends on the tokens
-_SOFT = (
-    2  # random orders of which soft curves are drawn, which take as long as those of a method each
-)
+_SOFT = 2  # random orders of which soft curves are drawn, each as long as those of a method
 _REFERENCES = ("leave_one_out", "integrated_gradients")
 
 
@@ -134,8 +132,9 @@ def _judged(
     found = {}
     for name, score in scores.items():
         agreement = [spearman(score, scores[other]) for other in _REFERENCES]
-        curves = _curves(answer, score, shares, uniform, empty, ties)
-        found[name] = [*curves, np.array(agreement)]
+        hard = hard_curves(answer, score, shares, ties)
+        soft = soft_curves(answer, score, shares, uniform, empty)
+        found[name] = [*hard, *soft, np.array(agreement)]
     orders = [random.random(answer.units) for _ in range(draws)]
     hard = [hard_curves(answer, order, shares) for order in orders]
     soft = [soft_curves(answer, order, shares, uniform, empty) for order in orders[:_SOFT]]
@@ -147,20 +146,6 @@ def _judged(
     found[RANDOM] = [*means, np.array(agreement)]
     found["drawn"] = [np.array(hard)]
     return found
-
-
-def _curves(
-    answer: Answer,
-    score: np.ndarray,
-    shares: tuple[float, ...],
-    uniform: np.ndarray,
-    empty: float,
-    ties: np.ndarray,
-) -> list[np.ndarray]:
-    return [
-        *hard_curves(answer, score, shares, ties),
-        *soft_curves(answer, score, shares, uniform, empty),
-    ]
 
 
 def hard_curves(

@@ -157,10 +157,7 @@ class _Without(Taking):
         """Keep what the writer added, as it stands in the stream before the norm of the head."""
         if name != self._name:
             return
-        every = slice(0, self.head.tokens)
-        part = make(every)
-        for norm, size in self.stops[start:-1]:
-            part = norm.frozen(part, self.head.sizes[size][every])
+        part = self.through(start, make, slice(0, self.head.tokens), stop=-1)
         self._written = part if self._written is None else self._written + part
 
     def project(self, layer: int, residual: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -208,8 +208,6 @@ def sufficiency(
         >>> found.statistic, round(found.p, 3)
         (1.0, 0.042)
     """
-    given_as("Task", task=task)
-    circuit = given_as("Circuit", circuit=circuit)
     near = _distances(model, task, circuit, False, draws, seed, progress)
     null = "at most 90 % of random circuits of this size are farther from the model"
     return _of_draws("sufficiency", null, near[1:] > near[0])
@@ -238,8 +236,6 @@ def necessity(
         >>> found.p < 0.05
         False
     """
-    given_as("Task", task=task)
-    circuit = given_as("Circuit", circuit=circuit)
     missed = _distances(model, task, circuit, True, draws, seed, progress)
     null = "at most 90 % of random circuits of this size are missed less"
     return _of_draws("necessity", null, missed[1:] < missed[0])
@@ -276,7 +272,6 @@ def minimality_test(
         >>> lens.circuits.checks.minimality_test(small, copying, circuit, edges=circuit.edges[:2], draws=60).needed()
         ('input->a0.h0<q>', 'input->a0.h2<q>')
     """
-    given_as("Task", task=task)
     circuit = given_as("Circuit", circuit=circuit)
     graph, draw = circuit.graph, np.random.default_rng(seed)
     if circuit.kept.all():
@@ -327,7 +322,7 @@ def _distances(
     progress: bool,
 ) -> np.ndarray:
     """[1 + draws] |F(M) - F(C)|, mean over prompts, of the circuit and of random ones, or of their complements."""
-    draw = np.random.default_rng(seed)
+    circuit, draw = given_as("Circuit", circuit=circuit), np.random.default_rng(seed)
     kept = [circuit.kept] + [random_edges(circuit.graph, circuit.n, draw) for _ in range(draws)]
     masks = np.stack(kept) ^ complement
     found = run_circuits(model, task, masks, circuit.ablation, progress=progress)

@@ -15,7 +15,7 @@ from lens.circuits.graph.selection import random_edges, without
 from lens.common.choices import Count, Seed
 from lens.common.errors import LensError
 from lens.common.given import given_as
-from lens.common.results import Result, Sentence
+from lens.common.results import Result, Sentence, by_size
 from lens.models.loaded import LoadedModel
 from lens.stats.intervals import columns
 from lens.stats.verdicts import leave_out_0
@@ -81,8 +81,7 @@ class Minimality(Result):
                 "random": stats.quantile(np.abs(self.random), 0.95),
             }
         )
-        order = rows["drop"].abs().sort_values(ascending=False, kind="stable").index
-        return rows.loc[order].reset_index(drop=True)
+        return by_size(rows, "drop")
 
     def findings(self) -> tuple[Sentence, ...]:
         """How many parts are needed, and which do most by size, beside parts of random circuits."""

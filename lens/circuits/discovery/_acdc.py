@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -215,8 +214,7 @@ def acdc(
     found = []
     with advancing(f"{model.name}: acdc", len(limits) * graph.n, progress) as advance:
         for limit in limits:
-            goes = partial(_goes, limit, absolute)
-            found.append(_eliminate(graph, queue, losses, goes, advance))
+            found.append(_eliminate(graph, queue, losses, limit, absolute, advance))
     kept, loss, runs = map(np.array, zip(*found, strict=True))
     return Acdc(
         graph, limits, kept, loss, losses.whole, runs, order, seed, absolute, chosen, task.metric,
@@ -238,10 +236,6 @@ def visiting_order(graph: Graph, order: str, seed: int = 0) -> np.ndarray:
     elif order == "random":
         into = [draw.permutation(edges) for edges in into]
     return np.concatenate(into)
-
-
-def _goes(threshold: float, absolute: bool, change: float) -> bool:
-    return (abs(change) if absolute else change) < threshold
 
 
 class _Losses:
@@ -271,7 +265,8 @@ def _eliminate(
     graph: Graph,
     queue: np.ndarray,
     losses: _Losses,
-    goes: Callable[[float], bool],
+    threshold: float,
+    absolute: bool,
     advance: Callable[[int], None],
 ) -> tuple[np.ndarray, float, int]:
     """[edges] kept, the loss of what is kept, and how many edges were tested."""
@@ -282,7 +277,8 @@ def _eliminate(
         right = True
         for place, tried, loss in zip(places, sets, losses(sets) if places else (), strict=True):
             ablated, at, runs = tried.copy(), place + 1, runs + 1
-            right = goes(float(loss) - current)
+            change = float(loss) - current
+            right = (abs(change) if absolute else change) < threshold
             if not right:
                 ablated[queue[place]] = False
                 break

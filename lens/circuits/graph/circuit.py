@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,10 +64,7 @@ class Circuit:
 
     def pruned(self) -> Circuit:
         """Without the edges that lie on no path from `input` to `logits`."""
-        kept = pruned(self.graph, self.kept)
-        return Circuit(
-            self.graph, kept, self.ablation, self.task, self.model, f"{self.made}, pruned"
-        )
+        return replace(self, kept=pruned(self.graph, self.kept), made=f"{self.made}, pruned")
 
     def save(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,7 +13,8 @@ from torch import Tensor
 
 from lens.circuits.graph.spans import EACH
 from lens.common.errors import LensError
-from lens.common.results import Result, Sentence, ends
+from lens.common.results import Result, Sentence, by_size, ends
+from lens.models.loaded import LoadedModel
 from lens.stats.intervals import columns
 from lens.stats.verdicts import clear_told, leave_out_0, of_many
 from lens.tasks.task import Task
@@ -93,8 +95,7 @@ class PatchEffects(Result):
                 "n": len(self.base),
             }
         )
-        order = rows["effect"].abs().sort_values(ascending=False, kind="stable").index
-        return rows.loc[order].reset_index(drop=True)
+        return by_size(rows, "effect")
 
     def findings(self) -> tuple[Sentence, ...]:
         """The place that moves most by size (its interval is that of the largest of all), beside the median place, and how
@@ -189,3 +190,22 @@ def measured(task: Task, logits: Tensor, rows: Tensor) -> Tensor:
             f"a run that is patched has no finite {task.metric}: numbers overflow; take less noise, or a wider dtype"
         )
     return found
+
+
+def effects_of(
+    model: LoadedModel,
+    task: Task,
+    names: tuple[str, ...],
+    places: Sequence[tuple[str, Tensor]],
+    values: Sequence[np.ndarray],
+    both: list[Tensor],
+    direction: Direction,
+    receivers: tuple[str, ...],
+    seed: int,
+) -> PatchEffects:
+    """Of the metric of some prompts at a time: `values` [nodes, positions, rows] of the patched runs, `both` [2, rows] of the others."""
+    base, source = torch.cat(both, 1).numpy()
+    where, patched = tuple(name for name, _ in places), np.concatenate(values, 2)
+    return PatchEffects(
+        names, where, patched, base, source, direction, receivers, task.metric, task.name, model.name, seed, task.sign
+    )  # fmt: skip

@@ -8,10 +8,8 @@ are both needed, noising either breaks the task and denoising either repairs not
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
 from typing import Any, cast, get_args
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,9 +18,9 @@ from lens.circuits.graph.graph import Graph
 from lens.circuits.graph.masked_forward import masked_logits
 from lens.circuits.graph.nodes import Nodes, find_nodes, visit
 from lens.circuits.graph.spans import EACH
-from lens.circuits.patches.effects import Direction, PatchEffects, measured, places_of
+from lens.circuits.patches.effects import Direction, PatchEffects, effects_of, measured, places_of
 from lens.circuits.patches.streams import Run, Sublayers, check_noise, pairs, patch_streams
-from lens.common.choices import Seed, check_choice
+from lens.common.choices import Seed
 from lens.common.errors import LensError
 from lens.common.head_ids import AnyHead, node_of_head, one_or_more
 from lens.common.progress import advancing
@@ -112,10 +110,9 @@ def patch(
     found, graph, names = _begin(model, task, nodes, direction, noise)
     runs = _runs(found, task, direction, (noise, noise_at, seed))
     if receivers is not None:
-        paths = _patch_paths(
-            found, task, receivers, names, freeze_mlps, direction, positions, runs, progress
+        return _patch_paths(
+            found, task, receivers, names, freeze_mlps, direction, positions, runs, seed, progress
         )
-        return replace(paths, seed=seed)
     places = places_of(task, positions)
     masks = torch.zeros(len(names), *graph.allowed.shape)
     for number, name in enumerate(names):
@@ -136,8 +133,7 @@ def patch(
             values.append(torch.stack(read, 1).numpy())
             ends.append(whole)
             advance(len(rows))
-    effects = _effects(model, task, names, places, values, ends, direction, ())
-    return replace(effects, seed=seed)
+    return effects_of(model, task, names, places, values, ends, direction, (), seed)
 
 
 def _patch_paths(
@@ -149,6 +145,7 @@ def _patch_paths(
     direction: Direction,
     positions: str | None,
     runs: Iterable[_Pair],
+    seed: int,
     progress: bool,
 ) -> PatchEffects:
     """`patch` with receivers."""
@@ -177,7 +174,7 @@ def _patch_paths(
             values.append(torch.stack(read)[:, None].numpy())
             ends.append(whole)
             advance(len(rows))
-    return _effects(model, task, names, places, values, ends, direction, into)
+    return effects_of(model, task, names, places, values, ends, direction, into, seed)
 
 
 class _Frozen(PlainVisitor):
@@ -232,7 +229,6 @@ def _begin(
     direction: Direction,
     noise: float | None,
 ) -> tuple[Nodes, Graph, tuple[str, ...]]:
-    check_choice("direction", direction, Direction)
     if noise is None:
         task.corrupt_or_refuse()
     task.check(model)
@@ -277,13 +273,8 @@ def _runs(
         (base, own), (whole, source) = (
             read_activations(nodes, run.ids, run.noise) for run in (into, out_of)
         )
-        yield (
-            rows,
-            into,
-            own,
-            source,
-            torch.stack([measured(task, one, rows) for one in (base, whole)]),
-        )
+        both = torch.stack([measured(task, one, rows) for one in (base, whole)])
+        yield rows, into, own, source, both
 
 
 def _mixed(own: Activations, source: Activations, where: Tensor) -> Activations:
@@ -311,20 +302,3 @@ def _replaced(
     else:
         mlps[int(layer)] = mixed.mlps[int(layer)]
     return Activations(own.input, heads, mlps)
-
-
-def _effects(
-    model: LoadedModel,
-    task: Task,
-    names: tuple[str, ...],
-    places: Sequence[tuple[str, Tensor]],
-    values: list[np.ndarray],
-    ends: list[Tensor],
-    direction: Direction,
-    receivers: tuple[str, ...],
-) -> PatchEffects:
-    base, source = torch.cat(ends, 1).numpy()
-    where, patched = tuple(name for name, _ in places), np.concatenate(values, 2)
-    return PatchEffects(
-        names, where, patched, base, source, direction, receivers, task.metric, task.name, model.name, sign=task.sign
-    )  # fmt: skip

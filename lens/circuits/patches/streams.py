@@ -16,8 +16,8 @@ from torch import Tensor
 
 from lens.circuits.graph.activations import PlainVisitor
 from lens.circuits.graph.nodes import Nodes, find_nodes, visit
-from lens.circuits.patches.effects import Direction, PatchEffects, measured, places_of
-from lens.common.choices import check_choice, check_counts, is_number
+from lens.circuits.patches.effects import Direction, PatchEffects, effects_of, measured, places_of
+from lens.common.choices import check_counts, is_number
 from lens.common.errors import LensError
 from lens.common.progress import advancing
 from lens.models.loaded import LoadedModel
@@ -79,10 +79,7 @@ def patch_streams(
     progress: bool,
 ) -> PatchEffects:
     """`lens.circuits.patch` with a word for its nodes."""
-    check_choice("nodes", what, Sublayers)
-    check_choice("direction", direction, Direction)
     check_counts(window=window)
-    check_counts(0, seed=seed)
     if what == "residual" and window != 1:
         raise LensError(
             "window is for 'attention' and 'mlp': one layer's stream holds all before it"
@@ -113,21 +110,8 @@ def patch_streams(
             ]
             values.append(torch.stack(read).numpy())
             advance(len(rows))
-    base, source = torch.cat(ends, 1).numpy()
-    return PatchEffects(
-        tuple(f"{_LETTERS[what]}{layer}" for layer in layers),
-        tuple(name for name, _ in places),
-        np.concatenate(values, 2),
-        base,
-        source,
-        direction,
-        (),
-        task.metric,
-        task.name,
-        model.name,
-        seed,
-        task.sign,
-    )
+    names = tuple(f"{_LETTERS[what]}{layer}" for layer in layers)
+    return effects_of(model, task, names, places, values, ends, direction, (), seed)
 
 
 def check_noise(task: Task, noise: float | None, noise_at: str | None) -> None:

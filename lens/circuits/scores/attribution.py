@@ -9,14 +9,13 @@ tokens × d_model is ever built.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.graph import register_multi_grad_hook
-from torch.utils.hooks import RemovableHandle
 
 from lens.circuits.graph.activations import Activations, PlainVisitor
 from lens.circuits.graph.nodes import Layer, Nodes, visit
@@ -67,13 +66,10 @@ def edge_products(
     meeting = _Meeting(
         nodes, differences, replaced or {}, blocked, frozen_patterns, norm_rules, where
     )
-    try:
-        with torch.enable_grad():
-            logits = visit(nodes, ids, meeting)
-            slope = _slope(logits, objective, refuse_flat)
-            torch.autograd.grad(logits, meeting.entered, slope, materialize_grads=True)
-    finally:
-        meeting.remove_hooks()
+    with meeting.hooks, torch.enable_grad():
+        logits = visit(nodes, ids, meeting)
+        slope = _slope(logits, objective, refuse_flat)
+        torch.autograd.grad(logits, meeting.entered, slope, materialize_grads=True)
     found = for_numpy(meeting.finish())[..., nodes.graph.allowed]
     return found[0] if where is None else found.swapaxes(0, 1)
 
@@ -214,7 +210,7 @@ class _Meeting(_Tracing):
         self._read: dict[tuple[int, str], Tensor] = {}  # what the norms between have read
         self._keeps = differences.input.numel() * len(graph.writers) <= _KEPT
         self._outputs: dict[int, Tensor] = {}  # of the writers of each layer, where they are kept
-        self._hooks: list[RemovableHandle] = []
+        self.hooks = ExitStack()  # each holds the part of the graph that it hangs on
 
     def project(self, layer: int, residual: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = super().project(layer, residual)
@@ -223,7 +219,7 @@ class _Meeting(_Tracing):
         def meet(slopes: Sequence[Tensor | None]) -> None:
             self._attention(layer, clean, slopes)
 
-        self._hooks.append(register_multi_grad_hook((q, k, v), meet))
+        self.hooks.enter_context(register_multi_grad_hook((q, k, v), meet))
         return (q.detach(), k.detach(), v) if self._frozen else (q, k, v)
 
     def _attention(self, layer: int, residual: Tensor, slopes: Sequence[Tensor | None]) -> None:
@@ -349,11 +345,6 @@ class _Meeting(_Tracing):
             read = self._read[layer, "attention"][rows]
             slope = self._before(block.norm, read, slope.unflatten(2, wide)).flatten(2)
         return slope
-
-    def remove_hooks(self) -> None:
-        """Each holds the part of the graph that it hangs on, which would never be freed."""
-        for hook in self._hooks:
-            hook.remove()
 
     def finish(self) -> Tensor:
         """[spans, rows, readers, writers], after the backward pass."""

@@ -12,7 +12,7 @@ import pandas as pd
 from lens import stats
 from lens.common.checked import checked
 from lens.common.errors import LensError
-from lens.common.head_ids import AnyHead, HeadId, head_id
+from lens.common.head_ids import AnyHead, HeadId, head_columns, head_id
 from lens.common.results import Result, Sentence
 from lens.heads.likeness.redundancy import HeadClusters, clusters, redundancy
 from lens.stats.intervals import around
@@ -141,9 +141,7 @@ class HeadSimilarity(Result):
         low, high = self.interval()
         table = pd.DataFrame(
             {
-                "name": self.names,
-                "layer": [one.layer for one in self.heads],
-                "head": [one.head for one in self.heads],
+                **head_columns(self.heads),
                 "value": self.values[row],
                 "low": low[row],
                 "high": high[row],

@@ -69,8 +69,5 @@ def _sizes(norm: Norm) -> Iterator[list[Tensor]]:
     if norm.module is None or not norm.changes:
         yield found
         return
-    hook = norm.module.register_forward_pre_hook(lambda _, args: found.append(norm.size(args[0])))
-    try:
+    with norm.module.register_forward_pre_hook(lambda _, args: found.append(norm.size(args[0]))):
         yield found
-    finally:
-        hook.remove()

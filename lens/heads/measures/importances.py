@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lens.common.choices import Seed, check_choice
+from lens.common.choices import Seed
 from lens.common.errors import LensError
 from lens.common.given import given_as
 from lens.common.head_ids import HeadId
@@ -116,8 +116,6 @@ def importance(
             )
     given_as("Task", task=task)
     word, arguments = named(method)
-    if baseline is not None:
-        check_choice("baseline", baseline, BaselineName)
     name = baseline or BASELINES[word][0]
     if name not in BASELINES[word]:
         others = [other for other in BASELINES if name in BASELINES[other]]
@@ -192,7 +190,8 @@ def drops_of(
                 sources = by.sources(chosen, rows)
                 given = task.given(model, rows)
                 logits = edited_logits(model, given, chosen, sources)
-                return np.stack([_measured(task, one, rows) for one in logits])
+                found = [task.measure(one, rows).double().cpu().numpy() for one in logits]
+                return np.stack(found)
 
             name = f"prompts from {int(at[0])}"
             clean[where] = checkpoint.remember(name, lambda of=measured: of([[]], zero)[0])
@@ -203,10 +202,6 @@ def drops_of(
                 )
                 advance(len(some) * len(rows))
     return clean, task.sign * (clean - ablated)
-
-
-def _measured(task: Task, logits: Tensor, rows: Tensor) -> np.ndarray:
-    return task.measure(logits, rows).double().cpu().numpy()
 
 
 def _by_rows(

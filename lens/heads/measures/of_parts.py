@@ -55,7 +55,9 @@ def importance_of_part(
         for number, (prompt, source) in enumerate(zip(read, instead, strict=True)):
             clean[number] = _losses(model, prompt, [[]], source)[0]
             size = len(prompt.target or ()) * max(model.info.vocab or 1, 1024)
-            for some in _stacks(heads, max(1, _LOGITS // size)):
+            stack = max(1, _LOGITS // size)
+            for start in range(0, len(heads), stack):
+                some = heads[start : start + stack]
                 found = _losses(model, prompt, [[head] for head in some], source) - clean[number]
                 for head, more in zip(some, found, strict=True):
                     per_prompt[head.layer, head.head, number] = more
@@ -70,10 +72,6 @@ def importance_of_part(
         task=f"target ({model.chosen})",
         model=model.name,
     )
-
-
-def _stacks(heads: Sequence[HeadId], count: int) -> list[Sequence[HeadId]]:
-    return [heads[start : start + count] for start in range(0, len(heads), count)]
 
 
 def _sources(model: LoadedModel, prompts: Sequence[Prompt], name: str, seed: int) -> list[Source]:

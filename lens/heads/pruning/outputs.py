@@ -119,10 +119,8 @@ class PruningMetrics(Result):
         parts, random = [], np.random.default_rng(seed)
         orders = np.stack([random.permutation(self.n) for _ in range(draws)])
         for metric, values in self.per_example.items():
-            heads, flat = (
-                head_columns(list(np.ndindex(values.shape[:2]))),
-                values.reshape(-1, self.n),
-            )
+            heads = head_columns(list(np.ndindex(values.shape[:2])))
+            flat = values.reshape(-1, self.n)
             for label in self.by_class(metric):
                 own = flat[:, self.labels == label]
                 low, high = stats.interval(flat[:, orders[:, : own.shape[1]]].mean(-1), axis=1)
@@ -316,12 +314,9 @@ def _outputs(
         def keep(_: nn.Module, given: tuple[Tensor, ...], to: list[Tensor] = read) -> None:
             to.append(given[0])
 
-        hook = _classifier(model).register_forward_pre_hook(keep)
         some = {name: tensor[rows] for name, tensor in inputs.items()}
-        try:
+        with _classifier(model).register_forward_pre_hook(keep):
             result = edited_outputs(model, some, groups, [source] * len(groups))
-        finally:
-            hook.remove()
         at = None if positions is None else positions[rows]
         shape = (len(groups), len(rows))
         parts.append((_read(result.logits, shape, at), _read(read[0], shape, at)))

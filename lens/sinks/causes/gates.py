@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -234,17 +234,11 @@ class Outputs:
     @contextmanager
     def hooked(self) -> Iterator[None]:
         """Looks at what enters each output projection."""
-        parts = [
-            part
-            for name, part in base(self._model).named_modules()
-            if name.rpartition(".")[2] in PROJECTIONS and not list(part.children())
-        ]
-        hooks = [part.register_forward_pre_hook(self._meet) for part in parts]
-        try:
+        with ExitStack() as stack:
+            for name, part in base(self._model).named_modules():
+                if name.rpartition(".")[2] in PROJECTIONS and not list(part.children()):
+                    stack.enter_context(part.register_forward_pre_hook(self._meet))
             yield
-        finally:
-            for hook in hooks:
-                hook.remove()
 
     def _meet(self, part: nn.Module, inputs: tuple[torch.Tensor, ...]) -> Any:
         output, entering = self._output, inputs[0]

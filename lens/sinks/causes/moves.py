@@ -104,14 +104,9 @@ def moves_of(
     moved = []
     for (way, target, at), values in found.items():
         several = np.stack(values, -1)  # [5, prompts]
-        means = dict(
-            zip(
-                ("source_before", "source_after", "target_before"),
-                several.mean(-1)[:3],
-                strict=True,
-            )
-        )
-        row = {"way": way, "target": target, "layer": at} | means
+        names = ("source_before", "source_after", "target_before")
+        row = {"way": way, "target": target, "layer": at}
+        row |= dict(zip(names, several.mean(-1)[:3], strict=True))
         row |= {
             name: float(cell[0])
             for name, cell in columns("target_after", several[3:4], seed).items()

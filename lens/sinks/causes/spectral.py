@@ -216,16 +216,10 @@ def _losses(
             for one in (found, rotated):
                 for band in range(count):
                     projector = one.projector(band).to(model.device, model.dtype)
-                    hook = norm.register_forward_pre_hook(
-                        lambda _, args, projector=projector: (
-                            args[0] - args[0] @ projector,
-                            *args[1:],
-                        )
-                    )
-                    try:
+                    with norm.register_forward_pre_hook(
+                        lambda _, args, out=projector: (args[0] - args[0] @ out, *args[1:])
+                    ):
                         row.append(loss(model, ids) - plain)
-                    finally:
-                        hook.remove()
                     advance(1)
             deltas.append(row)
     own, random = np.array(deltas).T.reshape(2, count, len(read))

@@ -12,7 +12,7 @@ import pandas as pd
 from lens.common.choices import Seed, check_counts
 from lens.common.given import given_traces
 from lens.common.head_ids import HeadId, head_columns
-from lens.common.results import Result, Sentence, few, if_known
+from lens.common.results import Result, Sentence, counted, few, if_known
 from lens.sinks.detection.alphas import (
     DIVIDED,
     Normalise,
@@ -72,8 +72,8 @@ class SinkKeys(Result):
         else:
             found = [
                 Sentence(
-                    f"Sinks in at least one of {_count(self.profile.samples.n, 'prompt')}: "
-                    f"{_count(len(self.keys), 'key')} in {_count(len(self.heads), 'head')}, from layer "
+                    f"Sinks in at least one of {counted(self.profile.samples.n, 'prompt')}: "
+                    f"{counted(len(self.keys), 'key')} in {counted(len(self.heads), 'head')}, from layer "
                     f"{self.heads[0].layer} on {settings}.",
                     kind="heads",
                 )
@@ -83,7 +83,7 @@ class SinkKeys(Result):
                 here = self.rows[self.rows["key"] == key]
                 token = here["token"].mode()[0]
                 told = (
-                    f"{_count(here['name'].nunique(), 'head')} of the layers in which it is judged"
+                    f"{counted(here['name'].nunique(), 'head')} of the layers in which it is judged"
                     if np.isnan(self.profile.rate[key])
                     else self.profile.told(key)
                 )
@@ -164,10 +164,6 @@ class SinkProfile(Result):
             "for them."
         )
         return (Sentence(text, kind="positions"), Sentence(limit, kind="limit"))
-
-
-def _count(number: int, thing: str) -> str:
-    return f"{number} {thing}{'s' * (number != 1)}"
 
 
 def find(
