@@ -90,13 +90,14 @@ def lens_attention(
     """The attention function that is registered with `AttentionInterface`.
 
     Raises:
-        LensError: outside of a capture, dropout, or an argument that capture does not understand.
+        LensError: outside of a capture or in another thread, dropout, or an argument that capture does not understand.
     """
     listener = current_listener()
     if listener is None:
         raise LensError(
-            f"{type(module).__name__} was left on the attention implementation {IMPLEMENTATION!r}; "
-            "it works only inside lens.capture and lens.traces.capturing: model.set_attn_implementation('sdpa')"
+            f"{type(module).__name__} runs with the attention implementation {IMPLEMENTATION!r} outside of what set it "
+            "(lens.capture, lens.traces.capturing, lens.edit): run it inside of the block and in its thread, or, where it "
+            "was left behind, model.set_attn_implementation('sdpa')"
         )
     if dropout:
         raise LensError(

@@ -443,7 +443,7 @@ def _attention_arguments() -> tuple:
 
 def test_attention_outside_of_a_capture_is_refused():
     with pytest.raises(
-        LensError, match="was left on the attention implementation 'attention_lens'"
+        LensError, match="runs with the attention implementation 'attention_lens' outside of what"
     ):
         lens_attention(*_attention_arguments())
 
