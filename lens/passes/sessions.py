@@ -163,9 +163,9 @@ class Session:
         self._depth += 1  # first: `end` follows in any case
         if self._exclusive and current_listener() is not self:
             raise LensError(
-                "the attention of this pass would not be edited: something inside the block "
-                "(lens.capture, lens.traces.capturing, another lens.edit) takes its place; run it "
-                "outside"
+                "the attention of this pass would not be edited: something inside the block (lens.capture, "
+                "lens.traces.capturing, another lens.edit) takes its place, or it runs in another thread; run the "
+                "former outside, the latter in the thread of the block"
             )
         if self._depth > 1:
             return

@@ -40,8 +40,11 @@ def test_a_model_at_work_is_refused_to_another_thread_and_free_after():
         for work in works:
             with pytest.raises(LensError, match="another thread works with this LlamaForCausalLM"):
                 _elsewhere(work)
-        with pytest.raises(LensError, match="run it inside of the block and in its thread"):
+        with pytest.raises(LensError, match=r"would not be edited.* in the thread of the block"):
             _elsewhere(lambda: model.model(torch.arange(4)[None]))
+    in_thread = pytest.raises(LensError, match="run it inside of the block and in its thread")
+    with lens.traces.capturing(model), in_thread:
+        _elsewhere(lambda: model.model(torch.arange(4)[None]))
     pd.testing.assert_frame_equal(_profile(model), alone)
     pd.testing.assert_frame_equal(_elsewhere(lambda: _profile(model)), alone)
 
