@@ -18,7 +18,7 @@ from lens.common.errors import LensError
 from lens.common.head_ids import HeadId
 from lens.edits._rows import Rows, dropped, forced, log_of, moved, revalued, scaled, sunk
 from lens.edits.base import AttentionEdit, grouped, part_of, queries_at
-from lens.passes.calls import LayerCall, attend
+from lens.passes.calls import LayerCall, attend, of_heads
 from lens.passes.keys import Keys, KeysAt, members
 
 if TYPE_CHECKING:
@@ -325,10 +325,9 @@ def _running_mean(
             now - torch.nn.functional.pad(now, (0, 0, window, 0))[:, :, : now.shape[2]]
             for now in (sums, count)
         )
-    share = call.query.shape[1] // call.value.shape[1]
     mean = (sums / count.clamp(min=1))[:, :, -queries:].to(call.value.dtype)
     known = (count[:, :, -queries:, 0] > 0).expand(batch, -1, -1)
-    return mean.repeat_interleave(share, 1), known.expand(-1, call.query.shape[1], -1)
+    return of_heads(call, mean), known.expand(-1, call.query.shape[1], -1)
 
 
 def _check_seen(

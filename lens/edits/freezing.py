@@ -13,7 +13,7 @@ from lens.common.errors import LensError
 from lens.edits.base import AttentionEdit, queries_at
 from lens.edits.language import OfHeads, Running
 from lens.models.loaded import LoadedModel
-from lens.passes.calls import LayerCall, attend
+from lens.passes.calls import LayerCall, attend, of_heads
 from lens.passes.keys import KeysAt
 from lens.passes.sessions import base, listening
 from lens.passes.sources import read_any
@@ -102,7 +102,7 @@ class Patterns:
         return Patterns(
             {at: torch.cat([call.query for call in calls]) for at, calls in layers.items()},
             {
-                at: torch.cat([_of_heads(one.key, one) for one in calls])
+                at: torch.cat([of_heads(one, one.key) for one in calls])
                 for at, calls in layers.items()
             },
         )
@@ -149,21 +149,14 @@ class FrozenEdit(AttentionEdit):
         query = _at(query, rows).to(call.query)
         key = _at(key, places).to(call.key)
         if bool(heads.all()):
-            return replace(call, query=query, key=key, value=_of_heads(call.value, call))
+            return replace(call, query=query, key=key, value=of_heads(call, call.value))
         here = heads[:, None, None]
         return replace(
             call,
             query=torch.where(here, query, call.query),
-            key=torch.where(here, key, _of_heads(call.key, call)),
-            value=_of_heads(call.value, call),
+            key=torch.where(here, key, of_heads(call, call.key)),
+            value=of_heads(call, call.value),
         )
-
-
-def _of_heads(
-    tensor: Float[Tensor, "batch kv_heads keys dim"], call: LayerCall
-) -> Float[Tensor, "batch heads keys dim"]:
-    """What groups of heads share, for each of them."""
-    return tensor.repeat_interleave(call.query.shape[1] // tensor.shape[1], 1)
 
 
 def _at(

@@ -17,7 +17,7 @@ from lens.edits._phi import width_of
 from lens.edits.base import AttentionEdit
 from lens.edits.language import OfHeads, Running, check_number
 from lens.models.loaded import LoadedModel
-from lens.passes.calls import LayerCall, attend
+from lens.passes.calls import LayerCall, attend, of_heads
 from lens.passes.keys import KeysAt
 from lens.passes.residual import changed
 
@@ -122,8 +122,7 @@ class _Without(AttentionEdit):
             query[:, heads] = taken_out(query[:, heads], self._basis, self._amount)
             edited = attend(replace(call, query=query), backend=self._backend).output
         else:
-            share = call.query.shape[1] // call.key.shape[1]
-            key, value = (part.repeat_interleave(share, 1) for part in (call.key, call.value))
+            key, value = (of_heads(call, part) for part in (call.key, call.value))
             key[:, heads] = taken_out(key[:, heads], self._basis, self._amount)
             edited = attend(replace(call, key=key, value=value), backend=self._backend).output
         if bool(heads.all()):

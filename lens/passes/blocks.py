@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lens.common.errors import LensError
-from lens.passes.calls import LayerCall, attend, kernel_options
+from lens.passes.calls import LayerCall, attend, kernel_options, of_heads
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Shaped
@@ -46,7 +46,7 @@ class BlockView:
     @cached_property
     def key(self) -> Float[Tensor, "batch heads keys head_dim"]:
         """Each query head beside the keys that it reads."""
-        return self.call.key.repeat_interleave(self.share, 1)
+        return of_heads(self.call, self.call.key)
 
     @property
     def share(self) -> int:

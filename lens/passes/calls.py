@@ -106,6 +106,13 @@ def read_half(call: LayerCall, output: Tensor) -> Tensor:
     return second.where(call.halves[:, None, :, None], first)
 
 
+def of_heads(
+    call: LayerCall, shared: Float[Tensor, "batch kv_heads keys dim"]
+) -> Float[Tensor, "batch heads keys dim"]:
+    """What groups of heads share, such as keys, for each of them."""
+    return shared.repeat_interleave(call.query.shape[1] // shared.shape[1], 1)
+
+
 def evened(call: LayerCall) -> LayerCall:
     """The call whose rows look at all keys that they see alike: logits of 0. Its learned sinks are left."""
     return replace(call, query=torch.zeros_like(call.query), position_bias=None)

@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lens.passes.calls import LayerCall, attend
+from lens.passes.calls import LayerCall, attend, of_heads
 from lens.reading import _maps
 from lens.reading._answers import Answer
 from lens.reading._relevance import Rule, rules, scaled
@@ -82,7 +82,7 @@ def raw(answer: Answer, found: BlockGradients) -> Tensor:
 
 def effective(answer: Answer, found: BlockGradients) -> Tensor:
     """The same without what each head's values cannot tell from nothing."""
-    rows, values = _row(answer, found)[:, 0], _by_head(found.calls[-1].value, found.calls[-1])
+    rows, values = _row(answer, found)[:, 0], _values(found.calls[-1])
     seen = rows[0] > 0
     pairs = zip(rows, values, strict=True)
     return torch.stack([_maps.effective(row, value, seen) for row, value in pairs]).mean(0)
@@ -90,7 +90,7 @@ def effective(answer: Answer, found: BlockGradients) -> Tensor:
 
 def norm(answer: Answer, found: BlockGradients) -> Tensor:
     """Size of what the last layer's heads bring the answering query from each token."""
-    values = _by_head(found.calls[-1].value, found.calls[-1])
+    values = _values(found.calls[-1])
     return _maps.norms(_row(answer, found), values, answer.layout.blocks[-1].output, 0)
 
 
@@ -144,7 +144,7 @@ def _plain(rows: Tensor, _: LayerCall, __: Tensor, ___: Tensor) -> Tensor:
 
 
 def _positive(rows: Tensor, call: LayerCall, slope: Tensor, at: Tensor) -> Tensor:
-    return (rows * (slope[0, :, at].double() @ _by_head(call.value, call).mT)).clamp(min=0)
+    return (rows * (slope[0, :, at].double() @ _values(call).mT)).clamp(min=0)
 
 
 def _map(answer: Answer, found: BlockGradients, layer: int, block: int, weigh: _Weigh) -> Tensor:
@@ -169,6 +169,6 @@ def _row(answer: Answer, found: BlockGradients) -> Tensor:
     return row_at(call, torch.tensor([answer.row], device=call.query.device)).double()
 
 
-def _by_head(tensor: Tensor, call: LayerCall) -> Tensor:
-    """[heads, keys, dim], of groups."""
-    return tensor[0].repeat_interleave(call.query.shape[1] // tensor.shape[1], 0).double()
+def _values(call: LayerCall) -> Tensor:
+    """[heads, keys, dim]"""
+    return of_heads(call, call.value)[0].double()

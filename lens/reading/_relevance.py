@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from lens.common.errors import LensError
 from lens.models.parts import Block, Norm
-from lens.passes.calls import LayerCall
+from lens.passes.calls import LayerCall, of_heads
 from lens.reading._answers import Answer
 from lens.reading._rows import dense, with_values
 
@@ -106,25 +106,15 @@ class Gradients:
             return with_values(call, attention)
         lrp = self._rule == "attnlrp"
         if lrp:
-            call = _share(call, 2)
+            call = replace(call, query=scaled(call.query, 2), key=scaled(call.key, 2))
         scores, attention = dense(call)
         self._maps.append((scores, attention))
         rows, keys = attention.shape[-2:]
         self.seen.append(call.mask.seen_by(torch.arange(rows, device=call.query.device), keys))
-        share = call.query.shape[1] // call.key.shape[1]
-        self.values.append(call.value[0].detach().repeat_interleave(share, 0).double())
+        self.values.append(of_heads(call, call.value)[0].detach().double())
         if not lrp:
             return with_values(call, attention)
-        return with_values(_values(call, 2), scaled(attention, 2))
-
-
-def _share(call: LayerCall, by: int) -> LayerCall:
-    """The call with the gradient of queries and keys divided."""
-    return replace(call, query=scaled(call.query, by), key=scaled(call.key, by))
-
-
-def _values(call: LayerCall, by: int) -> LayerCall:
-    return replace(call, value=scaled(call.value, by))
+        return with_values(replace(call, value=scaled(call.value, 2)), scaled(attention, 2))
 
 
 def scaled(x: Tensor, by: int) -> Tensor:

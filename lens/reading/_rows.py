@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lens.passes.calls import LayerCall
+from lens.passes.calls import LayerCall, of_heads
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -15,9 +15,8 @@ if TYPE_CHECKING:
 
 def row_at(call: LayerCall, queries: Tensor) -> Float[Tensor, "heads queries keys"]:
     """What these rows of every head of a layer attend to; float32 at least."""
-    share = call.query.shape[1] // call.key.shape[1]
-    query = call.query[0, :, queries].float()
-    logits = call.scale * query @ call.key[0].float().repeat_interleave(share, 0).transpose(-1, -2)
+    query, key = call.query[0, :, queries].float(), of_heads(call, call.key)[0].float()
+    logits = call.scale * query @ key.transpose(-1, -2)
     logits = capped(call, logits)
     if call.position_bias is not None:
         bias = call.position_bias.expand(-1, len(query), call.query.shape[2], logits.shape[-1])
@@ -33,8 +32,7 @@ def dense(call: LayerCall, added: Tensor | None = None) -> tuple[Tensor, Tensor]
         call: of one layer.
         added: [heads, queries, keys], to the logits behind the softcap.
     """
-    share = call.query.shape[1] // call.key.shape[1]
-    key = call.key.repeat_interleave(share, 1)
+    key = of_heads(call, call.key)
     logits = capped(call, call.scale * call.query @ key.transpose(-1, -2))
     if call.position_bias is not None:
         logits = logits + call.position_bias
@@ -46,8 +44,7 @@ def dense(call: LayerCall, added: Tensor | None = None) -> tuple[Tensor, Tensor]
 
 def with_values(call: LayerCall, attention: Tensor) -> Tensor:
     """[rows, heads, queries, value_dim] of attention [rows, heads, queries, keys]."""
-    share = call.query.shape[1] // call.key.shape[1]
-    return attention @ call.value.repeat_interleave(share, 1)
+    return attention @ of_heads(call, call.value)
 
 
 def capped(call: LayerCall, logits: Tensor) -> Tensor:

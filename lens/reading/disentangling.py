@@ -22,7 +22,7 @@ from lens.common.errors import LensError
 from lens.common.head_ids import AnyHead
 from lens.common.progress import advancing
 from lens.models.loaded import LoadedModel
-from lens.passes.calls import LayerCall, attend
+from lens.passes.calls import LayerCall, attend, of_heads
 from lens.passes.check import relative_error, tolerance_of
 from lens.passes.masks import refuse_large
 from lens.passes.noted import spelled_out_of
@@ -126,8 +126,7 @@ def _terms(
         raise LensError(f"{name} caps its logits, so that they are no sum of terms")
     queries, keys = call.query.shape[2], call.key.shape[2]
     refuse_large(queries, keys, "the terms of its logits")
-    share = call.query.shape[1] // call.key.shape[1]
-    key = call.key[0].double().repeat_interleave(share, 0)
+    key = of_heads(call, call.key)[0].double()
     shape = (call.query.shape[1], queries, keys)
     content = call.query[0].double() @ key.transpose(-1, -2) * call.scale
     position = bias[0].double().expand(shape)

@@ -23,7 +23,7 @@ from lens.common.progress import advancing
 from lens.models.layout import layout
 from lens.models.loaded import LoadedModel
 from lens.models.random_weights import random_weights
-from lens.passes.calls import LayerCall, attend
+from lens.passes.calls import LayerCall, attend, of_heads
 from lens.passes.inputs import Prompt, read_prompts
 from lens.passes.sessions import listening, run
 from lens.reading._rows import row_at
@@ -173,7 +173,7 @@ class _Search:
         if call.layer not in self._outputs:
             return None
         gram = self._outputs[call.layer].to(call.value.device)
-        value = call.value[0].float().repeat_interleave(len(gram) // call.value.shape[1], 0)
+        value = of_heads(call, call.value)[0].float()
         return ((value @ gram) * value).sum(-1).clamp(min=0).sqrt()[:, None]
 
     def _weights(self, call: LayerCall, rows: Tensor, written: Tensor | None) -> list[Tensor]:

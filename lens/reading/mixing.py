@@ -22,7 +22,7 @@ from lens.common.choices import check_counts
 from lens.common.progress import advancing
 from lens.models.loaded import LoadedModel
 from lens.models.parts import Layout
-from lens.passes.calls import LayerCall, attend, evened
+from lens.passes.calls import LayerCall, attend, evened, of_heads
 from lens.passes.inputs import read_prompts
 from lens.passes.replay import proved
 from lens.passes.sessions import run
@@ -105,8 +105,7 @@ class _Mixing(Plain):
         made = attend(call, statistics=("lse",))
         assert made.statistics.lse is not None
         lse = made.statistics.lse[0].double()  # [heads, tokens]
-        share = call.query.shape[1] // call.key.shape[1]
-        key, value = (one[0].double().repeat_interleave(share, 0) for one in (call.key, call.value))
+        key, value = (of_heads(call, one)[0].double() for one in (call.key, call.value))
         logits = call.scale * (call.query[0].double() * key).sum(-1)
         logits, tokens = capped(call, logits), key.shape[1]
         if call.position_bias is not None:

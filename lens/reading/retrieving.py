@@ -26,7 +26,7 @@ from lens.edits.running import edit
 from lens.heads.behaviour.retrieval import fetched, succeeded
 from lens.models.loaded import LoadedModel
 from lens.models.vocabulary import ordinary_ids
-from lens.passes.calls import LayerCall, attend
+from lens.passes.calls import LayerCall, attend, of_heads
 from lens.passes.replay import proved
 from lens.passes.sessions import base, listening
 from lens.reading._rows import row_at
@@ -175,8 +175,7 @@ def _answering(
         asked = rows[:, :question, first:last].mean(1)
         rows = rows[:, question - 1 :]
         written = torch.einsum("hkd,td->htk", outputs[call.layer], directions.to(rows))
-        share = call.query.shape[1] // call.key.shape[1]
-        value = call.value[0].float().repeat_interleave(share, 0)
+        value = of_heads(call, call.value)[0].float()
         brought = rows * (written @ value.transpose(-1, -2))  # [heads, steps, keys]
         needle = brought[..., first:last].sum(-1)
         # A row sees the prompt and what was generated up to it.

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lens.circuits.graph.activations import Activations, Reading
 from lens.circuits.graph.nodes import Nodes, visit
-from lens.passes.calls import LayerCall, attend
+from lens.passes.calls import LayerCall, attend, of_heads
 
 PARTS = ("q", "k", "v")
 
@@ -66,12 +66,7 @@ def replaced(clean: LayerCall, corrupt: LayerCall, q: Tensor, k: Tensor, v: Tens
 
 def by_head(call: LayerCall) -> LayerCall:
     """With keys and values of each query head."""
-    share = call.query.shape[1] // call.key.shape[1]
-    return replace(
-        call,
-        key=call.key.repeat_interleave(share, 1),
-        value=call.value.repeat_interleave(share, 1),
-    )
+    return replace(call, key=of_heads(call, call.key), value=of_heads(call, call.value))
 
 
 def calls_of(nodes: Nodes, ids: Tensor) -> list[LayerCall]:

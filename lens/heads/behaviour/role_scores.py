@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lens.common.errors import LensError
 from lens.models.loaded import LoadedModel
-from lens.passes.calls import LayerCall, attend
+from lens.passes.calls import LayerCall, attend, of_heads
 from lens.passes.replay import proved
 from lens.passes.sessions import base, listening
 from lens.traces.scores import Score, row_score, whole_score
@@ -76,8 +76,7 @@ class RoleRecorder:
         """See `lens.passes.sessions.listening`."""
         layer = call.layer
         z = attend(call, statistics=()).output.to(call.value.dtype)
-        share = call.query.shape[1] // call.key.shape[1]
-        value = call.value[0].repeat_interleave(share, 0).double()  # [heads, keys, dim]
+        value = of_heads(call, call.value)[0].double()  # [heads, keys, dim]
         weights = None if self._output is None else self._output[layer].to(value)
         written = None if weights is None else _norms(value, weights)
         probe = _probe(call, written, self._segments)
@@ -214,7 +213,7 @@ def _norms(vectors: Tensor, weights: Tensor) -> Tensor:
 def _probe(call: LayerCall, written: Tensor | None, segments: Tensor) -> AttentionResult:
     """Attention of the call with a size for each key as its value, and the first key apart."""
     heads, keys = call.query.shape[1], call.key.shape[2]
-    key = call.key.repeat_interleave(heads // call.key.shape[1], 1)
+    key = of_heads(call, call.key)
     sizes = torch.ones(heads, keys, dtype=key.dtype) if written is None else written
     first = call.mask.first_key(1).to(key.device)
     is_first = torch.arange(keys, device=key.device) == first[:, None]

@@ -19,7 +19,7 @@ from lens.common.results import Result, Sentence, if_known
 from lens.edits.losses import bos_policy
 from lens.heads.weights import head_weights
 from lens.models.loaded import LoadedModel
-from lens.passes.calls import LayerCall, attend, evened
+from lens.passes.calls import LayerCall, attend, evened, of_heads
 from lens.passes.inputs import Prompt, read_prompts
 from lens.passes.keys import Keys, KeysAt, check_fixed_keys, members
 from lens.passes.sessions import base, listening
@@ -194,10 +194,7 @@ class _Geometry:
             raise LensError(
                 f"layer {call.layer} sees later tokens; mechanism is defined for causal models"
             )
-        share = call.query.shape[1] // call.key.shape[1]
-        key, value = (
-            tensor[0].double().repeat_interleave(share, 0) for tensor in (call.key, call.value)
-        )
+        key, value = (of_heads(call, one)[0].double() for one in (call.key, call.value))
         source = self._source.to(key.device)
         norms = [tensor.norm(dim=-1) for tensor in (key, value)]
         medians = [stats.quantile(norm[:, ~source].cpu(), 0.5) for norm in norms]
@@ -227,8 +224,7 @@ class _Geometry:
             return (value.new_full((len(value),), torch.nan),) * 3
         norm = (value @ self._output[call.layer].to(value)).norm(dim=-1)  # [heads, keys]
         both = torch.stack([norm * source, norm], -1)[None].to(call.value.dtype)
-        share = call.query.shape[1] // call.key.shape[1]
-        key = call.key.repeat_interleave(share, 1)
+        key = of_heads(call, call.key)
         after = slice(int(source.nonzero()[-1]) + 1, None)
         contributions = []
         for one in (call, evened(call)):

@@ -20,7 +20,7 @@ from lens.edits.clean_runs import CleanRuns
 from lens.edits.effects import effect
 from lens.edits.losses import changes_of, predictions
 from lens.models.loaded import LoadedModel
-from lens.passes.calls import LayerCall, attend
+from lens.passes.calls import LayerCall, attend, of_heads
 from lens.passes.inputs import Prompt
 from lens.passes.keys import Keys
 from lens.sinks.causes.gates import Outputs
@@ -142,9 +142,8 @@ def _change(
     def on_layer(call: LayerCall) -> Any:
         own = [head for layer, head in heads if layer == call.layer]
         if own:
-            share = call.query.shape[1] // call.key.shape[1]
-            key, value = (part.repeat_interleave(share, 1) for part in (call.key, call.value))
-            new = instead[call.layer].repeat_interleave(share, 0).to(value)
+            key, value = (of_heads(call, part) for part in (call.key, call.value))
+            new = of_heads(call, instead[call.layer][None])[0].to(value)
             source = place.to(value.device)
             for head in own:
                 value[:, head, source] = new[head]

@@ -17,7 +17,7 @@ from lens.edits.clean_runs import CleanRun, CleanRuns, of_layers
 from lens.edits.losses import predictions
 from lens.edits.watching import Watch
 from lens.models.loaded import LoadedModel
-from lens.passes.calls import LayerCall
+from lens.passes.calls import LayerCall, of_heads
 from lens.passes.inputs import Prompt
 from lens.passes.residual import changed
 from lens.sinks.activations.massive import massive
@@ -160,8 +160,7 @@ def _alone(model: LoadedModel, prompt: Prompt, target: int, rows: Tensor) -> Ten
 
     def on_layer(call: LayerCall) -> Tensor:
         output = watch.on_layer(call).clone()
-        share = call.query.shape[1] // call.key.shape[1]
-        output[:, :, target] = call.value[:, :, target].repeat_interleave(share, 1)
+        output[:, :, target] = of_heads(call, call.value[:, :, target])
         return output
 
     predictions(model, prompt, on_layer, parts=True)
