@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lens.common.choices import Seed, check_choice, is_whole
+from lens.common.choices import Seed, is_whole
 from lens.common.errors import LensError
 from lens.common.head_ids import AnyHead
 from lens.common.progress import advancing
@@ -37,7 +37,6 @@ _ROWS = 128  # taken apart together: their rows of attention are held
 _PRODUCTS = 2**23  # of parts, held at a time
 _KEPT = 2**28  # of all groups and prompts
 LEARNED_SINK, POSITION_BIAS = "learned sink", "position bias"
-_MEANS = ("keys", "attention")
 _SUMMED = ("values", "contrast", "content", "size", "mass", "even", "above")
 Against: TypeAlias = Literal["keys", "attention"] | int
 """What a logit is held against: the mean over the keys that the query sees, weighted or not, or one key."""
@@ -157,7 +156,6 @@ def explain_pairs(
     """
     read, _ = read_prompts(model, prompts, whole=True)
     check_pairs(pairs, len(read))
-    check_choice("against", against, _MEANS)
     check_by(by, len(read))
     layout, place = proved(model), model.info.head(head)
     gathered = _Gathered()
@@ -223,8 +221,7 @@ def _weights(head: Head, rows: Tensor, against: Against) -> Tensor:
     """
     seen = head.call.mask.seen_by(rows, head.tokens).double()
     if isinstance(against, str):
-        word = check_choice("against", against, _MEANS)
-        return head.rows(rows) if word == "attention" else seen / seen.sum(-1, keepdim=True)
+        return head.rows(rows) if against == "attention" else seen / seen.sum(-1, keepdim=True)
     other = _place("against", against, head.tokens)
     if not bool(seen[:, other].all()):
         raise LensError(f"against must be a key that the query sees, got {against}")

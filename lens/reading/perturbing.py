@@ -15,7 +15,7 @@ import torch
 from scipy.optimize import linprog
 from torch import Tensor
 
-from lens.common.choices import Count, Seed, check_between, check_choice, check_counts, check_lists
+from lens.common.choices import Count, Seed, check_between, check_counts, check_lists
 from lens.common.errors import LensError
 from lens.common.head_ids import AnyHead, HeadId
 from lens.common.progress import advancing
@@ -64,7 +64,7 @@ def adversary(
         >>> bool(found.error.max() < 1e-6)
         True
     """
-    check_counts(0, draws=draws, seed=seed)
+    check_counts(0, draws=draws)
     chosen, (read, _) = _heads(model, heads), read_prompts(model, prompts)
     check_tokens(read)
     rows: list[list[np.ndarray]] = [[] for _ in chosen]
@@ -163,7 +163,6 @@ def perturb(
     Example:
         >>> lens.reading.perturb(small, lens.tasks.copied(small, 8), ["L1H0"], sizes=[1.0], draws=1).table()
     """
-    check_choice("along", along, ("logits", "pairs"))
     check_between(0, float("inf"), sizes=sizes)
     if len(set(sizes)) < len(sizes):
         raise LensError(f"sizes has one twice: {', '.join(f'{one:g}' for one in sizes)}")

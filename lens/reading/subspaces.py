@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lens.common.choices import Count, Seed, check_choice, check_counts, check_lists
+from lens.common.choices import Count, Seed, check_counts, check_lists
 from lens.common.errors import LensError
 from lens.common.head_ids import AnyHead, HeadId
 from lens.common.progress import advancing
@@ -81,8 +81,6 @@ def subspace(
         raise LensError(
             "subspace needs at least two prompts: some to find directions, others to judge them"
         )
-    for name, kind in (("pairs", pairs), ("beside", beside)):
-        check_choice(name, kind, Kind)
     chosen: Sequence[Pairs] = [pairs] * len(read)
     if labels is not None:
         chosen = [[one] for one in _labelled(labels, [len(prompt.ids or ()) for prompt in read])]

@@ -31,7 +31,7 @@ from lens.circuits.graph.masked_forward import masked_logits
 from lens.circuits.graph.nodes import find_nodes
 from lens.circuits.graph.references import References
 from lens.circuits.graph.selection import pruned, top
-from lens.common.choices import Count, Seed, check_choice, is_number
+from lens.common.choices import Count, Seed, is_number
 from lens.common.errors import LensError
 from lens.common.progress import advancing
 from lens.common.results import Result, Sentence
@@ -183,7 +183,6 @@ def learn_masks(
         >>> learn_masks(known.model, known.task, penalty=1, steps=120).circuit().edges
         ('input->a1.h0<q>', 'a1.h0->logits')
     """
-    check_choice("over", over, OVER)
     _check(sparsity, penalty, rate)
     chosen = Ablation(baseline, kv=kv)
     nodes = find_nodes(model, kv=kv)

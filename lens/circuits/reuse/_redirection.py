@@ -225,9 +225,9 @@ def redirect(
         >>> lens.circuits.reuse.redirect(small, copying, ["L1H0"], [third], controls=2).table()
     """
     chosen = heads_in(model, heads)
-    _check(amount, split, controls, match)
+    _check(amount, controls)
     target = _keys(task, onto)
-    query = _query(task, at)
+    query = task.positions.max(1).values if at is None else _positions(task, at)
     if bool((target & (torch.arange(task.length) > query[:, None])).any()):
         raise LensError(
             f"a key of {_words(onto)} comes after its query, which does not see it; give earlier keys"
@@ -279,10 +279,6 @@ def _keys(task: Task, onto: Sequence[Place]) -> Tensor:
     return found
 
 
-def _query(task: Task, at: Place | None) -> Tensor:
-    return task.positions.max(1).values if at is None else _positions(task, at)
-
-
 def _positions(task: Task, place: Place) -> Tensor:
     """[prompts] of a mark or of positions."""
     if isinstance(place, str):
@@ -323,11 +319,9 @@ def _draw_controls(
     return tuple(heads_of(np.argwhere(one).tolist()) for one in drawn)
 
 
-def _check(amount: float, split: Split, controls: int, match: Match) -> None:
+def _check(amount: float, controls: int) -> None:
     if not is_number(amount) or not 0 < amount <= 1:
         raise LensError(
             f"amount is the share of the row that is moved, above 0 to 1; got {amount!r}"
         )
-    check_choice("split", split, Split)
-    check_choice("match", match, Match)
     check_counts(controls=controls)

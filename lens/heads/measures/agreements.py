@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from lens import stats
-from lens.common.choices import Count, Seed, check_counts, is_whole, shown
+from lens.common.choices import Count, Seed, is_whole, shown
 from lens.common.errors import LensError
 from lens.common.head_ids import head_columns
 from lens.common.results import Result, Sentence, few, with_ends
@@ -282,7 +282,6 @@ def _labels(scores: tuple[HeadScores, ...]) -> list[str]:
 
 def _drawn(scores: tuple[HeadScores, ...], resamples: int, seed: int) -> np.ndarray:
     """Values [resamples, measures, heads] on prompts drawn again; NaN of a measure on a single prompt."""
-    check_counts(0, seed=seed)
     random = np.random.default_rng(seed)
     weights: dict[tuple[str, int], np.ndarray] = {}
     found = []

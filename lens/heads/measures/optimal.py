@@ -14,7 +14,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lens.common.choices import check_counts
 from lens.common.errors import LensError
 from lens.common.head_ids import HeadId
 from lens.models.loaded import LoadedModel
@@ -32,7 +31,6 @@ def split(n: int, seed: int) -> tuple[Tensor, Tensor]:
     Raises:
         LensError: fewer than two prompts.
     """
-    check_counts(0, seed=seed)
     if n < 2:
         raise LensError(
             "an optimal constant is fitted on one half of the prompts and scored on the other, "
@@ -71,7 +69,6 @@ class Constants:
     def __init__(
         self, model: LoadedModel, task: Task, fitted_on: Tensor, steps: int, seed: int
     ) -> None:
-        check_counts(0, seed=seed)
         self._model, self._task, self._rows = model, task, fitted_on
         self._capacity = task.rows_at_once(model)
         generator = torch.Generator().manual_seed(seed)

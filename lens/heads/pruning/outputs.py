@@ -220,7 +220,6 @@ def metrics(
         LensError: labels that do not fit, an unknown baseline, or a model whose outputs cannot be read.
     """
     model.info.check_all_attend("pruning.metrics")
-    check_choice("baseline", baseline, words(Baseline))
     task = inputs if isinstance(inputs, Task) else None
     capacity = _ROWS if task is None else min(_ROWS, task.rows_at_once(model))
     inputs, positions, correct = _examples(model, inputs, labels)

@@ -11,7 +11,7 @@ import torch
 from torch.nn.functional import normalize
 
 from lens import stats
-from lens.common.choices import Seed, check_counts
+from lens.common.choices import Seed
 from lens.common.errors import LensError
 from lens.common.head_ids import HeadId, head_columns
 from lens.common.progress import advancing
@@ -133,7 +133,6 @@ def mechanism(
         >>> lens.sinks.mechanism(model, texts).table().sort_values("alpha").tail()
     """
     check_fixed_keys("sources", sources, "mechanism")
-    check_counts(0, seed=seed)
     try:
         output = head_weights(model).output
     except LensError:  # an architecture whose weights are not known: its columns say so by NaN

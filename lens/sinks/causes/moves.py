@@ -53,7 +53,6 @@ def moves_of(
     Raises:
         LensError: a target that is a source, or that fewer than 16 queries see.
     """
-    check_counts(0, seed=seed)
     targets = _targets(sources) if targets is None else _checked(targets, sources)
     parked = table[table["mass"] > SINK_EPSILON]
     if parked.empty or not targets:

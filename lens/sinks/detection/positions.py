@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from lens.common.choices import Seed, check_counts
+from lens.common.choices import Seed
 from lens.common.given import given_traces
 from lens.common.head_ids import HeadId, head_columns
 from lens.common.results import Result, Sentence, counted, few, if_known
@@ -188,7 +188,6 @@ def find(
         >>> found.table().head(), found.profile.common()
     """
     several = given_traces(traces)
-    check_counts(0, seed=seed)
     samples = samples_of(several)
     check_epsilon(epsilon, max(least_alpha(trace, normalise) for trace in several))
     alpha = np.stack([alpha_of(trace, normalise) for trace in several])
