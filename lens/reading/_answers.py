@@ -134,11 +134,9 @@ class Answer:
 
     def kept(self, keep: Bool[Tensor, "rows units"]) -> Float[Tensor, " rows"]:
         """Probability of the answer with only these tokens, or blocks of them; the others are deleted."""
-        keep = keep.repeat_interleave(self.block, 1)[:, : self.tokens].to(self.own.device)[
-            ..., None
-        ]
+        keep = keep.repeat_interleave(self.block, 1)[:, : self.tokens].to(self.own.device)
         with torch.no_grad():
-            logits = self.logits(torch.where(keep, self.own, self.deleted))
+            logits = self.logits(torch.where(keep[..., None], self.own, self.deleted))
         return logits.softmax(-1)[:, self.answer].double().cpu()
 
     def _entering(self) -> Tensor:

@@ -71,18 +71,13 @@ class CircuitReading(Result):
                 .to_dict("records")[:1]
             ]
             interval = ends(head["mass_low"], head["mass_high"], ".0%")
-            text = (
-                (
-                    f"{head['name']} looks at tokens of no one kind"
-                    if head["looks_at"] == NO_KIND
-                    else f"{head['name']} looks at {head['looks_at']} (in {head['rows']:.0%} of its rows, with "
+            text = f"{head['name']} looks at tokens of no one kind"
+            if head["looks_at"] != NO_KIND:
+                text = (
+                    f"{head['name']} looks at {head['looks_at']} (in {head['rows']:.0%} of its rows, with "
                     f"{head['mass']:.0%}{interval} of their attention; {head['uniform']:.0%} if it were even)"
                 )
-                + (": " if why else "")
-                + "; ".join(why)
-                + "."
-            )
-            said.append(Sentence(text, kind="head"))
+            said.append(Sentence(f"{text}{': ' * bool(why)}{'; '.join(why)}.", kind="head"))
         for row in self.table().to_dict("records"):
             if row["reader"] == "logits" and row["holds"]:
                 text = f"{row['writer']} writes the answer: cutting it off the logits takes {_cost(row)}."

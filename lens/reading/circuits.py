@@ -101,9 +101,8 @@ def circuit(
     with torch.no_grad():
         calls = [read_calls(model, ids[None]) for ids in task.clean]
     pairs = _pairs(circuit, edges, task, calls)
-    shares: dict[
-        _Edge, tuple[np.ndarray, np.ndarray]
-    ] = {}  # [prompts], what is carried, and of what
+    # [prompts], what is carried, and of what
+    shares: dict[_Edge, tuple[np.ndarray, np.ndarray]] = {}
     heads: list[dict[str, Any]] = []
     with advancing(f"{model.name}: circuit", len(pairs), progress) as advance:
         for node, own in pairs.items():

@@ -277,9 +277,8 @@ class PairExplanation(Result):
             each = self.contrast[number, self.count[number] > 0].sum(axis - 1)[:, two]
             sized = each * np.sign(each.mean(0))
             lead = sized[:, 0] - sized[:, 1:].sum(1)
-            best = rows.iloc[:1][
-                ["group", "part", "share", "share_low", "share_high", "n", "pairs"]
-            ].reset_index(drop=True)
+            names_of = ["group", "part", "share", "share_low", "share_high", "n", "pairs"]
+            best = rows[names_of].head(1).reset_index(drop=True)
             best["second"] = rows["part"].iloc[1] if len(two) > 1 else ""
             found.append(best.assign(**columns("lead", lead[None], self.seed)))
         return pd.concat(found, ignore_index=True)
@@ -287,9 +286,8 @@ class PairExplanation(Result):
     def _of_groups(self, side: Side) -> list[Sentence]:
         """What leads in how many groups, from which share to which, and what leads elsewhere."""
         rows = self.leading(side)
-        rows = rows[
-            np.isfinite(rows["share_low"])
-        ]  # of several prompts, in all of which it is attended more than others
+        # Of several prompts, in all of which it is attended more than others.
+        rows = rows[np.isfinite(rows["share_low"])]
         start = f"{self.head} on {self.pairs} by {self.by}, {side} side"
         if rows.empty:
             return [

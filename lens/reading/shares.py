@@ -110,9 +110,8 @@ class ComponentShares(Result):
         for name in MAPS:
             rows = table[table["map"] == name]
             best = rows.iloc[int(np.argmax(rows["share"]))]
-            least, most = (
-                (-np.inf, np.inf) if name == MAPS[0] else (0, 1)
-            )  # parts of a logit have a sign
+            # Parts of a logit have a sign.
+            least, most = (-np.inf, np.inf) if name == MAPS[0] else (0, 1)
             held = of_many_told(
                 best, "share", ".0%", len(rows), self.logits.shape[1], least=least, most=most
             )

@@ -30,7 +30,7 @@ from lens.circuits.graph.graph import Graph, Kv
 from lens.circuits.graph.masked_forward import masked_logits
 from lens.circuits.graph.nodes import find_nodes
 from lens.circuits.graph.references import References
-from lens.circuits.graph.selection import pruned, top
+from lens.circuits.graph.selection import top
 from lens.common.choices import Count, Seed, is_number
 from lens.common.errors import LensError
 from lens.common.progress import advancing
@@ -102,9 +102,8 @@ class LearnedMasks(Result):
             goal = f"{self.sparsity:.1%} of the {self.over} removed"
         if self.over == "nodes":
             gates = np.array([True, *gates])[self.graph.ends[1]]
-        made = f"{OVER[self.over]}, {goal}, seed {self.seed}, pruned"
-        kept = pruned(self.graph, gates)
-        return Circuit(self.graph, kept, self.ablation, self.task, self.model, made)
+        made = f"{OVER[self.over]}, {goal}, seed {self.seed}"
+        return Circuit(self.graph, gates, self.ablation, self.task, self.model, made).pruned()
 
     def table(self) -> pd.DataFrame:
         """One row per gate, most likely first: `gate`, `probability`, `log_alpha`."""

@@ -11,7 +11,7 @@ import pandas as pd
 from lens.circuits.graph.activations import Ablation
 from lens.circuits.graph.circuit import Circuit
 from lens.circuits.graph.graph import Graph
-from lens.circuits.graph.selection import consistent, greedy, pruned, top
+from lens.circuits.graph.selection import consistent, greedy, top
 from lens.common.choices import check_choice, check_counts, is_whole
 from lens.common.errors import LensError
 from lens.common.results import Result, Sentence
@@ -122,9 +122,9 @@ class EdgeScores(Result):
             kept = greedy(self.graph, values, count)
         else:
             kept = top(values, count)
-        made = f"{self.method}, {method} {count}{'' if absolute else ' signed'}{', pruned' * prune}"
-        kept = pruned(self.graph, kept) if prune else kept
-        return Circuit(self.graph, kept, self.ablation, self.task, self.model, made)
+        made = f"{self.method}, {method} {count}{'' if absolute else ' signed'}"
+        found = Circuit(self.graph, kept, self.ablation, self.task, self.model, made)
+        return found.pruned() if prune else found
 
     def table(self, *, count: int | None = None, seed: int = 0) -> pd.DataFrame:
         """One row per edge, largest score first.

@@ -95,9 +95,8 @@ class _Masking(Visitor):
         self._written = 0
         self._differences = torch.empty(0)  # [masks, writers, rows, tokens, d_model]
         self._walks = nodes.layout.bends
-        self._outputs: list[
-            Tensor
-        ] = []  # input, sum of heads, MLP, ...: [masks, rows, tokens, d_model]
+        # input, sum of heads, MLP, ...: [masks, rows, tokens, d_model]
+        self._outputs: list[Tensor] = []
 
     def _copies(self, tensor: Tensor) -> Tensor:
         """[masks, rows, ...] of [masks * rows, ...]."""

@@ -185,9 +185,7 @@ class _Streams(PlainVisitor):
 
     def __init__(self, nodes: Nodes) -> None:
         super().__init__(nodes)
-        self.before: list[
-            Tensor
-        ] = []  # what each layer's attention reads; last what the logits read
+        self.before: list[Tensor] = []  # what each layer's attention reads, then the logits
         self.between: list[Tensor] = []  # per layer what its MLP reads
         self.mlps: list[Tensor] = []
         self.calls: list[LayerCall] = []

@@ -20,7 +20,7 @@ from lens.circuits.graph.activations import Ablation, PlainVisitor
 from lens.circuits.graph.circuit import Circuit
 from lens.circuits.graph.graph import Graph, Kv
 from lens.circuits.graph.nodes import Nodes, find_nodes, visit
-from lens.circuits.graph.selection import pruned, top
+from lens.circuits.graph.selection import top
 from lens.common.choices import Count, is_whole, shown
 from lens.common.errors import LensError
 from lens.common.progress import advancing
@@ -105,9 +105,9 @@ class GateScores(Result):
             writes[list(graph.feeds[reader])] = True
         reader, writer = graph.ends
         kept = chosen[reader] & writes[writer]
-        made = f"hisp, top {count} nodes{', pruned' * prune}"
-        kept = pruned(graph, kept) if prune else kept
-        return Circuit(graph, kept, self.ablation, self.task, self.model, made)
+        made = f"hisp, top {count} nodes"
+        found = Circuit(graph, kept, self.ablation, self.task, self.model, made)
+        return found.pruned() if prune else found
 
     def table(self, *, seed: int = 0) -> pd.DataFrame:
         """One row per node, largest first.

@@ -213,11 +213,8 @@ class _Adding(PlainVisitor):
 
     def __init__(self, nodes: Nodes, layer: int, heads: list[int], added: Tensor) -> None:
         super().__init__(nodes)
-        self._layer, self._heads, self._added = (
-            layer,
-            heads,
-            added,
-        )  # [copies, rows, tokens, head_dim]
+        self._layer, self._heads = layer, heads
+        self._added = added  # [copies, rows, tokens, head_dim]
 
     def heads(self, layer: int, z: Tensor) -> Tensor:
         if layer != self._layer:

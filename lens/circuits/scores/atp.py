@@ -119,9 +119,8 @@ def _scores(batch: Batch, *, together: bool, blocked: int | None = None) -> np.n
             for layer, call in enumerate(patching.calls):
                 readers = graph.attention_readers(layer)
                 effects = _effects(at.calls[layer], call, at.heads[layer], together)
-                for number, effect in enumerate(
-                    effects
-                ):  # queries, then keys: [writers, rows, readers]
+                # Queries, then keys: [writers, rows, readers].
+                for number, effect in enumerate(effects):
                     first = readers.start + number * graph.heads
                     columns = slice(first, first + effect.shape[-1])
                     found[:, columns, start : writers[-1] + 1] = -for_numpy(effect.permute(1, 2, 0))

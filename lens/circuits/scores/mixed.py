@@ -106,9 +106,7 @@ def _attributed(
         read: list[Tensor] = []
 
         def reads(_: int, hidden: Tensor, read: list[Tensor] = read) -> Tensor:
-            read.append(
-                hidden.view_as(hidden)
-            )  # a name of its own, so that its gradient comes alone
+            read.append(hidden.view_as(hidden))  # its own name, so that its gradient comes alone
             return read[-1]
 
         entered = (reference.input + fraction * change.input).expand_as(clean.input)

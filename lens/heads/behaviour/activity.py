@@ -72,10 +72,8 @@ class HeadActivity(Result):
         parts = []
         for domain, activity in self.activity.items():
             places = np.argwhere(~np.isnan(activity).all(-1))
-            heads, dormant = (
-                [HeadId(*place) for place in places.tolist()],
-                set(self.dormant(domain)),
-            )
+            heads = [HeadId(*place) for place in places.tolist()]
+            dormant = set(self.dormant(domain))
             found = {"domain": domain, **head_columns(heads), "n": activity.shape[-1]}
             for name, values in (("activity", activity), ("loss", self.loss[domain])):
                 found |= columns(name, values[tuple(places.T)], seed, shares=name == "activity")
@@ -100,28 +98,25 @@ class HeadActivity(Result):
     def findings(self) -> tuple[Sentence, ...]:
         """Which heads are dormant where ("dormant"), which switch ("switching"), what that rests on ("limit")."""
         said, (surely, switch) = [], self._by_intervals()
-        some = (
-            max(loss.shape[-1] for loss in self.loss.values()) > 1
-        )  # windows: one has no interval
+        windows = max(loss.shape[-1] for loss in self.loss.values())
         for domain, loss in self.loss.items():
             names, many = [str(head) for head in self.dormant(domain)], loss.shape[-1] > 1
             taken = int((~np.isnan(loss).all(-1)).sum())
+            named = f": {', '.join(names)}" if names else ""
+            if names and many:
+                named += f"; {surely[domain]} of them by their whole intervals"
             said.append(
                 Sentence(
-                    f"On {domain} {len(names)} of {taken} heads taken out are dormant"
-                    + (f": {', '.join(names)}" if names else "")
-                    + (
-                        f"; {surely[domain]} of them by their whole intervals"
-                        if names and many
-                        else ""
-                    )
-                    + f" ({counted(loss.shape[-1], 'window')}{', which has no interval' * (not many)}).",
+                    f"On {domain} {len(names)} of {taken} heads taken out are dormant{named} "
+                    f"({counted(loss.shape[-1], 'window')}{', which has no interval' * (not many)}).",
                     kind="dormant",
                 )
             )
         names = [str(head) for head in self.switching()]
         switching = ", ".join(names) or "No head"
-        held = f"; {switch} of {len(names)} by their whole intervals" if names and some else ""
+        held = (
+            f"; {switch} of {len(names)} by their whole intervals" if names and windows > 1 else ""
+        )
         limit = (
             f"Dormant means activity below {self.rest} and a loss that changes by less than {self.tolerance} "
             f"nats per token with {self.baseline} in the head's place; heads were taken out one at a time, so "

@@ -129,11 +129,8 @@ def retrieval(
     found = []
     with advancing(f"{model.name}: retrieval heads", len(counted), progress) as advance:
         for trial, answer in counted:
-            found.append(
-                fetched(
-                    _strongest_keys(model, [*trial.prompt, *answer], len(answer)), trial, answer
-                )
-            )
+            keys = _strongest_keys(model, [*trial.prompt, *answer], len(answer))
+            found.append(fetched(keys, trial, answer))
             advance(1)
     random = float(np.mean([_at_random(*one) for one in counted]))
     return RetrievalScores(np.stack(found, -1), recalls, needed, model.name, random)

@@ -140,12 +140,9 @@ class HighNormTokens(Result):
         layer, neuron = np.unravel_index(
             at.flatten().argsort(descending=True)[:top].numpy(), at.shape
         )
-        table = pd.DataFrame({"layer": layer, "neuron": neuron})
-        table["outliers"], table["others"] = (
-            at[layer, neuron].numpy(),
-            others[layer, neuron].numpy(),
-        )
-        return table.assign(ratio=table["outliers"] / table["others"])
+        own, beside = (one[layer, neuron].numpy() for one in (at, others))
+        table = {"layer": layer, "neuron": neuron, "outliers": own, "others": beside}
+        return pd.DataFrame(table | {"ratio": own / beside})
 
 
 def _linear(model: LoadedModel, layer: nn.Module) -> nn.Linear:
@@ -213,10 +210,8 @@ def high_norm(
             f"high_norm needs at least two tokens behind the first {skip}, got {len(known)}"
         )
     threshold = otsu(np.log(known)) if cutoff is None else np.log(cutoff)
-    above, below = (
-        np.log(known[known > np.exp(threshold)]),
-        np.log(known[known <= np.exp(threshold)]),
-    )
+    is_above = known > np.exp(threshold)
+    above, below = np.log(known[is_above]), np.log(known[~is_above])
     ratio = separation = np.nan
     if len(above) and len(below):
         gap, spread = above.mean() - below.mean(), np.sqrt((above.var() + below.var()) / 2)
@@ -224,13 +219,8 @@ def high_norm(
     is_one = cutoff is None and not (separation >= LEAST_SEPARATION and ratio >= LEAST_RATIO)
     limit = np.nan if is_one else float(np.exp(threshold))
     places = np.argwhere(np.nan_to_num(norms) > limit)
-    rows = pd.DataFrame(
-        {
-            "prompt": places[:, 0],
-            "position": places[:, 1],
-            "norm": norms[tuple(places.T)],
-        }
-    )
+    rows = pd.DataFrame(places, columns=["prompt", "position"])
+    rows["norm"] = norms[tuple(places.T)]
     digests = tuple(prompt.inputs_sha256 for prompt in asked)
     return HighNormTokens(norms, layer, limit, separation, ratio, cutoff is not None, rows, digests)
 

@@ -138,9 +138,8 @@ def gates(
             advance(1)
     rows, means = [], {}
     for mechanism, of_prompts in found.items():
-        values, even = (
-            torch.stack(of_prompts, 1).double().numpy()
-        )  # [prompts, layers, heads], NaN: not there
+        # [prompts, layers, heads], NaN: not there
+        values, even = torch.stack(of_prompts, 1).double().numpy()
         if mechanism == "output" and (np.abs(values - 1) < _SAME).all():
             continue
         low, high = over_units(values, (values == values).astype(float), seed)
