@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 import numpy as np
 import pandas as pd
 
-from lens.common.choices import check_choice
+from lens.common.choices import check_choice, check_counts
 from lens.common.head_ids import HeadId
 from lens.common.results import Result, Sentence, by_size, few, with_ends
 from lens.stats.intervals import columns, over_units
@@ -198,7 +198,12 @@ class PairExplanation(Result):
 
         Args:
             top: only so many of each group; None: all.
+
+        Raises:
+            LensError: a number of pairs that is none.
         """
+        if top is not None:
+            check_counts(top=top)
         tables = []
         for number, group in enumerate(self.groups):
             some = self.count[number] > 0

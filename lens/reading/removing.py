@@ -79,6 +79,7 @@ def removal(
         for number, prompt in enumerate(read):
             one = read_head(layout, prompt.inputs, place)
             chosen = pairs_of(one, pairs, number).to(one.key.device)
+            advance(1)
             if not len(chosen):
                 continue
             rows, row_of = chosen[:, 0].unique(return_inverse=True)
@@ -87,7 +88,6 @@ def removal(
             predicted.append(_predicted(one, rows, at, names, side))
             measured.append([_measured(one, name, rows, at, side) for name in names])
             clean.append(float(one.rows(rows)[at].mean()))
-            advance(1)
     if not clean:
         raise LensError(
             "no prompt has any such pair; take prompts in which tokens come again, or give the pairs"

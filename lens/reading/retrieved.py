@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from lens.common.choices import check_choice
+from lens.common.choices import check_choice, check_counts
 from lens.common.head_ids import HeadId, all_heads, head_columns
 from lens.common.results import Result, Sentence, with_ends
 from lens.stats.intervals import columns
@@ -85,8 +85,9 @@ class RetrievalKinds(Result):
         """The first heads by one of `KINDS`.
 
         Raises:
-            LensError: another kind.
+            LensError: another kind, or a number of heads that is none.
         """
+        check_counts(count=count)
         values = self.values[KINDS.index(check_choice("kind", kind, KINDS))].mean(-1)
         order = np.argsort(-values, axis=None, kind="stable")[:count]
         return [HeadId(*map(int, np.unravel_index(place, values.shape))) for place in order]

@@ -87,7 +87,8 @@ def subspace(
     layout, place = proved(model), model.info.head(head)
     other = HeadId(place.layer, (place.head + 1) % model.info.heads)
     width = model.info.head_dim
-    with advancing(f"{model.name}: {place}", len(read), progress) as advance, torch.no_grad():
+    judging = f"{model.name}: {place}", len(read) // 2, progress  # the others give the directions
+    with advancing(*judging) as advance, torch.no_grad():
         found = {
             one: _found(
                 [read_head(layout, prompt.inputs, one) for prompt in read[::2]], chosen[::2]

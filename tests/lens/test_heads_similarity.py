@@ -203,6 +203,8 @@ def test_the_three_induction_heads_are_closest_to_each_other_and_above_the_floor
     assert set(table["first"][:3]) | set(table["second"][:3]) == induction
     assert (table["value"][:3] < table["floor"][:3]).all()
     assert set(found.neighbours("L1H0", 2)["name"]) == induction - {"L1H0"}
+    with pytest.raises(LensError, match="count must be a positive integer, got -1"):
+        found.neighbours("L1H0", -1)  # which gave all but the farthest
 
 
 def test_the_floor_compares_each_prompt_with_the_next():

@@ -388,6 +388,8 @@ def test_many_pairs_are_the_mean_of_single_ones(models, monkeypatch):
         assert found.even[0, number] == pytest.approx(np.mean([one.even for one in singles]))
     assert found.count.tolist() == [[3, 1]]
     assert set(found.table(top=None)["pairs"]) == {4}
+    with pytest.raises(LensError, match="top must be a positive integer, got -3"):
+        found.table(top=-3)
 
 
 def test_kinds_of_pairs_and_groups():

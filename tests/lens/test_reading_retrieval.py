@@ -170,6 +170,8 @@ def test_masked_heads_are_those_of_the_list(copying, found):
     with lens.edit(model, lens.edits.Ablate(best, "zero")):
         recalls = [trial.recall(answered(model, trial)) for trial in kept]
     assert found.recalls[2, 1].tolist() == recalls
+    with pytest.raises(LensError, match="count must be a positive integer, got -1"):
+        found.heads("output", -1)
     assert found.clean.tolist() == [trial.recall(answered(model, trial)) for trial in kept]
     rows = found.recall()
     assert rows[rows["masked"] == 3]["recall"].iloc[:3].max() < found.clean.mean()

@@ -1,5 +1,6 @@
 """Directions that a head tells its keys by, and what taking them out leaves, beside controls."""
 
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -12,7 +13,7 @@ from lens.common.results import of_kind
 from lens.passes.calls import attend
 from lens.passes.replay import proved
 from lens.passes.sessions import listening
-from lens.reading import subspaces
+from lens.reading import removing, subspaces
 from lens.reading._head import read_head
 from lens.reading._pairs import pairs_of
 from lens.reading._rows import row_at
@@ -272,3 +273,21 @@ def test_the_plot_has_every_control(found):
     figure = found.plot()
     assert [list(one.x) for one in figure.data] == [list(BASES[1:])] * 2
     assert figure.data[0].y[0] == pytest.approx(found.table()["mass"][0])
+
+
+def test_bars_of_directions_and_of_removals_reach_their_end(copying, monkeypatch):
+    model, prompts = copying
+    for module, ask, given in (
+        (subspaces, lens.reading.subspace, prompts),
+        (removing, lens.reading.removal, [prompts[0], [1, 2, 3, 4]]),  # no token comes again
+    ):
+        done = []
+
+        @contextmanager
+        def advancing(_title, total, _shown, done=done):
+            yield done.append
+            assert sum(done) == total
+
+        monkeypatch.setattr(module, "advancing", advancing)
+        ask(model, given, "L1H0")
+        assert done

@@ -62,6 +62,8 @@ def test_planted_tokens_and_their_neuron_are_found():
     assert found.share == pytest.approx(3 / (7 * 25))
     assert found.findings()[0].startswith("3 tokens (1.71%) have a norm above")
     assert len(found.plot().to_dict()["data"]) == 1
+    with pytest.raises(LensError, match="top must be a positive integer, got -4"):
+        found.neurons(model, PIXELS, top=-4)
     neurons = found.neurons(model, PIXELS, top=4)
     assert neurons.loc[0, ["layer", "neuron"]].tolist() == [1, 9]
     assert neurons.loc[0, "outliers"] == pytest.approx(40)

@@ -11,6 +11,7 @@ import pandas as pd
 
 from lens import stats
 from lens.common.checked import checked
+from lens.common.choices import Count
 from lens.common.errors import LensError
 from lens.common.head_ids import AnyHead, HeadId, head_columns, head_id
 from lens.common.results import Result, Sentence
@@ -127,12 +128,12 @@ class HeadSimilarity(Result):
         return sums / (norm[:, a] * norm[:, b])
 
     @checked
-    def neighbours(self, head: AnyHead, count: int = 5) -> pd.DataFrame:
+    def neighbours(self, head: AnyHead, count: Count = 5) -> pd.DataFrame:
         """The heads most like one head: columns `name`, `layer`, `head`, `value`, `low`,
         `high`, `n`, closest first.
 
         Raises:
-            LensError: not a head of this model.
+            LensError: not a head of this model, or a number of heads that is none.
         """
         found = head_id(head)
         if found not in self.heads:

@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from lens.common.choices import is_whole
+from lens.common.choices import check_counts, is_whole
 from lens.common.errors import LensError
 from lens.common.progress import advancing
 from lens.common.results import Result, Sentence
@@ -96,12 +96,13 @@ class HighNormTokens(Result):
             top: how many neurons.
 
         Raises:
-            LensError: no outlier, other prompts, or a layer without a linear module behind its attention.
+            LensError: a number of neurons that is none, no outlier, other prompts, or a layer without a linear module behind its attention.
 
         Example:
             >>> pixels = {"pixel_values": images}
             >>> lens.sinks.high_norm(vit, pixels, cutoff=1, skip=1).neurons(vit, pixels)
         """
+        check_counts(top=top)
         if self.rows.empty:
             raise LensError(
                 "no token of high norm was found, so no neuron can be said to write one"
