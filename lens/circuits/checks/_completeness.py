@@ -17,7 +17,7 @@ from lens.circuits.graph.selection import without
 from lens.common.choices import Count, Seed, check_counts
 from lens.common.errors import LensError
 from lens.common.given import given_as
-from lens.common.results import Result, Sentence, ends, few
+from lens.common.results import Result, Sentence, counted, ends, few
 from lens.models.loaded import LoadedModel
 from lens.stats.intervals import columns
 from lens.stats.verdicts import of_many
@@ -94,7 +94,7 @@ class Completeness(Result):
         others = table.drop(index=self.worst)  # it may be a random one itself
         alike = others.query("kind == 'random' and size == @row['size']")["gap"].abs()
         beside = (
-            f"{len(alike)} random one{'s' * (len(alike) > 1)} of that size by {alike.mean():.3g} on average"
+            f"{counted(len(alike), 'random one')} of that size by {alike.mean():.3g} on average"
             if len(alike)
             else "there is no random one of that size beside it"
         )

@@ -23,7 +23,7 @@ from lens.common.choices import Count, Seed
 from lens.common.errors import LensError
 from lens.common.given import given_as
 from lens.common.progress import advancing
-from lens.common.results import Result, Sentence, ends
+from lens.common.results import Result, Sentence, counted, ends
 from lens.models.loaded import LoadedModel
 from lens.stats.intervals import around
 from lens.tasks.task import Task
@@ -182,8 +182,8 @@ class CircuitEvaluation(Result):
             for drawn in (self.random_cpr, self.random_cmd)
         )
         text = (
-            f"Over all sizes, on {prompts} prompt{'s' * several}, the circuit performance ratio (CPR, more is better) is "
-            f"{own_cpr} and of random circuits, drawn {draws} time{'s' * (draws > 1)}, {random_cpr}; the circuit-model distance (CMD, less is "
+            f"Over all sizes, on {counted(prompts, 'prompt')}, the circuit performance ratio (CPR, more is better) is "
+            f"{own_cpr} and of random circuits, drawn {counted(draws, 'time')}, {random_cpr}; the circuit-model distance (CMD, less is "
             f"better) {own_cmd} and {random_cmd}."
         )
         return (Sentence(text, kind="areas"),)

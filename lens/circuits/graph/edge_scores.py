@@ -14,7 +14,7 @@ from lens.circuits.graph.graph import Graph
 from lens.circuits.graph.selection import consistent, greedy, top
 from lens.common.choices import check_choice, check_counts, is_whole
 from lens.common.errors import LensError
-from lens.common.results import Result, Sentence
+from lens.common.results import Result, Sentence, counted
 from lens.stats.intervals import columns
 from lens.stats.verdicts import clear_told, leave_out_0, of_many_told
 
@@ -184,7 +184,7 @@ class EdgeScores(Result):
         unit = unit.format(metric=self.metric)
         said = [
             Sentence(
-                f"On {self.task} ({self.n} prompt{'s' * several}) {self.method} scores the edges {best} highest by size"
+                f"On {self.task} ({counted(self.n, 'prompt')}) {self.method} scores the edges {best} highest by size"
                 f"{' (intervals as of the largest of all)' * several}, {unit}. The median size of {known:,} edges is "
                 f"{np.nanmedian(sizes):.2g}.",
                 kind="largest",

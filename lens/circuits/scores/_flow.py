@@ -20,7 +20,7 @@ from lens.common.choices import is_number
 from lens.common.errors import LensError
 from lens.common.head_ids import HeadId, head_columns, head_id
 from lens.common.progress import advancing
-from lens.common.results import Result, Sentence
+from lens.common.results import Result, Sentence, counted
 from lens.models.loaded import LoadedModel
 from lens.passes.calls import LayerCall, attend
 from lens.stats.intervals import columns
@@ -87,7 +87,7 @@ class FlowRoutes(Result):
         used = table[table["used"] > 0]
         a_prompt, several = f"{len(self.edges) / self.n:.0f}", self.n > 1
         edges = f"{a_prompt} edge{'s' * (a_prompt != '1')} a prompt from a share of {self.threshold:g} on"
-        prompts = f"{self.n} prompt{'s' * several}"
+        prompts = counted(self.n, "prompt")
         if not len(used):
             text = f"No head is on the routes to the answers of {self.task} ({prompts}, {edges})."
             return (Sentence(text, kind="routes"),)

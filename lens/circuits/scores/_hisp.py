@@ -24,7 +24,7 @@ from lens.circuits.graph.selection import top
 from lens.common.choices import Count, is_whole, shown
 from lens.common.errors import LensError
 from lens.common.progress import advancing
-from lens.common.results import Result, Sentence
+from lens.common.results import Result, Sentence, counted
 from lens.models.loaded import LoadedModel
 from lens.stats.intervals import columns
 from lens.stats.verdicts import of_many_told
@@ -131,7 +131,7 @@ class GateScores(Result):
         several = self.n > 1
         unit = "normalised by layer" if self.normalized else f"in units of {self.metric}"
         text = (
-            f"On {self.task} ({self.n} prompt{'s' * several}) the metric changes fastest with the gates of {best}, {unit} and "
+            f"On {self.task} ({counted(self.n, 'prompt')}) the metric changes fastest with the gates of {best}, {unit} and "
             f"without a sign{' (intervals as of the largest of all)' * several}; the median of {many:,} gates has "
             f"{table['value'].median():.3g}."
         )

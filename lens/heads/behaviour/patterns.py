@@ -20,7 +20,7 @@ from lens.common.choices import is_number, is_whole
 from lens.common.errors import LensError
 from lens.common.given import given_traces
 from lens.common.head_ids import head_columns
-from lens.common.results import Result, Sentence
+from lens.common.results import Result, Sentence, counted
 from lens.stats.intervals import columns
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ class PatternClasses(Result):
         text = (
             f"With {self.budget:.0%} of the visible pairs, of {len(names)} heads {shown} (a class must keep "
             f"{self.enough:.0%} of the mass, and a simpler one wins that keeps at most {self.tolerance:.3g} less; on "
-            f"{self.n} prompt{'s' * (self.n > 1)})."
+            f"{counted(self.n, 'prompt')})."
         )
         return (Sentence(text, kind="patterns"),)
 

@@ -23,7 +23,7 @@ from lens.common.choices import Seed, check_lists
 from lens.common.errors import LensError
 from lens.common.head_ids import all_heads, head_columns
 from lens.common.progress import advancing
-from lens.common.results import Result, Sentence, ends
+from lens.common.results import Result, Sentence, counted, ends
 from lens.edits.losses import bos_policy, two_tokens
 from lens.models.loaded import LoadedModel
 from lens.passes.calls import LayerCall, attend, evened
@@ -79,9 +79,8 @@ class PersistentMemory(Result):
         beside = "" if verdict(low, high) in APART else ", not told apart from no change"
         if np.isnan(low):
             beside = ", of which one prompt tells nothing"
-        pairs = f"{self.pairs} pair{'s' * (self.pairs != 1)}"
         found = {
-            "gate": f"With {pairs} of memory the heads keep {self.gate[0]:.0%}{ends(*self.gate[1:], '.0%')} of their attention "
+            "gate": f"With {counted(self.pairs, 'pair')} of memory the heads keep {self.gate[0]:.0%}{ends(*self.gate[1:], '.0%')} of their attention "
             f"on average ({mean['gate_baseline']:.0%} with even attention); {lowest['name']} least, {least}.",
             "drift": f"The mass of the memory goes from {mean['early_mass']:.1%} in the first quarter of the rows to "
             f"{mean['late_mass']:.1%} in the last, {change:+.1%}{ends(low, high, '+.1%')}{beside}; with even attention from "
