@@ -14,7 +14,7 @@ from lens.circuits.graph.graph import Graph
 from lens.circuits.graph.selection import consistent, greedy, top
 from lens.common.choices import check_choice, check_counts, is_whole
 from lens.common.errors import LensError
-from lens.common.results import Result, Sentence, counted
+from lens.common.results import Result, Sentence, by_size, counted
 from lens.stats.intervals import columns
 from lens.stats.verdicts import clear_told, leave_out_0, of_many_told
 
@@ -173,12 +173,12 @@ class EdgeScores(Result):
         several, signed = self.n > 1, self.method not in _UNITS
         seen = int((sizes > _ROUNDING * np.nanmax(sizes)).sum())
         rows = self.table(count=max(seen * (several and signed), min(known, _NAMED)), seed=seed)
-        order = rows["value"].abs().sort_values(ascending=False, kind="stable").index
+        rows = by_size(rows, "value")
         form, least = ("+z.3g", -np.inf) if signed else (".3g", 0)
         best = "; ".join(
             f"{row['edge'].replace('->', ' to ')} "
             + of_many_told(row, "value", form, known, self.n, plain=True, least=least)
-            for row in rows.loc[order[:_NAMED]].to_dict("records")
+            for row in rows.head(_NAMED).to_dict("records")
         )
         unit = _UNITS.get(self.method, _IMPORTED if self.method == "imported" else _SIGNED)
         unit = unit.format(metric=self.metric)
@@ -191,7 +191,7 @@ class EdgeScores(Result):
             )
         ]
         if several and signed:
-            largest = rows.loc[order[:seen]]
+            largest = rows.head(seen)
             clear = int(leave_out_0(largest["low"], largest["high"]).sum())
             text = f"{clear_told(clear, known, 'edges')}."
             said.append(Sentence(text, kind="chance"))

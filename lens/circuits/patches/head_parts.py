@@ -15,7 +15,7 @@ from lens.circuits.known.circuit import KnownCircuit
 from lens.circuits.patches.head_patching import PARTS, split_effects
 from lens.common.choices import Count, Seed
 from lens.common.head_ids import AnyHead, HeadId, head_columns
-from lens.common.results import Result, Sentence, with_ends
+from lens.common.results import Result, Sentence, by_size, with_ends
 from lens.edits.base import part_of
 from lens.heads.behaviour.roles import roles
 from lens.models.loaded import LoadedModel
@@ -86,8 +86,7 @@ class JoinedHeads(Result):
         """
         rows = self.table()
         if most is not None:
-            order = rows["full"].abs().sort_values(ascending=False, kind="stable").index[:most]
-            rows = rows.loc[order]
+            rows = by_size(rows, "full").head(most)
         return tuple(self._finding(row) for row in rows.to_dict("records"))
 
     def _most(self, head: str) -> tuple[str, int, float]:

@@ -42,24 +42,21 @@ class Side:
         return {"heads": self.heads.ravel()}
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class EdgeSide(Side):
     """A circuit of one side, with the edges that are kept."""
 
-    graph: Graph | None = None
-    kept: np.ndarray | None = None
+    graph: Graph
+    kept: np.ndarray
 
     def renamed(self, names: np.ndarray) -> EdgeSide:
-        assert self.graph is not None
-        assert self.kept is not None
         order = _renamed_edges(self.graph, names)
         kept = self.kept[order]
         ranks = None if self.ranks is None else self.ranks[order]
-        return EdgeSide(_heads_in(self.graph, kept), self.by_head, ranks, None, self.graph, kept)
+        heads = _heads_in(self.graph, kept)
+        return EdgeSide(heads, self.by_head, ranks, graph=self.graph, kept=kept)
 
     def sets(self) -> dict[str, np.ndarray]:
-        assert self.graph is not None
-        assert self.kept is not None
         nodes = np.zeros(len(self.graph.writers), bool)
         nodes[self.graph.ends[1][self.kept]] = True
         return {"heads": self.heads.ravel(), "nodes": nodes, "edges": self.kept}
@@ -162,7 +159,7 @@ def _of_edges(given: EdgeScores | Circuit, count: int | None) -> Side:
     if isinstance(given, Circuit):
         shape = graph.layers, graph.heads
         heads = _heads_in(graph, given.kept)
-        return EdgeSide(heads, np.full(shape, np.nan), None, None, graph, given.kept)
+        return EdgeSide(heads, np.full(shape, np.nan), graph=graph, kept=given.kept)
     assert count is not None
     if count > graph.n:
         raise LensError(f"the graph has {graph.n:,} edges, count asks for {count:,}")
@@ -173,7 +170,8 @@ def _of_edges(given: EdgeScores | Circuit, count: int | None) -> Side:
         _no_nan(values)
         kept = pruned(graph, top(values, count))
         found = _heads_in(graph, kept)
-        return EdgeSide(found, _by_head(graph, leaving), _ranks(values), again, graph, kept)
+        by_head = _by_head(graph, leaving)
+        return EdgeSide(found, by_head, _ranks(values), again, graph=graph, kept=kept)
 
     return _with_redraws(side, given.n)
 
@@ -191,7 +189,7 @@ def _of_circuit(given: EdgeScores | Circuit, scores: EdgeScores) -> Side:
     leaving = np.bincount(given.graph.ends[1], values, len(given.graph.writers))
     by_head = _by_head(given.graph, leaving)
     heads = _heads_in(given.graph, given.kept)
-    return EdgeSide(heads, by_head, _ranks(np.abs(values)), None, given.graph, given.kept)
+    return EdgeSide(heads, by_head, _ranks(np.abs(values)), graph=given.graph, kept=given.kept)
 
 
 def _with_redraws(side: Callable[..., Side], n: int) -> Side:
@@ -232,9 +230,7 @@ def renaming(side: Side, null: str, draw: np.random.Generator) -> np.ndarray:
     layers, heads = side.heads.shape
     if null == "all":
         return draw.permutation(layers * heads)
-    groups = heads
-    if isinstance(side, EdgeSide) and side.graph is not None:
-        groups = side.graph.kv_readers
+    groups = side.graph.kv_readers if isinstance(side, EdgeSide) else heads
     return _within_layers(layers, heads, groups, draw)
 
 

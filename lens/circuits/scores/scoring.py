@@ -114,12 +114,11 @@ def score_edges(
             "are rounding; use method='eap-ig', whose gradients are taken on the way to the corrupt prompts"
         )
     chosen = Ablation(baseline, kv=kv)
+    rows = min(batch_size, task.rows_at_once(model))
     if (mixed := mixed_of(model)) is not None:
-        rows = min(batch_size, task.rows_at_once(model))
         return score_mixed(mixed, task, word, chosen, steps, rule, rows, progress)
     nodes = find_nodes(model, kv=kv)
     references = References(nodes, task, chosen)
-    rows = min(batch_size, task.rows_at_once(model))
 
     def scored(count: int) -> tuple[EdgeScores, float]:
         return _score(nodes, task, references, chosen, word, count, rule, rows, progress)
