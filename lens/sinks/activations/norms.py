@@ -143,7 +143,7 @@ class HighNormTokens(Result):
         )
         own, beside = (one[layer, neuron].numpy() for one in (at, others))
         table = {"layer": layer, "neuron": neuron, "outliers": own, "others": beside}
-        return pd.DataFrame(table | {"ratio": own / beside})
+        return pd.DataFrame(table).assign(ratio=lambda rows: rows["outliers"] / rows["others"])
 
 
 def _linear(model: LoadedModel, layer: nn.Module) -> nn.Linear:
