@@ -124,7 +124,6 @@ WRONG = {
     "HeadsOut of one mean": lambda: _parts.HeadsOut([torch.rand(8)], HEADS, "auto"),
     "SubLayersOut with means of tokens": lambda: _parts.SubLayersOut({}, {"L0.mlp": HIDDEN}),
     "_at one row of places": lambda: freezing._at(STATES[1][0], torch.arange(5)),
-    "_of_heads of one prompt": lambda: freezing._of_heads(CALL.key[0], CALL),
     "grouped by one row": lambda: base.grouped(CALL, GROUPS[0], "auto"),
     "grouped with other keys": lambda: base.grouped(CALL, GROUPS, "auto", only=GROUPS[:, 1:] > 0),
 }

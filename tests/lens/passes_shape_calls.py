@@ -10,7 +10,7 @@ from lens.circuits.graph.nodes import find_nodes
 from lens.circuits.graph.nodes import visit as visited
 from lens.common.head_ids import HeadId
 from lens.passes import blocks, head_outputs, keys, logits, pieces, residual, visit
-from lens.passes.calls import LayerCall
+from lens.passes.calls import LayerCall, of_heads
 from lens.passes.inputs import read_prompts
 from lens.passes.structures import MaskStructure
 
@@ -52,6 +52,7 @@ RIGHT = {
     "BlockView": lambda: [view().visible, view().probabilities(1, 3), view().masses, view().pooled],
     "BlockView of learned sinks": lambda: view(replace(CALL, sink_logits=torch.rand(4))).probabilities(),
     "attended": lambda: [view().attended(one) for one in (None, view().visible, view().visible[:1, :1])],
+    "of_heads": lambda: [of_heads(CALL, CALL.key), of_heads(CALL, CALL.query)],
     "a visit": lambda: visits(find_nodes(MODEL)),
     "run_in_pieces": lambda: list(pieces.run_in_pieces(lens.load(), IDS[:1], 2)),
 }  # fmt: skip
@@ -64,6 +65,7 @@ WRONG = {
     "KeysAt of one row": lambda: at(AT[0]),
     "attended over numbers": lambda: view().attended(view().visible.long()),
     "attended over blocks of three prompts": lambda: view().attended(view().visible[None]),
+    "of_heads of one prompt": lambda: of_heads(CALL, CALL.key[0]),
     "any_pair of numbers": lambda: view().any_pair(torch.rand(2, 5)),
     "means of three axes": lambda: blocks.means(torch.rand(2, 5, 8), 2),
     "a visitor of one prompt": lambda: visit.Visitor().residual_in(0, torch.rand(5, 8)),

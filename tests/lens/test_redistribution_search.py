@@ -63,7 +63,7 @@ def test_the_search_chooses_on_some_prompts_and_judges_on_the_others(induction):
 
 def test_choosing_among_noise_flatters_and_the_report_says_so():
     """Heads whose gains are pure noise: the chosen ones look good only where they were chosen."""
-    model = LoadedModel(None, None, "noise", None, sizes(5, 7))
+    model = LoadedModel(torch.nn.Identity(), None, "noise", None, sizes(5, 7))
     random = np.random.default_rng(0)
     state = {"heads": ()}
 
