@@ -25,7 +25,7 @@ from lens.mixers.reading import mixers_of, recorded, standing_in
 from lens.models.loaded import LoadedModel
 from lens.models.recurrent import scan_function
 from lens.passes.inputs import read_prompts
-from lens.passes.sessions import base, transformer
+from lens.passes.sessions import base
 from lens.stats.controls import others
 
 _AXES = {
@@ -123,7 +123,7 @@ class Ablate(Edit):
                 found[head] = 0 if means is None else means.of(layer, head, found[head])
             return found.movedim(0, axis)
 
-        return Running(done, hooks=scanning(transformer(model), change))
+        return Running(done, hooks=scanning(model.transformer, change))
 
     def kind(self, model: LoadedModel) -> Kind:
         """What stands in for it in `lens.effect`."""
@@ -158,7 +158,7 @@ def heads_of(model: LoadedModel) -> list[HeadId]:
     Raises:
         LensError: no mixer that is known, or a layer whose heads are scanned one by one.
     """
-    root = transformer(model)
+    root = model.transformer
     with torch.no_grad(), recorded(root) as scans:
         base(model)(torch.zeros(1, 2, dtype=torch.long, device=model.device), use_cache=False)
     counts: dict[int, int] = {}
@@ -182,7 +182,7 @@ def _means(model: LoadedModel, prompts: Any) -> _Means:
         sums[layer] = sums.get(layer, 0) + total
         return output
 
-    with torch.no_grad(), scanning(transformer(model), add):
+    with torch.no_grad(), scanning(model.transformer, add):
         for prompt in read_prompts(model, prompts)[0]:
             base(model)(**prompt.inputs, use_cache=False)
             tokens += len(prompt.ids or ())

@@ -21,7 +21,6 @@ from lens.mixers.phi import BLOCK, Phi, joined
 from lens.mixers.reading import Scan, recorded
 from lens.models.loaded import LoadedModel
 from lens.passes.inputs import read_prompts
-from lens.passes.sessions import transformer
 from lens.traces.trace import AttentionTrace
 
 _TOLERANCE = 1e-3
@@ -110,7 +109,7 @@ def capture(
         ['mamba2']
     """
     if isinstance(model, LoadedModel):
-        root, name = transformer(model), model.name
+        root, name = model.transformer, model.name
         found, single = read_prompts(model, prompt)
         if not single or found[0].ids is None:
             raise LensError("capture of mixers takes one prompt of tokens")

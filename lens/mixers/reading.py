@@ -23,7 +23,6 @@ from lens.mixers.differential import record_differential
 from lens.mixers.phi import Phi
 from lens.models.loaded import LoadedModel
 from lens.models.recurrent import has_mixers, scan_class, scan_function
-from lens.passes.sessions import transformer
 
 _LAYER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
 
@@ -98,7 +97,7 @@ def mixers_of(root: nn.Module) -> list[tuple[int, nn.Module]]:
 
 def has_mixer_heads(model: LoadedModel) -> bool:
     """Whether layers have a mixer in the place of softmax attention, or beside it."""
-    return bool(model.info.without_attention) or has_mixers(transformer(model))
+    return bool(model.info.without_attention) or has_mixers(model.transformer)
 
 
 Keep = Callable[[str, Phi, Tensor], None]

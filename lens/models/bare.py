@@ -29,7 +29,7 @@ def bare(model: LoadedModel) -> LoadedModel:
     """
     if not model.is_bridge:
         return model
-    root = model.model.original_model
+    root = model.transformer
     if not hasattr(root, "config"):
         raise LensError(
             f"{model.name} is a TransformerBridge of {type(root).__name__}, which is no transformers "

@@ -169,7 +169,7 @@ def _row(model: LoadedModel) -> tuple[Architecture | None, str, nn.Module]:
             "(sub-layers, Activation, circuits, direct attribution, weights) does not take it; edits of attention, "
             "Ablate of heads, lens.effect and lens.heads.importance take model.part('cross')"
         )
-    root: Any = model.model.original_model if model.is_bridge else model.model
+    root = model.transformer
     config = getattr(root, "config", None)
     if config is None or not hasattr(config, "get_text_config"):
         return None, type(root).__name__, root

@@ -117,11 +117,15 @@ class LoadedModel:
         return is_bridge(self.model)
 
     @property
-    def module(self) -> Any:
-        """What hooks hang on: of a bridge, or of any module in a model's place, what is inside of it."""
-        if isinstance(self.model, Wrapped):
-            return self.model.module
+    def transformer(self) -> Any:
+        """The module with the weights: of a bridge, the model that it wraps."""
         return self.model.original_model if self.is_bridge else self.model
+
+    @property
+    def module(self) -> Any:
+        """What hooks hang on: as `transformer`, and of any module in a model's place the module that was given."""
+        root = self.transformer
+        return root.module if isinstance(root, Wrapped) else root
 
     @property
     def is_encoder_decoder(self) -> bool:

@@ -13,7 +13,7 @@ from lens.models.loaded import LoadedModel
 from lens.models.wrapped import Wrapped
 from lens.passes.calls import LayerCall, attend
 from lens.passes.interface import foreign_functions, switched
-from lens.passes.sessions import listening, run, transformer
+from lens.passes.sessions import listening, run
 from lens.passes.tiny_inputs import tiny_inputs
 
 # The softmax of transformers' eager attention is float32, whatever the type of the model.
@@ -167,7 +167,7 @@ def tensors_of(output: Any) -> list[torch.Tensor]:
 def _own(model: LoadedModel, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
     if model.is_bridge:
         return _output(model, inputs)
-    with switched(transformer(model), "eager"):
+    with switched(model.transformer, "eager"):
         return _output(model, inputs)
 
 
@@ -175,7 +175,7 @@ def _check_functions(
     model: LoadedModel, inputs: dict[str, torch.Tensor], own: list[torch.Tensor]
 ) -> None:
     """Raises LensError: an attention function that somebody registered computes something else than the model's eager one."""
-    names = set() if model.is_bridge else foreign_functions(transformer(model))
+    names = set() if model.is_bridge else foreign_functions(model.transformer)
     if not names:
         return
     with torch.no_grad():

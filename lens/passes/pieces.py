@@ -18,7 +18,7 @@ from lens.models.loaded import LoadedModel
 from lens.passes.calls import LayerCall, attend
 from lens.passes.check import relative_error, tolerance_of
 from lens.passes.inputs import Prompt
-from lens.passes.sessions import listening, run, transformer
+from lens.passes.sessions import listening, run
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -59,7 +59,7 @@ def ids_alone(prompt: Prompt, word: str) -> list[int]:
 
 def check_length_matters_not(model: LoadedModel, tokens: int, what: str) -> None:
     """Raises LensError where the length of a prompt changes the positions of its first tokens."""
-    root: Any = transformer(model)
+    root: Any = model.transformer
     config = root.config.get_text_config()
     for settings in _rotary(config):
         name = settings.get("rope_type", "default")

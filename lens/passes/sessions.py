@@ -230,13 +230,12 @@ def listening(
             f"{layers_in_words(model.info.twice)}), which this does not put together; lens.capture, "
             "lens.traces.capturing and lens.edit take such models"
         )
-    root = transformer(model)
+    root = model.transformer
     crossed = root.crossing if isinstance(root, Wrapped) else frozenset[int]()
     crossed = crossing(root) if model.is_encoder_decoder else crossed
     name = "" if parts or isinstance(root, Wrapped) else model.info.class_name
     config = getattr(root, "config", None)
-    inner = root.module if isinstance(root, Wrapped) else root
-    alone = not getattr(inner, "_supports_sdpa", True)
+    alone = not getattr(model.module, "_supports_sdpa", True)
     session = Session(on_layer, exclusive, on_cut, model.chosen, crossed, name, config, alone)
     with ExitStack() as stack:
         stack.enter_context(owned(model.module))
@@ -313,11 +312,11 @@ def _number(model: LoadedModel, session: Session, stack: ExitStack) -> None:
     """Tell the session which layer's block runs: layers without attention count too."""
     root = model.model
     if model.parts and not model.is_encoder_decoder:
-        for part, layers in stages(transformer(model)).items():
+        for part, layers in stages(model.transformer).items():
             _announce(layers, part, session, stack)
         return
     if model.parts:
-        halves = stacks(transformer(model))
+        halves = stacks(model.transformer)
         assert halves is not None
         for half in ("encoder", "decoder"):
             if (module := getattr(halves, half)) is not None:
@@ -344,14 +343,9 @@ def _announce(found: Sequence[nn.Module], half: str, session: Session, stack: Ex
         stack.callback(after.remove)
 
 
-def transformer(model: LoadedModel) -> nn.Module:
-    """The module with the weights: of a bridge, the model that it wraps."""
-    return model.model.original_model if model.is_bridge else model.model
-
-
 def base(model: LoadedModel) -> nn.Module:
     """The model without its head, so that no logits [tokens, vocab] are built."""
-    root: Any = transformer(model)
+    root: Any = model.transformer
     inner = getattr(root, "base_model", root)
     if not (_has_head(root) or model.is_bridge):  # what wraps it may change what it reads (DPR)
         return root

@@ -26,7 +26,7 @@ from lens.passes.calls import LayerCall, attend, of_heads
 from lens.passes.check import relative_error, tolerance_of
 from lens.passes.masks import refuse_large
 from lens.passes.noted import spelled_out_of
-from lens.passes.sessions import listening, run, transformer
+from lens.passes.sessions import listening, run
 from lens.passes.sources import read_any
 from lens.reading.logit_terms import LogitTerms
 
@@ -161,7 +161,7 @@ def _measured(logits: Tensor, seen: Tensor) -> Tensor:
 def _apart(model: LoadedModel, pending: list[dict[str, Tensor]]) -> Iterator[None]:
     """Inside the block the terms of position that DeBERTa adds are put into `pending`, one by one."""
     with ExitStack() as stack:
-        for module in transformer(model).modules():
+        for module in model.transformer.modules():
             name = next((one for one in _OF_DEBERTA if hasattr(module, one)), None)
             if name is not None:
                 _split(stack, module, name, pending)

@@ -28,7 +28,7 @@ from lens.models.stages import stages
 from lens.passes.calls import LayerCall, attend
 from lens.passes.inputs import read_prompts
 from lens.passes.residual import layer_inputs
-from lens.passes.sessions import listening, run, transformer
+from lens.passes.sessions import listening, run
 from lens.stats.intervals import over_units
 from lens.vision._patches import head_table
 
@@ -122,7 +122,7 @@ def coding_rate(
         >>> lens.vision.coding_rate(vit, {"pixel_values": images}).table()
     """
     found, _ = read_prompts(model, prompts, whole=True)
-    of_stage = stages(transformer(model)).get(model.chosen)
+    of_stage = stages(model.transformer).get(model.chosen)
     rates: list[dict[int, np.ndarray]] = []
     ends: list[tuple[float, float]] = []
     zeros: list[list[float]] = []

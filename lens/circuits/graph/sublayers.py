@@ -18,7 +18,6 @@ from lens.mixers.reading import mixers_of
 from lens.models.layout import blocks
 from lens.models.loaded import LoadedModel
 from lens.passes.logits import logits_of
-from lens.passes.sessions import transformer
 
 NO_STATE = {"use_cache": False}
 """RWKV-4 writes its state in place, which a backward pass does not survive."""
@@ -55,7 +54,7 @@ class SubLayer:
 def ends(model: LoadedModel) -> tuple[nn.Module, nn.Module]:
     """The first layer, and the norm behind the last one."""
     layers = blocks(model)
-    root: Any = transformer(model)
+    root: Any = model.transformer
     inside = {id(one) for layer in layers for one in layer.modules()}
     norms = [one for one in root.modules() if _is_norm(one) and id(one) not in inside]
     if len(norms) != 1:
@@ -77,7 +76,7 @@ def _has_a_say(module: nn.Module) -> bool:
 
 def sublayers(model: LoadedModel) -> tuple[nn.Module | None, list[SubLayer]]:
     """The norm inside the first layer that the stream begins behind (RWKV-4) or None; norms with what runs behind each."""
-    mixers = {id(module) for _, module in mixers_of(transformer(model))}
+    mixers = {id(module) for _, module in mixers_of(model.transformer)}
     counts = Counter(head.layer for head in heads_of(model))
     layers = blocks(model)
     found: list[SubLayer] = []

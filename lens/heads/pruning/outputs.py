@@ -37,7 +37,6 @@ from lens.heads.pruning.distances import jensen_shannon
 from lens.models.loaded import LoadedModel
 from lens.passes.head_outputs import Source, edited_outputs, mean_outputs
 from lens.passes.logits import labels_of
-from lens.passes.sessions import transformer
 from lens.stats.intervals import columns, of_share
 from lens.stats.verdicts import of_many, of_many_told
 from lens.tasks.task import Task
@@ -337,7 +336,7 @@ def _read(values: Tensor, shape: tuple[int, int], positions: Tensor | None) -> T
 
 def _classifier(model: LoadedModel) -> nn.Module:
     """The module that makes logits."""
-    root: Any = transformer(model)
+    root: Any = model.transformer
     for module in (
         root.get_output_embeddings(),
         getattr(root, "classifier", None),
