@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lens.common.results import Result, Sentence, ends
+from lens.common.results import Result, Sentence, ends, with_ends
 from lens.edits.losses import MEASURES
 from lens.stats import over_units
 from lens.stats.verdicts import APART, verdict
@@ -114,9 +114,9 @@ class Effect(Result):
         edited = whole.loc["edit"]
         by = "" if np.isnan(amount) else f" (amount {amount:g})"
         done = f"Edit {self.edit}{by} of {self.scope}"
-        loss = f"{done} changes the loss by {_with_interval(edited, 'delta_loss')} nats per {self.per}."
+        loss = f"{done} changes the loss by {with_ends(edited, 'delta_loss', '.4f')} nats per {self.per}."
         prediction = (
-            f"The prediction moves by a KL of {_with_interval(edited, 'kl')} nats, and "
+            f"The prediction moves by a KL of {with_ends(edited, 'kl', '.4f')} nats, and "
             f"{edited['flip_rate']:.1%} of the most likely {'labels' if self.per == 'prompt' else 'tokens'} change"
             + (
                 "."
@@ -169,7 +169,7 @@ class Effect(Result):
         if len(rows) < 2:
             return []
         shown = "; ".join(
-            f"{row['amount']:g}: {row['delta_loss']:+z.4f}{ends(row['delta_loss_low'], row['delta_loss_high'], '+z.4f')}"
+            f"{row['amount']:g}: {with_ends(row, 'delta_loss', '+.4f')}"
             for row in rows.to_dict("records")
         )
         steps = np.diff(self.values["edit"]["delta_loss"], axis=0).T  # [prompts, steps]
@@ -217,10 +217,10 @@ class Effect(Result):
             held = "" if np.isnan(row["mass"]) else f" ({row['mass']:.0%} of the attention)"
             text = (
                 f"That is {verdict} the {_called(control)}{held}: the difference is "
-                f"{_with_interval(row, 'excess')} nats."
+                f"{with_ends(row, 'excess', '.4f')} nats."
             )
             if self.task:
-                text = f"{text[:-1]} and {_with_interval(row, 'excess_gain')} in {self.metric}."
+                text = f"{text[:-1]} and {with_ends(row, 'excess_gain', '.4f')} in {self.metric}."
         return Sentence(text, kind=control)
 
     def _moved(self) -> list[Sentence]:
@@ -245,17 +245,13 @@ class Effect(Result):
         return sentences
 
 
-def _with_interval(row: Any, name: str) -> str:
-    return f"{row[name]:z.4f}{ends(row[f'{name}_low'], row[f'{name}_high'], '.4f')}"
-
-
 def _better(gain: float, low: float, high: float) -> str:
     """ "better by 0.2 [0.1, 0.3]": a gain is of the task, whatever the sign of its metric."""
     if all(f"{one:z.4f}" in ("0.0000", "nan") for one in (gain, low, high)):
         return "neither better nor worse by 0.0001"
     sign = -1 if gain < 0 else 1
     low, high = (low, high) if sign > 0 else (-high, -low)
-    return f"{'worse' if sign < 0 else 'better'} by {abs(gain):.4f}{ends(low, high, 'z.4f')}"
+    return f"{'worse' if sign < 0 else 'better'} by {abs(gain):.4f}{ends(low, high, '.4f')}"
 
 
 def _called(control: str) -> str:

@@ -13,7 +13,7 @@ from lens.common.choices import Seed, check_between, is_whole
 from lens.common.errors import LensError
 from lens.common.head_ids import HeadId
 from lens.common.progress import advancing
-from lens.common.results import Result, Sentence, ends, few
+from lens.common.results import Result, Sentence, few, with_ends
 from lens.edits.language import OfHeads
 from lens.edits.running import edit as run
 from lens.models.loaded import LoadedModel
@@ -104,9 +104,7 @@ class HeadSearch(Result):
             )
             return (Sentence(text, kind="chosen"),)
         rows = self.summary().to_dict("records")
-        shown = [
-            f"{row['gain']:z.4f}{ends(row['gain_low'], row['gain_high'], '.4f')}" for row in rows
-        ]
+        shown = [with_ends(row, "gain", ".4f") for row in rows]
         chosen = (
             f"{len(self.chosen)} of {heads} heads were chosen on {prompts} validation prompts: "
             f"{few(self.chosen)}."

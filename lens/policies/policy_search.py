@@ -126,7 +126,7 @@ class PolicySearch(Result):
             said += [
                 Sentence(
                     f"On held-out prompts the loss changes by "
-                    f"{with_ends(chosen, 'loss_change', '+z.4f')} nats per token from "
+                    f"{with_ends(chosen, 'loss_change', '+.4f')} nats per token from "
                     f"{self.dense_loss:.4f} (interval over blocks of their tokens)"
                     + (
                         "; one prompt tells nothing of others."
@@ -137,8 +137,8 @@ class PolicySearch(Result):
                 ),
                 Sentence(
                     "With as many blocks, the first and the query's own and the rest drawn at random, it changes by "
-                    f"{with_ends(row['random'], 'loss_change', '+z.4f')}, with the "
-                    f"best ones by the exact masses by {with_ends(row['oracle'], 'loss_change', '+z.4f')}.",
+                    f"{with_ends(row['random'], 'loss_change', '+.4f')}, with the "
+                    f"best ones by the exact masses by {with_ends(row['oracle'], 'loss_change', '+.4f')}.",
                     kind="controls",
                 ),
             ]

@@ -14,7 +14,7 @@ from lens.common.choices import Seed, check_counts
 from lens.common.errors import LensError
 from lens.common.given import given_as
 from lens.common.progress import advancing
-from lens.common.results import Result, Sentence, ends, numbered
+from lens.common.results import Result, Sentence, numbered, with_ends
 from lens.edits.running import edit
 from lens.edits.sparse import Sparse
 from lens.models.loaded import LoadedModel
@@ -80,8 +80,7 @@ class PolicyRuns(Result):
             said.append(
                 Sentence(
                     f"Under {row['policy']}, with {row['density']:.1%} of the blocks, the {self.metric} goes from "
-                    f"{row['dense']:.4f} to {row['sparse']:.4f}, {row['change']:+z.4f}"
-                    f"{ends(row['change_low'], row['change_high'], '+z.4f')}"
+                    f"{row['dense']:.4f} to {row['sparse']:.4f}, {with_ends(row, 'change', '+.4f')}"
                     f" ({_told(low, high, len(self.dense))}){divergence}.",
                     kind="change",
                 )

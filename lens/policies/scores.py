@@ -167,7 +167,7 @@ class PolicyScores(Result):
         return [
             Sentence(
                 f"Of {len(own)} policies in all heads {best['policy']} costs least{told}: "
-                f"{best['loss_change']:+z.4f}{_ends(best, 'loss_change', 'z.4f')} nats per token with "
+                f"{best['loss_change']:+z.4f}{_ends(best, 'loss_change')} nats per token with "
                 f"{best['density']:.1%} of the blocks and {best['recall']:.1%} of the attention"
                 f"{f' (beside it: {beside})' if beside else ''}. They differ in density: the figure has both.",
                 kind="best",
@@ -178,7 +178,7 @@ class PolicyScores(Result):
         said = [
             Sentence(
                 f"{row['policy']} keeps {row['density']:.1%} of the blocks and "
-                f"{row['recall']:.1%}{_ends(row, 'recall')} of the attention; the best choice of as many blocks "
+                f"{with_ends(row, 'recall', '.1%')} of the attention; the best choice of as many blocks "
                 f"keeps {row['oracle_recall']:.1%}, a random one {row['random_recall']:.1%}.",
                 kind="recall",
             )
@@ -202,7 +202,7 @@ class PolicyScores(Result):
             said.append(
                 Sentence(
                     f"With {row['policy']} in all heads the loss changes by "
-                    f"{row['loss_change']:+z.4f}{_ends(row, 'loss_change', 'z.4f')} nats per token from "
+                    f"{row['loss_change']:+z.4f}{_ends(row, 'loss_change')} nats per token from "
                     f"{self.dense_loss.mean():.4f}.",
                     kind="loss",
                 )
@@ -213,5 +213,5 @@ class PolicyScores(Result):
         return f"PolicyScores({self.model}: {few(self.policies, 3)}; {self.n} prompts)"
 
 
-def _ends(row: pd.Series, name: str, form: str = ".1%") -> str:
-    return ends(row[f"{name}_low"], row[f"{name}_high"], form)
+def _ends(row: pd.Series, name: str) -> str:
+    return ends(row[f"{name}_low"], row[f"{name}_high"], ".4f")

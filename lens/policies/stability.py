@@ -14,7 +14,7 @@ from lens.common.choices import check_counts, is_number
 from lens.common.errors import LensError
 from lens.common.head_ids import all_heads, head_columns
 from lens.common.progress import advancing
-from lens.common.results import Result, Sentence, ends
+from lens.common.results import Result, Sentence, with_ends
 from lens.models.loaded import LoadedModel
 from lens.passes.blocks import BlockView, check_block_size
 from lens.passes.calls import LayerCall
@@ -141,7 +141,7 @@ class PolicyStability(Result):
             said.append(
                 Sentence(
                     f"{row['claim']}: {told} here "
-                    f"({row['measure'].replace('_', ' ')} {row['value']:.3f}{ends(row['low'], row['high'], '.3f')}, "
+                    f"({row['measure'].replace('_', ' ')} {with_ends(row, 'value', '.3f', plain=True)}, "
                     f"beside {SERVES:g}).",
                     kind="claim",
                 )

@@ -94,8 +94,8 @@ class SubspaceRemovals(Result):
                 Sentence(
                     f"The same removal takes its {self.beside!r} pairs from {own['clean_other']:.1%} to "
                     f"{with_ends(own, 'other', '.1%')}, random directions to {with_ends(chance, 'other', '.1%')}{self._left_out(own['n_other'])}; "
-                    f"the loss at these queries changes by {with_ends(own, 'loss_change', '+z.3g')} nats, without "
-                    f"random directions by {with_ends(chance, 'loss_change', '+z.3g')}.",
+                    f"the loss at these queries changes by {with_ends(own, 'loss_change', '+.3g')} nats, without "
+                    f"random directions by {with_ends(chance, 'loss_change', '+.3g')}.",
                     kind="specific",
                 )
             )

@@ -347,7 +347,7 @@ class PairExplanation(Result):
                 said.append(Sentence(text, kind="groups"))
             some = self.count[number] > 0
             mass = mean_told(self.mass[number, some], self.seed, ".1%")
-            above = mean_told(self.above[number, some], self.seed, "+z.3g")
+            above = mean_told(self.above[number, some], self.seed, "+.3g")
             said.append(
                 Sentence(
                     f"{self.head} on {self.pairs}: {int(self.count[number].sum())} pairs in {int(some.sum())} "

@@ -67,8 +67,8 @@ class Robustness(Result):
         said = [
             Sentence(
                 f"A change of size {self.sizes[last]:g} of the attention logits of {row['name']} {way[0]} costs the answer "
-                f"{with_ends(row, 'worst', '+z.3g')} nats, {way[1]} "
-                f"{with_ends(row, 'random', '+z.3g')}.",
+                f"{with_ends(row, 'worst', '+.3g')} nats, {way[1]} "
+                f"{with_ends(row, 'random', '+.3g')}.",
                 kind="head",
             )
             for row in _largest(rows[~alike], "worst")
@@ -131,7 +131,7 @@ class Adversaries(Result):
                 f"{row['name']}: a row of attention that differs by "
                 f"{with_ends(row, 'divergence', '.2g')} nats (at most {np.log(2):.2f}) writes the same, "
                 f"and changes the answer's loss by {_rounded(row)}; even attention differs by {with_ends(row, 'uniform', '.2g')} and "
-                f"changes it by {with_ends(row, 'uniform_change', '+z.2g')}.",
+                f"changes it by {with_ends(row, 'uniform_change', '+.2g')}.",
                 kind="same",
             )
             for row in _largest(rows[~alone], "divergence")
@@ -160,4 +160,4 @@ def _largest(rows: pd.DataFrame, column: str) -> list[dict]:
 def _rounded(row: dict) -> str:
     """The change with its interval; a bare 0 where all of it is the rounding of single precision."""
     sizes = np.abs([row[name] for name in ("change", "change_low", "change_high")])
-    return "0.0000" if np.nanmax(sizes) < 5e-5 else with_ends(row, "change", "+z.4f")
+    return "0.0000" if np.nanmax(sizes) < 5e-5 else with_ends(row, "change", "+.4f")

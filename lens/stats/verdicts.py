@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from lens.common.choices import Seed, check_counts
-from lens.common.results import ends
+from lens.common.results import ends, written
 from lens.stats.intervals import LEVEL, columns, over_units
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ def of_many_told(
     """The highest or lowest of many in words, its interval that of `of_many`; `row` and `plain` as of `with_ends`."""
     start = "" if plain else f"{name}_"
     held = row[f"{start}low"], row[f"{start}high"]
-    return f"{row[name]:{form}}{unit}{ends(*of_many(row[name], *held, many, units, least=least, most=most), form)}"
+    return f"{written(row[name], form)}{unit}{ends(*of_many(row[name], *held, many, units, least=least, most=most), form)}"
 
 
 def rivals(values: Float[np.ndarray, "members units"], best: int, seed: Seed) -> list[int]:
@@ -155,7 +155,7 @@ def mean_told(values: Shaped[np.ndarray, " units"], seed: int, form: str = ".3g"
         '2.0 [0.6, 2.9]'
     """
     (mean,), (low,), (high,) = columns("", values[None], seed).values()
-    return f"{mean:{form}}{ends(low, high, form)}"
+    return f"{written(mean, form)}{ends(low, high, form)}"
 
 
 def clear_told(clear: int, many: int, what: str) -> str:

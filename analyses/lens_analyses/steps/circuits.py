@@ -11,6 +11,7 @@ from lens.circuits.graph.circuit import Circuit
 from lens.circuits.graph.edge_scores import EdgeScores
 from lens.circuits.scores.methods import named
 from lens.common.errors import LensError
+from lens.common.results import by_size
 from lens.figures.circuits import head_map, layered_graph
 from lens.runs.folders import CIRCUITS, IMPORTANCES
 from lens.runs.sections import Section
@@ -54,9 +55,7 @@ def edges(subject: Subject) -> Section:
     circuits.exports.to_attribution_graph(
         chosen, scores, strings, folder / "attribution-graph" / f"{_name(task)}.json"
     )
-    table = scores.table(count=_MOST_EDGES, seed=subject.seed)
-    order = table["value"].abs().sort_values(ascending=False, kind="stable").index
-    table = table.loc[order].reset_index(drop=True)
+    table = by_size(scores.table(count=_MOST_EDGES, seed=subject.seed), "value")
     in_circuit = set(chosen.edges)
     table["in_circuit"] = [name in in_circuit for name in table["edge"]]
     tables = {"edges": table, "sizes": found.table(), "stability": stable.table()}

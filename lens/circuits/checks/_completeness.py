@@ -90,7 +90,7 @@ class Completeness(Result):
         row = table.iloc[self.worst]
         many = 1 + self.tried + self.kind.count("random")
         found = of_many(row["gap"], row["low"], row["high"], many, self.model.shape[1])
-        interval = ends(*found, "+z.3g")
+        interval = ends(*found, "+.3g")
         others = table.drop(index=self.worst)  # it may be a random one itself
         alike = others.query("kind == 'random' and size == @row['size']")["gap"].abs()
         beside = (

@@ -22,7 +22,7 @@ from lens.circuits.graph.selection import random_edges, same_degrees
 from lens.circuits.scores.attribution import written
 from lens.common.choices import Count, Seed, check_choice, check_lists
 from lens.common.given import given_as
-from lens.common.results import Result, Sentence, ends
+from lens.common.results import Result, Sentence, with_ends
 from lens.models.loaded import LoadedModel
 from lens.stats.controls import p_value
 from lens.tasks.task import Task
@@ -83,8 +83,7 @@ class Control(Result):
         """The faithfulness of the circuit, beside that of each control."""
         rows = {row["circuit"]: row for row in self.table().to_dict("records")}
         found = {
-            name: f"{row['faithfulness']:z.2f}{ends(row['low'], row['high'], '.2f')}"
-            for name, row in rows.items()
+            name: with_ends(row, "faithfulness", ".2f", plain=True) for name, row in rows.items()
         }
         others = "; ".join(
             f"{CONTROLS[kind]} {found[kind]} (p = {rows[kind]['p']:.2f}; {self.apart[kind]:.0%} other edges)"

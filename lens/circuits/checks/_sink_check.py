@@ -90,10 +90,10 @@ class SinkCheck(Result):
             words = (
                 f"With the first key {name} in {len(self.heads)} heads, {self.task} goes from "
                 f"{self.sign * self.plain.mean():.3g} to {row['value']:.3g} in {self.metric}, a gain of "
-                f"{with_ends(row, 'gain', '+z.3g')} (below 0 it goes worse)"
+                f"{with_ends(row, 'gain', '+.3g')} (below 0 it goes worse)"
             )
             if len(rows) > 1:
-                other = with_ends(rows.iloc[1], "gain", "+z.3g")
+                other = with_ends(rows.iloc[1], "gain", "+.3g")
                 words += f"; in {counted(self.drawn, 'other')} of the same layers of {other}"
             found.append(Sentence(f"{words}.", kind=str(name)))
         return tuple(found)

@@ -152,7 +152,7 @@ class PatchEffects(Result):
 def _change(row: pd.Series, many: int, prompts: int) -> str:
     """With its interval as of the largest of so many."""
     found = of_many(row["change"], row["low"], row["high"], many, prompts)
-    return f"{row['change']:+z.3g}{ends(*found, '+z.3g')}"
+    return f"{row['change']:+z.3g}{ends(*found, '+.3g')}"
 
 
 def _place(row: pd.Series) -> str:

@@ -128,9 +128,9 @@ class JoinedHeads(Result):
         through = self._through(row)
         text = (
             f"{row['name']}: effect {row['full']:+z.3g} {interval} {self.metric}"
-            f"{through} (pattern {with_ends(row, 'pattern', '+z.3g')}, value {with_ends(row, 'value', '+z.3g')}, interaction "
-            f"{with_ends(row, 'interaction', '+z.3g')}); {looks}; without the first key the effect is "
-            f"{with_ends(row, 'without_sink', '+z.3g')}."
+            f"{through} (pattern {with_ends(row, 'pattern', '+.3g')}, value {with_ends(row, 'value', '+.3g')}, interaction "
+            f"{with_ends(row, 'interaction', '+.3g')}); {looks}; without the first key the effect is "
+            f"{with_ends(row, 'without_sink', '+.3g')}."
         )
         return Sentence(text, kind="effect")
 

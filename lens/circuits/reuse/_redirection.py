@@ -148,7 +148,7 @@ class Redirection(Result):
         if self.name != "accuracy":
             metric = (
                 f"The {self.name.replace('_', ' ')} goes from {self.metric[0].mean():.3g} to "
-                f"{self.metric[1].mean():.3g} ({with_ends(change, self.name, '+z.3g')}), with "
+                f"{self.metric[1].mean():.3g} ({with_ends(change, self.name, '+.3g')}), with "
                 f"other heads to {self.metric[2:].mean():.3g}, p {self.p_value('metric'):.2g}."
             )
             found.append(Sentence(metric, kind="metric"))

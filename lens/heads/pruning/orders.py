@@ -16,7 +16,7 @@ import pandas as pd
 from lens.common.choices import Seed, is_number
 from lens.common.errors import LensError
 from lens.common.head_ids import AnyHead
-from lens.common.results import Result, Sentence, counted, ends
+from lens.common.results import Result, Sentence, counted, with_ends
 from lens.heads.measures.scores import HeadScores
 from lens.heads.pruning.curves import PruningCurve, curve
 
@@ -177,4 +177,4 @@ def _cost(one: PruningCurve, removed: int) -> str:
     )
     whole = abs(float(one.values[0]))
     share = f" ({last['cost'] / whole:+.1%})" if whole else ""
-    return f": it is then worse by {last['cost']:z.3f}{ends(last['low'], last['high'], '.3f')}{share}{random}"
+    return f": it is then worse by {with_ends(last, 'cost', '.3f', plain=True)}{share}{random}"

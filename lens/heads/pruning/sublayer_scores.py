@@ -119,7 +119,7 @@ class GreedyRemoval(Result):
 
     def findings(self, *, seed: int = 0) -> tuple[Sentence, ...]:
         """What the metric changes by without all that were taken out ("removal")."""
-        change = mean_told(self.losses[-1] - self.losses[0], seed, "+z.3g")
+        change = mean_told(self.losses[-1] - self.losses[0], seed, "+.3g")
         return (
             Sentence(
                 f"Without {few(self.order)}, {len(self.order)} of {self.sublayers} sub-layers, taken out in this order by "

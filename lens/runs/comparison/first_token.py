@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import pandas as pd
 
-from lens.common.results import Sentence, ends
+from lens.common.results import Sentence, with_ends
 from lens.runs.folders import Run
 from lens.runs.schema import KIND_WORDS, LATER
 from lens.stats.intervals import columns
@@ -95,4 +95,4 @@ def _range(shares: pd.Series) -> str:
 
 
 def _mass(row: pd.Series) -> str:
-    return f"{row['mass']:.0%}{ends(row['mass_low'], row['mass_high'], '.0%')}"
+    return with_ends(row, "mass", ".0%")

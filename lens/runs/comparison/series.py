@@ -16,7 +16,7 @@ from lens.common.choices import Seed, check_lists
 from lens.common.errors import LensError
 from lens.common.given import given_as
 from lens.common.head_ids import head_columns
-from lens.common.results import Result, Sentence, few
+from lens.common.results import Result, Sentence, by_size, few
 from lens.runs.comparison.first_token import emerged, first_token
 from lens.runs.comparison.pairing import SEEN, SHARES
 from lens.runs.comparison.two_runs import compare_runs
@@ -92,8 +92,7 @@ class RunSeries(Result):
             if rows["since_last_low"].isna().all():
                 words = "Whether a head changes cannot be said: neighbours share fewer than two prompts of a kind"
             return [Sentence(f"{words}.", kind="jump")]
-        order = sure["since_last"].abs().sort_values(ascending=False, kind="stable").index
-        chosen = sure.loc[order].drop_duplicates("name").head(_NAMED)
+        chosen = by_size(sure, "since_last").drop_duplicates("name").head(_NAMED)
         return [
             Sentence(
                 f"{row['name']} {METRICS[row['metric']].label.lower()} on {KIND_WORDS[row['prompts']]} changes by "

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from lens.common.head_ids import HeadId
-from lens.common.results import Sentence
+from lens.common.results import Sentence, by_size
 from lens.runs.comparison.pairing import SEEN, SHARES
 from lens.runs.folders import Run
 from lens.runs.schema import KIND_WORDS
@@ -184,8 +184,7 @@ def _changes(heads: pd.DataFrame, shared: Mapping[str, int]) -> list[str]:
         rows = rows[leave_out_0(rows["low"], rows["high"])]
     if rows.empty:
         return [f"No head's share of attention{only} differs beyond its interval."]
-    rows = rows.reindex(rows["difference"].abs().sort_values(ascending=False, kind="stable").index)
-    rows = rows.drop_duplicates(["layer", "head"]).head(_CHANGES)
+    rows = by_size(rows, "difference").drop_duplicates(["layer", "head"]).head(_CHANGES)
     return [
         "Largest changes of a share of attention, one a head: "
         + "; ".join(map(_change, rows.to_dict("records")))

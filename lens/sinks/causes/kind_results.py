@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lens.common.results import Result, Sentence, ends
+from lens.common.results import Result, Sentence, ends, with_ends
 from lens.stats.verdicts import of_many_told
 from lens.traces.scores import SINK_EPSILON
 
@@ -78,8 +78,7 @@ class SinkKinds(Result):
         said = [Sentence(f"{text}.", kind="kinds")]
         for kind, rows in self.tests.groupby("kind", sort=False):
             parts = [
-                f"{_TEST[row['test']]} {row['delta_loss']:+z.4f}{ends(row['delta_loss_low'], row['delta_loss_high'], '+z.4f')}"
-                + _beside(row)
+                f"{_TEST[row['test']]} {with_ends(row, 'delta_loss', '+.4f')}" + _beside(row)
                 for row in rows.to_dict("records")
             ]
             count = int(rows["heads"].iloc[0])
