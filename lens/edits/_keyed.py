@@ -334,19 +334,7 @@ def _check_seen(
     call: LayerCall, target: Bool[Tensor, "batch keys"], rows: Bool[Tensor, "batch queries"]
 ) -> None:
     """Raises LensError unless each chosen row sees all of the keys that it is forced onto."""
-    queries, keys = rows.shape[1], target.shape[1]
-    place = torch.arange(keys, device=target.device)
-    query = place[keys - queries :, None]
-    visible = torch.ones(1, queries, keys, dtype=torch.bool, device=target.device)
-    if call.mask.allowed is not None:
-        visible = call.mask.allowed[:, 0]
-    else:
-        if call.mask.causal:
-            visible = visible & (place <= query)
-        if call.mask.window is not None:
-            visible = visible & ((query - place).abs() < call.mask.window)
-        if call.mask.padding is not None:
-            visible = visible & call.mask.padding[:, None]
+    visible = call.mask.pairs(rows.shape[1], target.shape[1], target.device)
     if bool((target[:, None] & ~visible & rows[..., None]).any()):
         raise LensError(
             f"layer {call.layer} does not see all of the keys from the query (a window or a mask hides "

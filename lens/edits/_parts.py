@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from lens.common.errors import LensError
 from lens.edits.base import AttentionEdit, queries_at
+from lens.edits.language import Hooked
 from lens.models.layout import blocks
 from lens.models.loaded import LoadedModel
-from lens.passes.calls import LayerCall, attend, first_of
+from lens.passes.calls import LayerCall, attend, first_of, with_first
 from lens.passes.head_outputs import FEWEST, mean_heads
 from lens.passes.inputs import read_prompts
 from lens.passes.keys import KeysAt
@@ -68,17 +69,6 @@ class HeadsOut(AttentionEdit):
         return output
 
 
-class Hooked:
-    """What an edit outside of attention did.
-
-    Attributes:
-        calls: how often it changed what a module gave.
-    """
-
-    def __init__(self) -> None:
-        self.calls = 0
-
-
 class SubLayersOut(Hooked):
     """What sub-layers return, replaced by 0 or a mean."""
 
@@ -100,7 +90,7 @@ class SubLayersOut(Hooked):
                     instead = torch.zeros_like(first)
                     if name in self._means:
                         instead += self._means[name].to(first)
-                    return (instead, *output[1:]) if isinstance(output, tuple) else instead
+                    return with_first(output, instead)
 
                 stack.callback(module.register_forward_hook(hook).remove)
             yield

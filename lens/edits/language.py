@@ -114,6 +114,17 @@ class Running:
     hooks: AbstractContextManager[Any] = field(default_factory=nullcontext)
 
 
+class Hooked:
+    """What an edit outside of attention did.
+
+    Attributes:
+        calls: how often it changed what a module gave.
+    """
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+
 def plain_keys(name: str, keys: Keys) -> Keys:
     """Checked keys; positions in any form become a tuple of integers.
 

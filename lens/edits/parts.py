@@ -15,13 +15,12 @@ from lens.common.errors import LensError
 from lens.common.head_ids import AnyHead, one_or_more
 from lens.edits._parts import (
     HeadsOut,
-    Hooked,
     Means,
     SubLayersOut,
     setting,
 )
 from lens.edits.base import selected_heads
-from lens.edits.language import Edit, Running, check_number
+from lens.edits.language import Edit, Hooked, Running, check_number
 from lens.models.loaded import LoadedModel
 from lens.passes.sublayers import named_sublayers
 

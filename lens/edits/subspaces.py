@@ -12,10 +12,9 @@ from torch import Tensor
 
 from lens.common.choices import check_choice
 from lens.common.errors import LensError
-from lens.edits._parts import Hooked
 from lens.edits._phi import width_of
 from lens.edits.base import AttentionEdit
-from lens.edits.language import OfHeads, Running, check_number
+from lens.edits.language import Hooked, OfHeads, Running, check_number
 from lens.models.loaded import LoadedModel
 from lens.passes.calls import LayerCall, attend, of_heads
 from lens.passes.keys import KeysAt

@@ -20,10 +20,12 @@ from lens.common.choices import check_choice
 from lens.common.errors import LensError
 from lens.common.head_ids import AnyHead, HeadId, head_id, one_or_more
 from lens.edits.controls import Case, Control, Kind, Trial
-from lens.edits.language import Edit, Running
+from lens.edits.language import Edit, Hooked, Running
 from lens.mixers.reading import mixers_of, recorded, standing_in
 from lens.models.loaded import LoadedModel
 from lens.models.recurrent import scan_function
+from lens.passes.calls import first_of, with_first
+from lens.passes.computed import put_over
 from lens.passes.inputs import read_prompts
 from lens.passes.sessions import base
 from lens.stats.controls import others
@@ -36,9 +38,8 @@ _AXES = {
     "rwkv_linear_attention": 2,
 }
 """Function of a scan -> the axis of its heads in what it gives, [rows, ...]."""
-_SCANS = {"Rglru": ("_rnn_scan", 2)}
 _READERS = {"ShortConv": "out_proj", "LightningAttention": "norm"}
-"""Ending of a class -> the method that scans, or the module that reads [rows, tokens, heads * dim]."""
+"""Ending of a class -> the module that reads [rows, tokens, heads * dim]."""
 Change = Callable[[int, Tensor, int], Tensor]
 """(layer, what the scan gives, axis of the heads) -> what the model goes on with."""
 
@@ -111,7 +112,7 @@ class Ablate(Edit):
                 f"Ablate(..., {self.baseline!r}) needs the prompts that the mean is taken over: over=texts"
             )
         means = self.ready(model, None).over if self.baseline != "zero" else None
-        done = Done()
+        done = Hooked()
 
         def change(layer: int, output: Tensor, axis: int) -> Tensor:
             mine = [head.head for head in chosen if head.layer == layer]
@@ -128,17 +129,6 @@ class Ablate(Edit):
     def kind(self, model: LoadedModel) -> Kind:
         """What stands in for it in `lens.effect`."""
         return _OfMixerHeads(model, self)
-
-
-class Done:
-    """What an edit of mixers did.
-
-    Attributes:
-        calls: scans of which it changed the output.
-    """
-
-    def __init__(self) -> None:
-        self.calls = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -233,18 +223,13 @@ def _stand(stack: ExitStack, module: Any, use: Callable[[Tensor, int], Tensor]) 
     if kind.endswith("xLSTMBackend"):
 
         def after(_: nn.Module, __: Any, output: Any) -> Any:
-            if isinstance(output, tuple):
-                return (use(output[0], 1), *output[1:])
-            return use(output, 1)
+            return with_first(output, use(first_of(output), 1))
 
         stack.callback(module.register_forward_hook(after).remove)
         return
-    for ending, (method, axis) in _SCANS.items():
-        if kind.endswith(ending):
-            own = getattr(module, method)
-            object.__setattr__(module, method, _changed(own, use, axis))
-            stack.callback(object.__delattr__, module, method)
-            return
+    if kind.endswith("Rglru"):
+        put_over(stack, module, "_rnn_scan", _changed(module._rnn_scan, use, 2))
+        return
     function = scan_function(module)
     if function not in _AXES:
         raise LensError(
@@ -258,9 +243,7 @@ def _changed(own: Any, use: Callable[[Tensor, int], Tensor], axis: int) -> Any:
 
     def call(*args: Any, **kwargs: Any) -> Any:
         found = own(*args, **kwargs)
-        if isinstance(found, tuple):
-            return (use(found[0], axis), *found[1:])
-        return use(found, axis)
+        return with_first(found, use(first_of(found), axis))
 
     return call
 

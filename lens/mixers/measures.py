@@ -18,6 +18,7 @@ from lens.common.errors import LensError
 from lens.common.head_ids import head_columns
 from lens.common.results import Result, Sentence, ends
 from lens.mixers.phi import BLOCK, Phi
+from lens.passes.check import relative_error
 from lens.stats import over_rows
 from lens.stats.intervals import known_mean
 
@@ -148,8 +149,7 @@ def measure(
             walk.take(start, end, first, last, tile)
     check = np.nan
     if output is not None:
-        own = output.detach().double().cpu()
-        check = float((walk.output - own).abs().max() / own.abs().max().clamp(min=1e-30))
+        check = relative_error(walk.output, output.detach().double().cpu())
     return walk.found(layer, kind, check)
 
 

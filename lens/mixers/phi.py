@@ -224,7 +224,8 @@ class Delta(Phi):
             between = _summed(key, key, total, total).masked_fill(~seen.tril(-1), 0)
             mixed = beta[..., None] * between
             system = mixed + torch.eye(end - start, dtype=key.dtype)
-            own = self._own(beta, (start, end), (first, last))
+            same = torch.arange(start, end)[:, None] == torch.arange(first, last)
+            own = beta[..., None] * same
             kept = (key * total.exp()) @ state
             written = torch.linalg.solve_triangular(
                 system, own - beta[..., None] * kept, upper=False, unitriangular=True
@@ -234,11 +235,6 @@ class Delta(Phi):
             left = (total[:, -1:] - total).exp()
             state = total[:, -1:].exp().transpose(-1, -2) * state
             state = state + (key * left).transpose(-1, -2) @ written
-
-    def _own(self, beta: Tensor, rows: tuple[int, int], columns: tuple[int, int]) -> Tensor:
-        """[heads, rows, columns]: beta where a row is one of the columns."""
-        same = torch.arange(*rows)[:, None] == torch.arange(*columns)
-        return beta[..., None] * same
 
 
 @dataclass(frozen=True, eq=False, repr=False)

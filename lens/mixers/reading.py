@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ from lens.mixers.differential import record_differential
 from lens.mixers.phi import Phi
 from lens.models.loaded import LoadedModel
 from lens.models.recurrent import has_mixers, scan_class, scan_function
+from lens.passes.computed import put_over
+from lens.passes.sessions import around
 
 _LAYER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
 
@@ -126,10 +129,12 @@ def standing_in(
     home = sys.modules[type(module).__module__]
     own = getattr(home, function)
     put = wrapped(own)
-    before = module.register_forward_pre_hook(lambda *_: setattr(home, function, put))
-    after = module.register_forward_hook(lambda *_: setattr(home, function, own), always_call=True)
-    for hook in (before, after):
-        stack.callback(hook.remove)
+    around(
+        stack,
+        module,
+        lambda *_: setattr(home, function, put),
+        lambda: setattr(home, function, own),
+    )
     stack.callback(setattr, home, function, own)
 
 
@@ -198,15 +203,7 @@ def _mamba(given: dict[str, Any], output: Tensor) -> tuple[str, Phi, Tensor]:
     return "mamba", phi, own[..., None]
 
 
-def _gated_delta(given: dict[str, Any], output: Tensor) -> tuple[str, Phi, Tensor]:
-    return _delta(given, output, "gated_delta")
-
-
-def _kimi(given: dict[str, Any], output: Tensor) -> tuple[str, Phi, Tensor]:
-    return _delta(given, output, "kda")
-
-
-def _delta(given: dict[str, Any], output: Tensor, name: str) -> tuple[str, Phi, Tensor]:
+def _delta(name: str, given: dict[str, Any], output: Tensor) -> tuple[str, Phi, Tensor]:
     _fresh(given, "initial_state")
     query, key, value, g, beta = (
         given[one][0].double().transpose(0, 1) for one in ("query", "key", "value", "g", "beta")
@@ -242,17 +239,15 @@ def _rglru(stack: ExitStack, module: nn.Module, keep: Keep) -> None:
         recurrent_states: Any,
         **more: Any,
     ) -> Any:
-        given = {"recurrent_states": recurrent_states}
         is_new = bool(reset.reshape(reset.shape[0], -1)[0, 0])
         if not is_new:
-            _fresh(given, "recurrent_states")
+            _fresh({"recurrent_states": recurrent_states}, "recurrent_states")
         result = own(hidden_states, recurrent_gate, reset, recurrent_states, **more)
         gate = (recurrent_gate * ~reset)[0].double().T
         keep("rglru", recurrences.rglru(gate.log(), hidden_states[0].T), result[0][0].T[..., None])
         return result
 
-    object.__setattr__(module, "_rnn_scan", scan)
-    stack.callback(object.__delattr__, module, "_rnn_scan")
+    put_over(stack, module, "_rnn_scan", scan)
 
 
 def _between(
@@ -260,10 +255,10 @@ def _between(
 ) -> None:
     """`read(output of the first, input of the second)` of mixers that are written out."""
     seen: list[Tensor] = []
-    before = first.register_forward_hook(lambda *given: seen.append(given[-1]))
-    after = second.register_forward_pre_hook(lambda _, args: read(seen.pop(), args[0]))
-    stack.callback(before.remove)
-    stack.callback(after.remove)
+    made = first.register_forward_hook(lambda *given: seen.append(given[-1]))
+    used = second.register_forward_pre_hook(lambda _, args: read(seen.pop(), args[0]))
+    for hook in (made, used):
+        stack.callback(hook.remove)
 
 
 def _short_conv(stack: ExitStack, module: Any, keep: Keep) -> None:
@@ -306,8 +301,8 @@ def _mlstm(stack: ExitStack, module: Any, keep: Keep) -> None:
 _BY_FUNCTION: dict[str, Callable[[dict[str, Any], Tensor], tuple[str, Phi, Tensor]]] = {
     "mamba2_chunk_scan": _mamba2,
     "mamba_selective_scan": _mamba,
-    "torch_chunk_gated_delta_rule": _gated_delta,
-    "chunk_kimi_delta_attention": _kimi,
+    "torch_chunk_gated_delta_rule": partial(_delta, "gated_delta"),
+    "chunk_kimi_delta_attention": partial(_delta, "kda"),
     "rwkv_linear_attention": _rwkv4,
 }
 _BY_CLASS: dict[str, _Recipe] = {

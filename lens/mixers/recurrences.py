@@ -156,9 +156,7 @@ def mlstm(
     rate = torch.nn.functional.logsigmoid(forget)
     total = rate.cumsum(1)
     below = total - gate
-    top = (
-        torch.maximum(torch.zeros_like(total), (-below).cummax(1).values) + total
-    )  # m, 0 before the first
+    top = (-below).cummax(1).values.clamp(min=0) + total  # m, 0 before the first
     query = query * query.shape[-1] ** -0.5
     phi = ScalarDecay(value, query, key, total - top, below, half_lives=half_lives_of(rate))
     return replace(phi, scale=1 / (torch.maximum(phi.row_sums().abs(), (-top).exp()) + epsilon))

@@ -98,6 +98,11 @@ def first_of(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output[0]
 
 
+def with_first(output: Any, first: Tensor) -> Any:
+    """What a module gives, with another tensor in the place of the first."""
+    return first if isinstance(output, Tensor) else (first, *output[1:])
+
+
 def read_half(call: LayerCall, output: Tensor) -> Tensor:
     """[batch, heads, queries, value_dim] of what each row reads."""
     if call.halves is None:

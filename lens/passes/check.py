@@ -214,9 +214,8 @@ def _output(
             f"{model.info.class_name} gives no numbers to hold a capture against; let it return a tensor, or a list or "
             "mapping of them"
         )
-    output = getattr(
-        output, "language_model_outputs", output
-    )  # of InstructBLIP, which has no logits
+    # InstructBLIP has no logits
+    output = getattr(output, "language_model_outputs", output)
     found = output[0] if len(output) else None
     if not isinstance(found, torch.Tensor):
         raise LensError(

@@ -8,7 +8,7 @@ is never built.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lens.common.errors import LensError
 from lens.common.head_ids import HeadId
 from lens.models.loaded import LoadedModel
-from lens.passes.calls import LayerCall, attend
+from lens.passes.calls import LayerCall, attend, first_of, with_first
 from lens.passes.inputs import read_prompts
 from lens.passes.logits import Given, logits_of
 from lens.passes.sessions import OnLayer, listening, run
@@ -269,16 +269,12 @@ def _blocking(modules: Sequence[nn.Module]) -> Iterator[None]:
     """No gradient passes what these modules return."""
 
     def cut(_: nn.Module, __: Any, output: Any) -> Any:
-        if isinstance(output, tuple):
-            return (output[0].detach(), *output[1:])
-        return output.detach()
+        return with_first(output, first_of(output).detach())
 
-    handles = [module.register_forward_hook(cut) for module in modules]
-    try:
+    with ExitStack() as stack:
+        for module in modules:
+            stack.callback(module.register_forward_hook(cut).remove)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 _FLAT = 1e-8

@@ -113,13 +113,11 @@ def lens_attention(
         unmasked = attention_mask is None and listener.eager_alone  # as BridgeTower's pictures
         is_causal = bool(getattr(module, "is_causal", True)) and not unmasked
     mask, added = structure_of(attention_mask, is_causal, sliding_window, query.shape[2])
-    if added is not None:
-        position_bias = added if position_bias is None else position_bias + added
-    if (
-        sinks is not None
-    ):  # a sink of each query: its logit becomes 0 where it is taken off the row's
-        position_bias = -sinks if position_bias is None else position_bias - sinks
+    if sinks is not None:  # of each query: their logits are 0 where they are taken off the row's
         s_aux = sinks.new_zeros(sinks.shape[1])
+    for more in (added, None if sinks is None else -sinks):
+        if more is not None:
+            position_bias = more if position_bias is None else position_bias + more
     if indices is not None:
         mask = with_chosen(mask, indices, query.shape[2], key.shape[2])
     fewer = key.shape[2] < query.shape[2]  # keys of another kind: means of blocks, say

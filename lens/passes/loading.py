@@ -85,9 +85,8 @@ def _proved(loaded: LoadedModel) -> LoadedModel:
         return _with_parts(loaded, checked)
     seen = checked.seen[""]
     info = replace(loaded.info, attending=seen.attending, twice=seen.twice, sees_later=seen.later)
-    if not has_blocks(
-        loaded
-    ):  # half of an encoder-decoder, a tower in stages: what ran is what there is
+    if not has_blocks(loaded):
+        # half of an encoder-decoder, a tower in stages: what ran is what there is
         info = replace(info, layers=max(info.attending) + 1)
     return replace(loaded, info=info, check=checked.difference)
 

@@ -31,9 +31,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 LARGEST_SPELLED_OUT = 8192 * 8192
-HIDDEN = (
-    -9e3
-)  # what is added to a logit to hide its key: -10000 in some models, the least number in most
+HIDDEN = -9e3
+"""What is added to a logit to hide its key, or less: -10000 in some models, the least number in most."""
 
 
 class StructuredMask(torch.Tensor):
@@ -102,14 +101,13 @@ def structured_mask(
             "(cache_implementation='dynamic')"
         )
     padding = first = None
-    if attention_mask is not None:
-        if not bool(attention_mask.all()):
-            first = attention_mask.to(device).int().argmax(-1)
+    if attention_mask is not None and not bool(attention_mask.all()):
+        first = attention_mask.to(device).int().argmax(-1)
         padding = attention_mask[:, kv_offset : kv_offset + kv_length].to(device, torch.bool)
         padding = None if bool(padding.all()) else padding
-    arguments = (
-        *(batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask),
-    )
+    sizes = batch_size, q_length, kv_length
+    arguments = *sizes, q_offset, kv_offset, mask_function, attention_mask
+    shape = batch_size, 1, q_length, kv_length
     has_holes = padding is not None and q_length == kv_length and bool(_has_holes(padding))
     bounds = None
     if parts is not None and parts.blocks is not None:
@@ -126,10 +124,9 @@ def structured_mask(
         return found
 
     if bounds is not None:
-        stub = torch.zeros((), dtype=torch.bool, device=device)
         structure = BlockStructure(
             causal=False,
-            allowed=_stub(stub, (batch_size, 1, q_length, kv_length), allowed),
+            allowed=_stub(torch.bool, device, shape, allowed),
             bounds=bounds.to(device).expand(batch_size, -1),
             queries=q_length,
         )
@@ -145,14 +142,16 @@ def structured_mask(
     def entries() -> torch.Tensor:
         return eager_mask(*arguments, dtype=dtype, use_vmap=use_vmap, device=device)
 
-    stub = torch.zeros((), dtype=dtype, device=device)
-    mask = _stub(stub, (batch_size, 1, q_length, kv_length), entries)
+    mask = _stub(dtype, device, shape, entries)
     mask.structure = structure
     return mask
 
 
 def _stub(
-    number: torch.Tensor, shape: tuple[int, ...], make: Callable[[], torch.Tensor]
+    dtype: torch.dtype,
+    device: torch.device | str,
+    shape: tuple[int, ...],
+    make: Callable[[], torch.Tensor],
 ) -> StructuredMask:
     """In the memory of one number; what reads its entries has them made."""
     made: list[torch.Tensor] = []
@@ -163,6 +162,7 @@ def _stub(
             made.append(make())
         return made[0]
 
+    number = torch.zeros((), dtype=dtype, device=device)
     mask = number.expand(shape).as_subclass(StructuredMask)
     mask.spelled_out = spelled_out
     return mask
@@ -230,25 +230,8 @@ def with_chosen(
     refuse_large(queries, keys, "keys that are chosen for each query")
     nothing = torch.zeros(*indices.shape[:2], keys, dtype=torch.bool, device=indices.device)
     allowed = nothing.scatter(-1, indices.long(), True)[:, None]
-    place = torch.arange(keys, device=indices.device)
-    behind = place[keys - queries :, None] - place
-    if structure.allowed is not None:
-        allowed = allowed & structure.allowed.to(allowed.device)
-    elif structure.causal:
-        allowed = allowed & (behind >= 0)
-    if structure.window is not None:
-        allowed = allowed & (behind.abs() < structure.window)
-    if structure.padding is not None:
-        allowed = allowed & structure.padding[:, None, None].to(allowed.device)
-    return MaskStructure(
-        structure.causal,
-        padding=structure.padding,
-        allowed=allowed,
-        start=structure.start,
-        first=structure.first,
-        placed=structure.placed,
-        cross=structure.cross,
-    )
+    allowed = allowed & structure.pairs(queries, keys, indices.device)[:, None]
+    return replace(structure.with_allowed(allowed), window=None)
 
 
 def split(
@@ -273,13 +256,10 @@ def _spelled_out(allowed: torch.Tensor) -> MaskStructure:
     if queries == keys and not looks_ahead:
         allowed = _without_padded(allowed)
     seen = allowed[:, 0].any(-2)  # [batch, keys]
-    return MaskStructure(
-        causal=not looks_ahead,
-        allowed=allowed,
-        first=seen.int().argmax(-1),
-        placed=queries == keys
-        or bool(seen[:, 0].all()),  # else padding, or out of a window's reach
-    )
+    # where the first cached key is not seen it is padding, or out of a window's reach
+    placed = queries == keys or bool(seen[:, 0].all())
+    first = seen.int().argmax(-1)
+    return MaskStructure(causal=not looks_ahead, allowed=allowed, first=first, placed=placed)
 
 
 def _without_padded(allowed: torch.Tensor) -> torch.Tensor:
@@ -291,13 +271,11 @@ def _without_padded(allowed: torch.Tensor) -> torch.Tensor:
     rows = allowed[:, 0]
     keys = rows.shape[-1]
     place = torch.arange(keys, device=rows.device)
-    past = torch.where(rows.any(-2), place + 1, 0).amax(
-        -1
-    )  # [batch], one past the last key that is seen
+    # [batch], one past the last key that is seen
+    past = torch.where(rows.any(-2), place + 1, 0).amax(-1)
+    # where no query sees itself, the last one is none of padding
     itself = rows.diagonal(dim1=-2, dim2=-1).gather(1, (past - 1).clamp(min=0)[:, None])
-    padded = (
-        place >= past[:, None]
-    ) & itself  # where no query sees itself, the last one is none of padding
+    padded = (place >= past[:, None]) & itself
     count, first = rows.sum(-1), rows.int().argmax(-1)
     runs = (count == 0) | (
         rows.any(-1) & (first + count == past[:, None]) & _is_run(rows, first, count)

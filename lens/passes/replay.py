@@ -11,7 +11,6 @@ these parts would give numbers of another model, so it is refused.
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -24,6 +23,7 @@ from lens.models.layout import layout
 from lens.models.loaded import LoadedModel
 from lens.models.parts import Layout
 from lens.passes.calls import LayerCall, first_of
+from lens.passes.check import relative_error
 from lens.passes.padding import state_of
 from lens.passes.sessions import base
 from lens.passes.tiny_inputs import tiny_inputs
@@ -132,9 +132,7 @@ def _output(result: Any) -> Tensor:
 
 
 def _difference(found: Tensor, own: Tensor) -> float:
-    """Largest difference over the largest of `own`; 0 where both are 0 all over."""
-    scale = float(own.double().abs().max())
-    return float((found.double() - own.double()).abs().max()) / max(scale, sys.float_info.min)
+    return relative_error(found.double(), own.double())
 
 
 def _reason(root: nn.Module) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lens.common.errors import LensError
 from lens.models.layout import blocks
 from lens.models.loaded import LoadedModel
-from lens.passes.calls import first_of
+from lens.passes.calls import first_of, with_first
 from lens.passes.inputs import Prompt
 from lens.passes.sessions import base
 from lens.passes.visit import Hooks
@@ -60,10 +60,7 @@ def stream(model: LoadedModel, prompt: Prompt) -> Float[Tensor, "states tokens w
     with ExitStack() as stack, torch.no_grad():
         hooks = Hooks(stack)
         for number, layer in enumerate(layers):
-            if number == 0:
-                hooks.before(layer, "enter", keep)
-            else:
-                hooks.before(layer, "enter", lambda _: None)
+            hooks.before(layer, "enter", keep if number == 0 else lambda _: None)
             hooks.after(layer, "leave", lambda _, __, output: keep(first_of(output)))
         base(model)(**prompt.inputs)
     return torch.stack(found)
@@ -86,9 +83,7 @@ def changed(model: LoadedModel, layer: int, change: Callable[[Tensor], Tensor]) 
         raise LensError(f"layer must be -1 to {len(layers) - 1}, got {layer}")
 
     def after(_: nn.Module, __: Any, output: Any) -> Any:
-        if isinstance(output, Tensor):
-            return change(output)
-        return (change(output[0]), *output[1:])
+        return with_first(output, change(first_of(output)))
 
     with ExitStack() as stack:
         hooks = Hooks(stack)

@@ -245,12 +245,7 @@ def listening(
         if model.is_bridge:
             stack.enter_context(replaced_attention(model.model))
         for module in {id(module): module for module in (root, base(model))}.values():
-            before = module.register_forward_pre_hook(
-                lambda _, args, kwargs: session.begin(args, kwargs), with_kwargs=True
-            )
-            after = module.register_forward_hook(lambda *_: session.end(), always_call=True)
-            stack.callback(before.remove)
-            stack.callback(after.remove)
+            around(stack, module, lambda _, *given: session.begin(*given), session.end)
         _number(model, session, stack)
         yield
         session.settle()
@@ -334,13 +329,21 @@ def _announce(found: Sequence[nn.Module], half: str, session: Session, stack: Ex
     for number, block in enumerate(found):
         numbers.setdefault(block, []).append(number)
     for block, layers in numbers.items():
-        before = block.register_forward_pre_hook(
+        around(
+            stack,
+            block,
             lambda *given, layers=layers: session.enter(given, layers, half, found),
-            with_kwargs=True,
+            session.leave,
         )
-        after = block.register_forward_hook(lambda *_: session.leave(), always_call=True)
-        stack.callback(before.remove)
-        stack.callback(after.remove)
+
+
+def around(
+    stack: ExitStack, module: nn.Module, begin: Callable[..., None], end: Callable[[], None]
+) -> None:
+    """`begin(module, args, kwargs)` before each pass of a module, `end()` after it, also where it failed."""
+    stack.callback(module.register_forward_pre_hook(begin, with_kwargs=True).remove)
+    after = module.register_forward_hook(lambda *_: end(), always_call=True)
+    stack.callback(after.remove)
 
 
 def base(model: LoadedModel) -> nn.Module:

@@ -85,12 +85,8 @@ def read_sources(
         LensError: none of these, an input that the model does not take, no target for a model that cannot write, or one
             where the model shall write it.
     """
-    if (
-        reads_sounds(model)
-        and isinstance(prompts, list)
-        and prompts
-        and isinstance(prompts[0], float)
-    ):
+    several = prompts if isinstance(prompts, list) else []
+    if several and reads_sounds(model) and isinstance(several[0], float):
         prompts = np.array(prompts)  # samples of one sound
     if isinstance(prompts, list) and not (prompts and isinstance(prompts[0], int)):
         if not prompts:
@@ -114,7 +110,7 @@ def _one(model: LoadedModel, prompt: Any, asked: Asked | None) -> Prompt:
             raise LensError(f"leave {name} out; give what the decoder reads as decoder_input_ids")
     if unknown := sorted(set(inputs) - set(names)):
         raise LensError(f"{model.info.class_name} takes no {', '.join(unknown)}; leave it out")
-    ids = _row(model, inputs.get("input_ids"))
+    ids = _row(inputs.get("input_ids"))
     of_decoder = "decoder_input_ids"
     if asked is not None and (target is not None or of_decoder in inputs):
         raise LensError(
@@ -130,14 +126,14 @@ def _one(model: LoadedModel, prompt: Any, asked: Asked | None) -> Prompt:
             if not reads:
                 raise LensError(f"the decoder of {model.info.class_name} reads no tokens")
             inputs["input_ids"] = placed(model, torch.tensor([_target(model, target)]))
-        read = _row(model, inputs.get("input_ids")) if reads else None
+        read = _row(inputs.get("input_ids")) if reads else None
         _check_target(model, read)
         return Prompt(inputs, None if reads else ids, text, picture, read)
     if target is not None:
         inputs[of_decoder] = placed(model, torch.tensor([_target(model, target)]))
     if of_decoder not in inputs:
         inputs[of_decoder] = _written(model, inputs, asked or Asked())
-    target = _row(model, inputs[of_decoder])
+    target = _row(inputs[of_decoder])
     _check_target(model, target)
     return Prompt(inputs, ids, text, picture, target)
 
@@ -181,9 +177,8 @@ def _inputs(model: LoadedModel, source: Any) -> dict[str, torch.Tensor]:
             # what is hidden before or among tokens stays hidden, where it is
             if bool(mask[:, :end].all()):
                 del found["attention_mask"]
-        if (ids := _row(model, found.get("input_ids"))) is not None and model_input(
-            model
-        ) == "input_ids":
+        ids = _row(found.get("input_ids"))
+        if ids is not None and model_input(model) == "input_ids":
             model.check_ids(ids)
         return found
     if isinstance(source, torch.Tensor) and source.is_floating_point():
@@ -197,9 +192,8 @@ def _inputs(model: LoadedModel, source: Any) -> dict[str, torch.Tensor]:
             )
         model.check_ids(ids[0].tolist())
         return {"input_ids": placed(model, ids)}
-    kind = {True: "a .wav file, samples (samples, rate)", False: "a text, token ids"}[
-        reads_sounds(model)
-    ]
+    sounds = reads_sounds(model)
+    kind = "a .wav file, samples (samples, rate)" if sounds else "a text, token ids"
     raise LensError(f"a source must be {kind} or a mapping, got {shape_of(source)}")
 
 
@@ -309,5 +303,5 @@ _OWN = 6
 """Tokens that a model may put before what it writes (language, task)."""
 
 
-def _row(model: LoadedModel, ids: torch.Tensor | None) -> list[int] | None:
+def _row(ids: torch.Tensor | None) -> list[int] | None:
     return None if ids is None or ids.is_floating_point() else ids[0].tolist()

@@ -57,9 +57,9 @@ def _longformer(
     window, scale = module.one_sided_attn_window_size + 1, module.head_dim**-0.5
     own = _heads(hidden_states, module.num_heads, module.query, module.key, module.value)
     if not is_global_attn:
-        mask = (
-            None if bool(real.all()) else _band(length, window, real.device) & real[:, None, None]
-        )
+        mask = None
+        if not bool(real.all()):
+            mask = _band(length, window, real.device) & real[:, None, None]
         output = attend(module, *own, mask, scale, None, window=window if mask is None else None)
         return _padded(output.flatten(2), whole, output_attentions)
     assert is_index_global_attn is not None
@@ -70,9 +70,7 @@ def _longformer(
     query, key, value = (torch.cat(pair, -1) for pair in zip(own, of_global, strict=True))
     half = torch.arange(query.shape[-1], device=query.device) >= module.head_dim
     query = query.masked_fill(seen_by_all[:, None, :, None] != half, 0)
-    band = (_band(length, window, real.device) & ~seen_by_all[:, None, None]) | seen_by_all[
-        :, None, None
-    ]
+    band = _band(length, window, real.device) | seen_by_all[:, None, None]
     allowed = (band | seen_by_all[:, None, :, None]) & real[:, None, None]
     output = attend(module, query, key, value, allowed, scale, None, halves=seen_by_all)
     return (*_padded(output.flatten(2), whole, output_attentions), *[None] * output_attentions)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lens_kernels import AttentionMask
@@ -65,16 +65,25 @@ class MaskStructure:
         """bool [queries, keys]: which keys these queries (their places) of the first prompt see."""
         if self.allowed is not None:
             return self.allowed[0, 0, queries]
-        key = torch.arange(keys, device=queries.device)
-        behind = queries[:, None] - key
-        seen = (
-            torch.ones_like(behind, dtype=torch.bool) if self.padding is None else self.padding[0]
-        )
+        return self._pairs(queries, keys)[0]
+
+    def pairs(self, queries: int, keys: int, device: Any) -> Bool[Tensor, "#batch queries keys"]:
+        """Which keys each of the queries sees, the last of which stands on the last key."""
+        if self.allowed is not None:
+            return self.allowed[:, 0].to(device)
+        return self._pairs(torch.arange(keys - queries, keys, device=device), keys)
+
+    def _pairs(
+        self, place: Int[Tensor, "queries"], keys: int
+    ) -> Bool[Tensor, "#batch queries keys"]:
+        """The same of queries at these places, where `allowed` does not say it."""
+        behind = place[:, None] - torch.arange(keys, device=place.device)
+        seen = torch.ones_like(behind, dtype=torch.bool)[None]
         if self.causal:
             seen = seen & (behind >= 0)
         if self.window is not None:
             seen = seen & (behind.abs() < self.window)
-        return seen.expand_as(behind)
+        return seen if self.padding is None else seen & self.padding[:, None].to(place.device)
 
     def first_key(self, batch: int) -> Int[Tensor, "batch"]:
         """[batch]: index of the first real key."""
@@ -118,17 +127,14 @@ class MaskStructure:
         """[batch, keys]: how many real queries see each key."""
         if self.allowed is not None:
             return self.allowed[:, 0].sum(-2).expand(batch, -1)
+        real = torch.ones(batch, keys, dtype=torch.bool) if self.padding is None else self.padding
         if self.cross:
-            every = (
-                torch.ones(batch, keys, dtype=torch.bool) if self.padding is None else self.padding
-            )
-            return every * queries
+            return real * queries
         device = None if self.padding is None else self.padding.device
         key = torch.arange(keys, device=device)
         reach = keys if self.window is None else self.window
         first = (key if self.causal else key - reach + 1).clamp(min=keys - queries)
         last = (key + reach - 1).clamp(max=keys - 1)
-        real = torch.ones(batch, keys, dtype=torch.bool) if self.padding is None else self.padding
         before = torch.nn.functional.pad(real.cumsum(-1), (1, 0))  # [batch, keys + 1]
         return (before[:, last + 1] - before[:, first]).clamp(min=0) * real
 

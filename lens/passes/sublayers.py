@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import ExitStack
 from typing import Any
 from weakref import WeakSet
@@ -14,7 +14,7 @@ from lens.common.errors import LensError
 from lens.models.layout import SubLayers, blocks, is_known
 from lens.models.layout import sublayers as found_sublayers
 from lens.models.loaded import LoadedModel
-from lens.passes.calls import first_of
+from lens.passes.calls import first_of, with_first
 from lens.passes.sessions import run
 from lens.passes.tiny_inputs import tiny_inputs
 
@@ -72,18 +72,13 @@ def _first_without_stream(
     with ExitStack() as stack, torch.no_grad():
         for hook, modules in ((_to_zero, out), (keep, layers)):
             for module in modules:
-                stack.callback(_last(module, hook))
+                stack.callback(module.register_forward_hook(hook).remove)
         run(model, tiny_inputs(model))
     return next((number for number, one in enumerate(left) if _alike(one)), None)
 
 
-def _last(module: nn.Module, hook: Callable[..., Any]) -> Callable[[], None]:
-    return module.register_forward_hook(hook).remove
-
-
 def _to_zero(_: nn.Module, __: Any, output: Any) -> Any:
-    zero = torch.zeros_like(first_of(output))
-    return (zero, *output[1:]) if isinstance(output, tuple) else zero
+    return with_first(output, torch.zeros_like(first_of(output)))
 
 
 def _alike(hidden: Tensor) -> bool:

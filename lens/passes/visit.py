@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lens.common.errors import LensError
 from lens.models.parts import Block, Layout
-from lens.passes.calls import LayerCall, attend, first_of
+from lens.passes.calls import LayerCall, attend, first_of, with_first
 from lens.passes.sessions import OnLayer, listening
 
 if TYPE_CHECKING:
@@ -209,8 +209,7 @@ def _hook_mlp(hooks: Hooks, number: int, block: Block, visitor: Visitor) -> None
     def write(_: nn.Module, __: tuple, output: Any) -> Any:
         own = first_of(output)
         given = visitor.mlp(number, hooks.shaped(own) * block.multiplier) / block.multiplier
-        given = given.view(own.shape)
-        return (given, *output[1:]) if isinstance(output, tuple) else given
+        return with_first(output, given.view(own.shape))
 
     if block.mlp_norm.module is not None:
         hooks.after(block.mlp_norm.module, "read mlp", keep)

@@ -17,7 +17,8 @@ import numpy as np
 from lens.common.choices import Count, check_counts, check_lists, is_whole
 from lens.common.errors import LensError
 from lens.common.version import __version__
-from lens.traces.matrices import PREFIX, layer_variables
+from lens.traces.labels import PREFIX
+from lens.traces.matrices import layer_variables
 from lens.traces.trace import AttentionTrace, TraceWriter
 from lens.traces.uniform import visible_queries
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from lens.common.errors import LensError
 from lens.models.loaded import LoadedModel
 from lens.passes.calls import LayerCall, attend
-from lens.passes.check import tolerance_of
+from lens.passes.check import relative_error, tolerance_of
 from lens.passes.inputs import Prompt, accepted
 from lens.passes.pieces import check_length_matters_not
 from lens.passes.sessions import listening, run
@@ -94,7 +94,7 @@ def _are_alike(model: LoadedModel, rows: list[list[int]], longest: int) -> bool:
         return False
     limit = tolerance_of(model.dtype)
     return all(
-        float((batch[: len(one)] - one).abs().max()) <= limit * float(one.abs().max())
+        relative_error(batch[: len(one)], one) <= limit
         for batch, one in zip(together, alone, strict=True)
     )
 

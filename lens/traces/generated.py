@@ -21,6 +21,7 @@ from lens.common.errors import LensError, first_line
 from lens.common.progress import advancing
 from lens.models.loaded import LoadedModel
 from lens.passes.inputs import Prompt
+from lens.passes.pieces import ids_alone
 from lens.passes.sessions import listening, run
 from lens.traces.labels import NONE, Labels
 from lens.traces.pieces import Pieces, into_pieces
@@ -48,20 +49,18 @@ def check_writes(model: LoadedModel, prompt: Prompt, new: int, temperature: floa
         LensError: it does not write, or takes fewer tokens than both have; or a temperature that is none.
     """
     check_asked(new, temperature)
-    if prompt.ids is None or set(prompt.inputs) != {"input_ids"}:
-        given = ", ".join(sorted(set(prompt.inputs) - {"input_ids"}))
-        raise LensError(f"new= takes prompts of token ids alone, got {given} too; leave new out")
+    count = len(ids_alone(prompt, "new"))
     can = not model.is_bridge and getattr(model.model, "can_generate", lambda: False)()
     if not can:
         raise LensError(
             f"{model.info.class_name} does not write with a key cache (transformers' generate); leave new out, "
             "or load the model of transformers with its head"
         )
-    length, context = len(prompt.ids) + new, model.info.context
+    length, context = count + new, model.info.context
     if context is not None and length > context:
         raise LensError(
-            f"{len(prompt.ids):,} tokens and {new:,} new ones are {length:,}, and {model.name} takes {context:,}; "
-            f"give a shorter prompt, or new={max(1, context - len(prompt.ids))}"
+            f"{count:,} tokens and {new:,} new ones are {length:,}, and {model.name} takes {context:,}; "
+            f"give a shorter prompt, or new={max(1, context - count)}"
         )
 
 

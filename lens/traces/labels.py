@@ -17,6 +17,8 @@ from lens.traces.metrics import METRICS
 
 MATCH_RULES = ("current_token_position", "previous_token", "same_token", "induction")
 """The rules of `match_mass` that every trace has; a trace's own labels come after them."""
+PREFIX = 4
+"""First keys whose mass a trace keeps as `prefix_mass`."""
 NONE = -1
 """The number of a position that matches nothing."""
 _ENDINGS = ("_low", "_high", "_uniform", "_random_weights", "_sink_excluded")

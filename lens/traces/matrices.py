@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-PREFIX = 4
+from lens.traces.labels import PREFIX
 
 
 def layer_variables(

@@ -12,10 +12,8 @@ import torch
 
 from lens.passes.calls import LayerCall
 from lens.passes.structures import MaskStructure
-from lens.traces.labels import MATCH_RULES, Labels
+from lens.traces.labels import MATCH_RULES, PREFIX, Labels
 from lens.traces.layouts import partition
-
-PREFIX = 4
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,9 +17,9 @@ from lens_kernels import AttentionGroups, AttentionResult
 from lens.common.choices import is_whole
 from lens.common.errors import LensError
 from lens.passes.calls import LayerCall, Places, attend
-from lens.traces.labels import MATCH_RULES, Labels
+from lens.traces.labels import MATCH_RULES, PREFIX, Labels
 from lens.traces.layouts import bias_table
-from lens.traces.shared import PREFIX, Shared, make_shared, prefix_is_moved
+from lens.traces.shared import Shared, make_shared, prefix_is_moved
 
 _KERNEL = (
     "lse",

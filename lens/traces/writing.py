@@ -18,10 +18,10 @@ from lens.models.sizes import image_token
 from lens.passes.calls import Places
 from lens.passes.inputs import Prompt
 from lens.passes.sessions import in_rows
+from lens.traces.labels import PREFIX
 from lens.traces.naming import Axis, keys_of, queries_of
 from lens.traces.pictures import picture_note
 from lens.traces.segments import segments
-from lens.traces.shared import PREFIX
 from lens.traces.statistics import COMPARING, LayerRecord, Settings
 from lens.traces.trace import AttentionTrace, TraceWriter
 

@@ -43,6 +43,7 @@ RIGHT = {
     "LayerCall": lambda: [call(), call(tokens=None), call(sinks=torch.rand(4))],
     "MaskStructure": lambda: [mask(), mask(None), mask(allowed=ALLOWED, first=torch.zeros(2, dtype=torch.long))],
     "seen_by": lambda: [mask().seen_by(torch.arange(3), 5), mask(allowed=ALLOWED).seen_by(torch.arange(3), 5)],
+    "pairs": lambda: [mask(p).pairs(3, 5, "cpu") for p in (None, PADDING)] + [mask(allowed=ALLOWED).pairs(5, 5, "cpu")],
     "first_key": lambda: [mask().first_key(2), mask(None).first_key(2), mask().first_token(2)],
     "visible": lambda: [mask(p, **a).visible(2, 5, 5) for p in (None, PADDING) for a in ({}, {"allowed": ALLOWED}, {"cross": True})],
     "structure_of": lambda: [masks.structure_of(one, True, None, 5) for one in (None, ALLOWED, ALLOWED.float().log())],
