@@ -1,10 +1,13 @@
-"""What runs a model runs alone: no other thread hangs something on its modules, no default device takes its tensors."""
+"""What runs a model runs alone: no other thread hangs something on its modules, no default device takes its tensors.
+
+What has to stand in the place of a function that all models share stands there for one thread.
+"""
 
 from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -45,6 +48,51 @@ def owned(module: Any) -> Iterator[None]:
             owner, depth = _OWNERS.pop(module)
             if depth > 1:
                 _OWNERS[module] = owner, depth - 1
+
+
+class _PerThread:
+    """A function that some threads have replaced, each for itself."""
+
+    def __init__(self, own: Callable[..., Any]) -> None:
+        self.own = own
+        self.of_thread: dict[int, list[Callable[..., Any]]] = {}  # of each block, the last one acts
+
+    def here(self) -> Callable[..., Any]:
+        """That of this thread."""
+        return self.of_thread.get(threading.get_ident(), [self.own])[-1]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.here()(*args, **kwargs)
+
+
+@contextmanager
+def replaced(
+    owner: Any, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]
+) -> Iterator[None]:
+    """The function `owner.name` is `make` of it inside the block, for this thread; all others have it as it was.
+
+    Example:
+        >>> with replaced(torch.backends.mha, "get_fastpath_enabled", lambda own: lambda: False):
+        ...     torch.backends.mha.get_fastpath_enabled()
+        False
+    """
+    thread = threading.get_ident()
+    with _LOCK:
+        found = getattr(owner, name)
+        if not isinstance(found, _PerThread):
+            found = _PerThread(found)
+            setattr(owner, name, found)
+        new = make(found.here())
+        found.of_thread.setdefault(thread, []).append(new)
+    try:
+        yield
+    finally:
+        with _LOCK:
+            found.of_thread[thread].remove(new)
+            if not found.of_thread[thread]:
+                del found.of_thread[thread]
+            if not found.of_thread:
+                setattr(owner, name, found.own)
 
 
 def on_cpu() -> AbstractContextManager[Any]:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lens.common.errors import LensError
+from lens.common.isolation import owned, replaced
 from lens.mixers import kinds, recurrences
 from lens.mixers.differential import record_differential
 from lens.mixers.phi import Phi
@@ -52,8 +53,8 @@ def recorded(root: nn.Module) -> Iterator[list[Scan]]:
     """The scans of every forward pass inside the block, in order.
 
     Raises:
-        LensError: a model without a mixer that is known here, training mode, kernels in the place of functions; in
-            the block a scan that continues an earlier state.
+        LensError: a model without a mixer that is known here, training mode, kernels in the place of functions, another
+            thread that works with it; in the block a scan that continues an earlier state.
     """
     if root.training:
         raise LensError(
@@ -62,6 +63,7 @@ def recorded(root: nn.Module) -> Iterator[list[Scan]]:
     found: list[Scan] = []
     layers: list[int] = []
     with ExitStack() as stack:
+        stack.enter_context(owned(root))
         for number, module in mixers_of(root):
             recipe = _recipe(module)
             assert recipe is not None
@@ -125,17 +127,14 @@ def _recipe(module: nn.Module) -> _Recipe | None:
 def standing_in(
     stack: ExitStack, module: nn.Module, function: str, wrapped: Callable[[Any], Any]
 ) -> None:
-    """While this module runs, the function of its file is `wrapped(function)`."""
+    """While this module runs, the function of its file is `wrapped(function)`, for the thread that runs it."""
     home = sys.modules[type(module).__module__]
-    own = getattr(home, function)
-    put = wrapped(own)
-    around(
-        stack,
-        module,
-        lambda *_: setattr(home, function, put),
-        lambda: setattr(home, function, own),
-    )
-    stack.callback(setattr, home, function, own)
+    running = ExitStack()
+
+    def begin(*_: Any) -> None:
+        running.enter_context(replaced(home, function, wrapped))
+
+    around(stack, module, begin, running.close)
 
 
 def _recorded_function(stack: ExitStack, module: nn.Module, keep: Keep) -> None:

@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map, tree_map_only
 
 from lens.common.errors import LensError
+from lens.common.isolation import replaced
 from lens.passes.masks import HIDDEN, split
 from lens.passes.noted import (
     LOOKS,
@@ -65,15 +66,13 @@ def following(
     if modules is None:
         every = root.modules()
         modules = [one for one in every if form_of(one) or _computes_attention(type(one))]
+    modules = list(modules)
+    parts = (part for one in modules for part in one.modules())
     with ExitStack() as stack:
-        modules = list(modules)
-        if any(
-            isinstance(part, nn.MultiheadAttention) for one in modules for part in one.modules()
-        ):
-            stack.callback(
-                torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled()
-            )
-            torch.backends.mha.set_fastpath_enabled(False)  # it would go past the module
+        if any(isinstance(part, nn.MultiheadAttention) for part in parts):
+            # its fast path would go past the module
+            slow = replaced(torch.backends.mha, "get_fastpath_enabled", lambda _: lambda: False)
+            stack.enter_context(slow)
         for module in modules:
             _follow(stack, module, attend, heads)
         yield
@@ -192,18 +191,17 @@ class _Following(TorchFunctionMode):
             found = self._product_attention(*args, **kwargs)
             return function(*args, **kwargs) if found is NotImplemented else found
 
-        def inside(*given: Any, **options: Any) -> Any:
-            found = self._product_attention(*given, **options)
-            return own(*given, **options) if found is NotImplemented else found
+        def inside(own: Callable[..., Any]) -> Callable[..., Any]:
+            def call(*given: Any, **options: Any) -> Any:
+                found = self._product_attention(*given, **options)
+                return own(*given, **options) if found is NotImplemented else found
+
+            return call
 
         # A mode is off inside of a function that it was asked about; the probabilities that are
         # returned beside the output were asked for by nobody.
-        own = nn.functional.scaled_dot_product_attention
-        nn.functional.scaled_dot_product_attention = inside
-        try:
+        with replaced(nn.functional, "scaled_dot_product_attention", inside):
             return function(*args, **{**kwargs, "need_weights": False})
-        finally:
-            nn.functional.scaled_dot_product_attention = own
 
     def _product_attention(
         self,

@@ -1,8 +1,11 @@
 """A model works for one thread at a time, and tensors are the CPU's whatever the default device is."""
 
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -11,7 +14,11 @@ import torch
 
 import lens
 from lens.common.errors import LensError
-from lens.common.isolation import owned
+from lens.common.isolation import owned, replaced
+from lens.passes.calls import LayerCall, attend
+from lens.passes.sessions import listening
+
+from .hybrids import hybrid
 
 TEXT = "It was the best of times, it was the worst of times"
 
@@ -20,7 +27,7 @@ def _profile(model: lens.models.LoadedModel) -> pd.DataFrame:
     return lens.profile(lens.capture(model, TEXT, progress=False))
 
 
-def _elsewhere(work: Callable[[], object]) -> object:
+def _elsewhere(work: Callable[[], Any]) -> Any:
     """What another thread makes of it."""
     with ThreadPoolExecutor(1) as pool:
         return pool.submit(work).result()
@@ -103,6 +110,69 @@ def test_blocks_may_end_in_another_order_or_by_an_error():
     with pytest.raises(KeyError), owned(module):
         raise KeyError
     _elsewhere(lambda: owned(module).__enter__())
+
+
+def test_a_function_is_replaced_for_one_thread_and_put_back_in_any_order():
+    owner = SimpleNamespace(number=lambda: 0)
+    own = owner.number
+    first, second = (replaced(owner, "number", lambda was, n=n: lambda: n + was()) for n in (1, 10))
+    first.__enter__()
+    second.__enter__()
+    assert (owner.number(), _elsewhere(lambda: owner.number())) == (11, 0)
+    other = replaced(owner, "number", lambda was: lambda: 100 + was())
+    _elsewhere(other.__enter__)
+    first.__exit__(None, None, None)
+    assert owner.number() == 11
+    second.__exit__(None, None, None)
+    assert owner.number() == 0
+    other.__exit__(None, None, None)
+    assert owner.number is own
+
+
+def test_mixers_of_one_file_in_two_threads_do_not_meet():
+    """Their scans are functions of the file, which both models look up there."""
+    ids = list(range(3, 30))
+    one, other = (hybrid("bamba") for _ in range(2))
+    home = sys.modules[type(one).__module__]
+    own = home.mamba2_chunk_scan
+    alone = lens.mixers.capture(one, ids, progress=False).table()
+    made: list[pd.DataFrame] = []
+
+    def meanwhile(*_: object) -> None:
+        made.append(
+            _elsewhere(lambda: lens.mixers.capture(other, ids[::-1], progress=False).table())
+        )
+        _elsewhere(lambda: other(torch.tensor([ids])))
+        with pytest.raises(LensError, match="another thread works with this Bamba"):
+            _elsewhere(lambda: lens.mixers.capture(one, ids, progress=False))
+
+    mixer = next(part for name, part in one.named_modules() if name.endswith("mamba"))
+    mixer.in_proj.register_forward_hook(meanwhile)
+    found = lens.mixers.capture(one, ids, progress=False).table()
+    pd.testing.assert_frame_equal(found, alone)
+    beside = lens.mixers.capture(other, ids[::-1], progress=False).table()
+    pd.testing.assert_frame_equal(made[0], beside)
+    assert home.mamba2_chunk_scan is own
+
+
+def test_attention_of_torch_is_another_threads_own_while_a_module_is_captured():
+    layer = torch.nn.TransformerEncoderLayer(16, 2, 20, batch_first=True)
+    inputs = {"src": torch.randn(1, 5, 16, generator=torch.Generator().manual_seed(0))}
+    model = lens.load(lens.passes.wrap(torch.nn.TransformerEncoder(layer, 1).eval(), inputs))
+    query = torch.randn(1, 2, 5, 8, generator=torch.Generator().manual_seed(1))
+    own = torch.nn.functional.scaled_dot_product_attention
+    made: list[torch.Tensor] = []
+
+    def meanwhile(call: LayerCall) -> torch.Tensor:
+        attention = torch.nn.functional.scaled_dot_product_attention
+        made.append(_elsewhere(lambda: attention(query, query, query)))
+        assert _elsewhere(torch.backends.mha.get_fastpath_enabled)
+        return attend(call).output
+
+    with torch.no_grad(), listening(model, meanwhile):
+        model.model(**inputs)
+    torch.testing.assert_close(made[0], own(query, query, query))
+    assert torch.nn.functional.scaled_dot_product_attention is own
 
 
 def test_a_default_device_changes_nothing():
