@@ -290,9 +290,7 @@ class OfCoordinates(Kind):
         self.chosen = selected_heads(model, None, None)
         count = sum(len(one.places) * len(one.dims) for one in edits)
         layers = sorted({one.layer for one in edits})
-        self.scope = (
-            f"{count} coordinate{'s' * (count > 1)} after layer {', '.join(map(str, layers))}"
-        )
+        self.scope = f"{counted(count, 'coordinate')} after layer {', '.join(map(str, layers))}"
         own = {dim for one in edits for dim in one.dims}
         self._others = [dim for dim in range(width_of(model)) if dim not in own]
         self.why = dict.fromkeys(("mass", "self"), "a coordinate pays no attention")

@@ -90,22 +90,8 @@ def effect(
         >>> pairs = [([3, 4, 5, 6], [2, 30, 31, 32]), ([9, 8, 7], [2, 40, 41])]
         >>> lens.effect(translator.part("cross"), pairs, lens.edits.Ablate("L1H0", "pooled_mean")).findings()
     """
-    if isinstance(controls, int | float):
-        check_counts(controls=controls)
-        if draws not in (1, controls):
-            raise LensError(
-                f"controls={controls} are draws of each control, and draws={draws} too; give one"
-            )
-        controls, draws = None, int(controls)
-    controls = [controls] if isinstance(controls, str) else controls
-    named = [check_choice("controls", one, CONTROLS) for one in controls or ()]
-    if amounts is not None:
-        check_lists(amounts=amounts)
-        if not all(is_number(amount) for amount in amounts):
-            raise LensError(f"amounts must be numbers, got {list(amounts)}")
-    doses = None if amounts is None else sorted(map(float, amounts))
-    if doses is not None and (not doses or len(set(doses)) < len(doses)):
-        raise LensError(f"amounts must be different, at least one; got {list(amounts or ())}")
+    named, draws = _named(controls, draws)
+    doses = None if amounts is None else _doses(amounts)
     task = prompts if isinstance(prompts, Task) else None
     if isinstance(model, LoadedModel):
         model.check_part()
@@ -123,22 +109,20 @@ def effect(
     edits_of = _edits_of(model, edit, whole)
     first = edits_of(read[0])
     kinds = kinds_of(model, first)
+    if named is None:
+        named = list(dict.fromkeys(name for kind in kinds for name in kind.usual))
     missing = {}
-    usual = list(dict.fromkeys(name for kind in kinds for name in kind.usual))
-    for name in usual if controls is None else named:
+    for name in named:
         reasons = [kind.missing(name) for kind in kinds]
         if all(reasons):
             missing[name] = "; ".join(dict.fromkeys(map(str, reasons)))
-    conditions = [
-        "edit",
-        *(one for one in (usual if controls is None else named) if one not in missing),
-    ]
+    conditions = ["edit", *(one for one in named if one not in missing)]
     most = 0
     if doses is not None:
         for one in first:
             one.at(doses[-1])  # refused before anything runs
-        most = int(np.abs(np.array(doses) - first[0].idle)[::-1].argmax())  # the higher of two
-        most = len(doses) - 1 - most
+        furthest = np.abs(np.array(doses) - first[0].idle)
+        most = len(doses) - 1 - int(furthest[::-1].argmax())  # the higher of two
     run = _Run(model, clean_runs(model, clean), seed, task, scored, doses, most)
     done, scopes = [first], []
     with advancing("effect", len(read), progress) as advance:
@@ -169,6 +153,34 @@ def effect(
         patches=() if ids else patches_of(model, read, run.lengths),
         most=most,
     )
+
+
+def _named(
+    controls: Sequence[Control] | Control | int | None, draws: int
+) -> tuple[list[str] | None, int]:
+    """The controls that are named, or None, and how many draws of each random one."""
+    if isinstance(controls, int | float):
+        check_counts(controls=controls)
+        if draws not in (1, controls):
+            raise LensError(
+                f"controls={controls} are draws of each control, and draws={draws} too; give one"
+            )
+        return None, int(controls)
+    several = [controls] if isinstance(controls, str) else controls
+    if several is None:
+        return None, draws
+    return [check_choice("controls", one, CONTROLS) for one in several], draws
+
+
+def _doses(amounts: Sequence[float]) -> list[float]:
+    """Amounts in rising order."""
+    check_lists(amounts=amounts)
+    if not all(map(is_number, amounts)):
+        raise LensError(f"amounts must be numbers, got {list(amounts)}")
+    found = sorted(map(float, amounts))
+    if not found or len(set(found)) < len(found):
+        raise LensError(f"amounts must be different, at least one; got {list(amounts)}")
+    return found
 
 
 class _Run:
@@ -211,19 +223,7 @@ class _Run:
         case = Case(prompt, before, self._runs, everywhere, np.random.default_rng(self._seed))
         if among is not None:
             case = replace(case, free=case.members("among", among))
-        nexts = predicts_next(self._model)
-        kept = predicted(self._model, prompt) if nexts else torch.ones(1, dtype=torch.bool)
-        if self._scored is not None:
-            kept = kept & case.scored(self._scored)[:-1].to(kept.device)
-            if not bool(kept.any()):
-                raise LensError("scored holds no position of a prompt whose next token is text")
-        if before.hides is not None:
-            kept = kept & before.hides.to(kept.device)
-            if not bool(kept.any()):
-                raise LensError(
-                    f"every text token that is measured in prompt {number} is seen by earlier ones already, so it has no "
-                    "next-token loss; give an answer behind what is seen both ways"
-                )
+        kept = self._kept(number, case)
         for condition in conditions:
             if condition in self.missing:
                 continue
@@ -252,6 +252,24 @@ class _Run:
             for name in rows[0][0]:
                 values = np.array([[dose[name] for dose in row] for row in rows]).mean(0)
                 self._found.setdefault((condition, name), []).append(values)
+
+    def _kept(self, number: int, case: Case) -> Tensor:
+        """bool [tokens - 1], of which of them the next one is measured; [1] of predictions that are of no next token."""
+        kept = torch.ones(1, dtype=torch.bool)
+        if predicts_next(self._model):
+            kept = predicted(self._model, case.prompt)
+        if self._scored is not None:
+            kept = kept & case.scored(self._scored)[:-1].to(kept.device)
+            if not bool(kept.any()):
+                raise LensError("scored holds no position of a prompt whose next token is text")
+        if (hides := case.before.hides) is not None:
+            kept = kept & hides.to(kept.device)
+            if not bool(kept.any()):
+                raise LensError(
+                    f"every text token that is measured in prompt {number} is seen by earlier ones already, so it has no "
+                    "next-token loss; give an answer behind what is seen both ways"
+                )
+        return kept
 
     def _measured(
         self,

@@ -139,8 +139,11 @@ def _joined(chosen: torch.Tensor) -> list[list[int]]:
     for number, heads in enumerate(chosen):
         if not bool(heads.any()):
             continue
-        touching = [one for one in sets if bool((one[0] & heads).any())]
-        sets = [one for one in sets if not bool((one[0] & heads).any())]
-        joined = torch.stack([heads, *(one[0] for one in touching)]).any(0)
-        sets.append((joined, sorted([number, *(n for one in touching for n in one[1])])))
+        numbers, apart = [number], []
+        for others, known in sets:
+            if bool((others & heads).any()):
+                heads, numbers = heads | others, [*numbers, *known]
+            else:
+                apart.append((others, known))
+        sets = [*apart, (heads, sorted(numbers))]
     return [numbers for _, numbers in sets]

@@ -172,7 +172,7 @@ def search_heads(
         raise LensError(f"most must be at least one head, got {most}")
     check_between(0, 1, validation=[validation])
     count = round(validation * task.n)
-    if not (is_whole(count) and 2 <= count <= task.n - 2):
+    if not 2 <= count <= task.n - 2:
         raise LensError(
             f"validation={validation} of {task.n} prompts leaves {count} to choose with and "
             f"{task.n - count} to judge by; each side needs two"

@@ -223,9 +223,8 @@ class LoadedModel:
             )
         if not self.is_bridge:
             options = {"do_sample": False, "pad_token_id": self.bos_id or 0} | options
-            if (
-                "attention_mask" in signature(self.model.forward).parameters
-            ):  # else BOS as padding is hidden
+            # without a mask BOS as padding would be hidden
+            if "attention_mask" in signature(self.model.forward).parameters:
                 options = {"attention_mask": torch.ones_like(ids)} | options
         with told(lambda why: f"{name} cannot write after this prompt: {why}"):
             return self.model.generate(ids, **options)

@@ -71,9 +71,10 @@ def load_unchecked(
     if isinstance(name_or_model, (str, Path)):
         loaded = _from_name(str(name_or_model), revision, _dtype(dtype), _device(device))
         check_fit(tokenizer or loaded.tokenizer, loaded.info.vocab, loaded.name)
-        own = {"tokenizer": loaded.tokenizer, "processor": loaded.processor}
         return replace(
-            loaded, tokenizer=tokenizer or own["tokenizer"], processor=processor or own["processor"]
+            loaded,
+            tokenizer=tokenizer or loaded.tokenizer,
+            processor=processor or loaded.processor,
         )
     if revision is not None or dtype is not None or device is not None:
         raise LensError(
@@ -265,8 +266,8 @@ def _pretrained(
         if isinstance(config, AttentionOnlyConfig):
             model_class = AttentionOnlyModel
         is_class = isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)
-        if class_name.endswith("PreTrainedModel"):
-            is_class = False  # a base without a forward pass; made once, transformers takes its traits for all others'
+        # a base without a forward pass; made once, transformers takes its traits for all others'
+        is_class = is_class and not class_name.endswith("PreTrainedModel")
         if not (is_class or class_name.startswith("AutoModel")):
             raise ValueError(
                 f"transformers {transformers.__version__} has no class of models {class_name}"

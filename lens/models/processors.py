@@ -30,13 +30,8 @@ def read_processor(model: Any, name: str, **where: Any) -> Any:
     reader = AutoFeatureExtractor if hears else AutoImageProcessor if alone else AutoProcessor
     try:
         return reader.from_pretrained(name, trust_remote_code=False, **where)
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        ImportError,
-    ):  # no file of one, or one of another library
-        return None
+    except (OSError, ValueError, KeyError, ImportError):
+        return None  # no file of one, or one of another library
 
 
 def check_given(**given: Any) -> None:

@@ -74,9 +74,8 @@ def readable_weights(config: Any, name: str) -> Iterator[None]:
         yield
 
 
-_TORCH_QUANTISED = re.compile(
-    r"torch\.ao\.nn\.(.*\.)?quantized\b"
-)  # intrinsic.quantized of fused layers, too
+_TORCH_QUANTISED = re.compile(r"torch\.ao\.nn\.(.*\.)?quantized\b")
+"""Of fused layers intrinsic.quantized, too."""
 
 
 class _Once(logging.Filter):

@@ -9,10 +9,9 @@ from typing import Any
 
 from lens.common.errors import LensError
 
-_FEWEST = (
-    0.5  # of a model's tokens that its tokenizer must know: vocabularies are padded, not doubled
-)
-_MOST = 1.1  # and how many times as many it may know: some add tokens that no model has learnt
+_FEWEST, _MOST = 0.5, 1.1
+"""How many times as many tokens as the model a tokenizer knows: vocabularies are padded, not doubled, and some add
+tokens that no model has learnt."""
 _SPECIAL = re.compile(r"<[^<>]+>|\[\w+\]")
 
 

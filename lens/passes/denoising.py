@@ -113,17 +113,15 @@ class _Listener:
         module: Any = self.module
         project = getattr(module, "add_v_proj", None) or getattr(module, "to_v", None)
         words, keys = text.shape[1], call.key.shape[2]
-        if project is not None:
-            with torch.no_grad():
-                made = (
-                    project.forward(text).unflatten(-1, (call.value.shape[1], -1)).transpose(1, 2)
-                )
-            off = [
-                float((call.value[:, :, part] - made).abs().max())
-                for part in (slice(0, words), slice(keys - words, keys))
-            ]
-            return (0, words) if off[0] <= off[1] else (keys - words, keys)
-        return 0, words
+        if project is None:
+            return 0, words
+        with torch.no_grad():
+            made = project.forward(text).unflatten(-1, (call.value.shape[1], -1)).transpose(1, 2)
+        off = [
+            float((call.value[:, :, part] - made).abs().max())
+            for part in (slice(0, words), slice(keys - words, keys))
+        ]
+        return (0, words) if off[0] <= off[1] else (keys - words, keys)
 
 
 def _row(call: LayerCall, row: int) -> LayerCall:
@@ -132,15 +130,14 @@ def _row(call: LayerCall, row: int) -> LayerCall:
     def one(tensor: Tensor | None) -> Any:
         return tensor if tensor is None or len(tensor) == 1 else tensor[row : row + 1]
 
-    mask = replace(call.mask, padding=one(call.mask.padding), allowed=one(call.mask.allowed))
-    mask = replace(mask, first=one(mask.first))
+    parts = {name: one(getattr(call.mask, name)) for name in ("padding", "allowed", "first")}
     bias = call.position_bias
     return replace(
         call,
         query=call.query[row : row + 1],
         key=call.key[row : row + 1],
         value=call.value[row : row + 1],
-        mask=mask,
+        mask=replace(call.mask, **parts),
         position_bias=one(bias) if bias is not None and bias.dim() == 4 else bias,
     )
 
@@ -221,8 +218,7 @@ def denoising_calls(
         on_pass(Pass(step, float("nan") if timestep is None else timestep, dict(inputs), check))
         return found
 
-    with ExitStack() as stack:
-        stack.enter_context(owned(denoiser))
+    with owned(denoiser), ExitStack() as stack:
         put_over(stack, denoiser, "forward", forward)
         yield
 

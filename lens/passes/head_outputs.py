@@ -85,13 +85,18 @@ def read_heads(
 
 
 def mean_outputs(
-    model: LoadedModel, parts: Iterable[tuple[Given, Tensor | None]], *, keep_positions: bool
+    model: LoadedModel,
+    parts: Iterable[tuple[Given, Tensor | None]],
+    *,
+    keep_positions: bool,
+    of: Callable[[Tensor], Tensor] = lambda z: z,
 ) -> dict[int, Tensor]:
     """Mean z of each layer, [1, heads, queries | 1, value_dim] float64, over prompts of one length (and positions).
 
     Args:
         parts: what is given at a time, and which positions are a prompt's own, [rows, tokens] bool; None: all.
         keep_positions: a mean at each position; else one over all, of pictures in windows over patches alone.
+        of: what of z is averaged instead, from float64.
     """
     sums: dict[int, Tensor] = {}
     counts: dict[int, Tensor] = {}
@@ -101,7 +106,7 @@ def mean_outputs(
 
         def add(layer: int, output: Tensor, weights: Tensor | None = weights) -> None:
             each = torch.ones_like(output[:, :1, :, :1]).double() if weights is None else weights
-            sums[layer] = sums.get(layer, 0) + (output.double() * each).sum(axes, keepdim=True)
+            sums[layer] = sums.get(layer, 0) + (of(output.double()) * each).sum(axes, keepdim=True)
             counts[layer] = counts.get(layer, 0) + each.sum(axes, keepdim=True)
 
         read_heads(model, given, add, padding=keep_positions)

@@ -48,6 +48,10 @@ class Noted:
             logits = logits.masked_fill(~self.allowed, torch.finfo(logits.dtype).min)
         return (logits.softmax(-1) if self.is_normalised else logits).reshape(self.shape)
 
+    def shown(self, allowed: Tensor) -> Noted:
+        """Visible only where `allowed`, too."""
+        return replace(self, allowed=allowed if self.allowed is None else allowed & self.allowed)
+
 
 class Scores(Tensor):
     """Stands for logits or probabilities of one attention module, in no memory."""
@@ -127,60 +131,58 @@ def step_of(
             raise LensError("attention is dropped out; call model.eval() first")
         return first
     if name in ("view", "reshape"):
-        shape = tuple(function(*args, **kwargs).shape)
-        if 5 in (len(shape), len(noted.shape)):
-            return (
-                scores_of(replace(noted, shape=shape)) if _splits(noted, shape) else NotImplemented
-            )
-        if shape[-2:] != noted.shape[-2:] or len(shape) not in (3, 4):
-            return NotImplemented
-        if noted.zeroed is not None and len(shape) != len(noted.shape):
-            return NotImplemented
-        if len(shape) == len(noted.shape):
-            return first if shape == noted.shape else NotImplemented
-        return scores_of(reshaped(noted, shape))
+        return _viewed(first, tuple(function(*args, **kwargs).shape))
     if name == "softmax":
-        dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
-        if noted.is_normalised or dim not in (-1, len(noted.shape) - 1):
-            return NotImplemented
-        if noted.zeroed is not None:
-            shown = noted.allowed is None or bool((noted.zeroed & noted.allowed).any())
-            if shown:
-                return NotImplemented
-            noted = replace(noted, zeroed=None)
-        return scores_of(replace(noted, is_normalised=True))
+        return _normalised(noted, kwargs.get("dim", args[1] if len(args) > 1 else None))
     if not others or (noted.is_normalised and name != "masked_fill"):
         return NotImplemented
     other = others[0]
     if name in ("mul", "rmul", "imul", "div", "truediv", "itruediv"):
-        number = _number(other)
-        if (
-            number is None
-            and name.endswith("mul")
-            and (off := _switched_off(other, noted)) is not None
-        ):
-            return scores_of(replace(noted, zeroed=off))
-        if number is None and name.endswith("mul") and (own := _of_heads(other, noted)) is not None:
-            bias = None if noted.bias is None else noted.bias * own
-            return scores_of(replace(noted, query=noted.query * own, bias=bias))
-        if (
-            noted.zeroed is not None
-            or number is None
-            or (name.endswith("div") and number == 0)
-            or len(others) > 1
-        ):
-            return NotImplemented
-        factor = 1 / number if "div" in name else number
-        bias = None if noted.bias is None else noted.bias * factor
-        return scores_of(replace(noted, scale=noted.scale * factor, bias=bias))
+        return _multiplied(noted, name, others)
     if name in ("add", "radd", "iadd", "sub", "isub") and len(others) == 1:
         return scores_of(_added(noted, other, -1 if "sub" in name else 1))
-    if name in ("masked_fill", "max", "maximum") and others:
-        if name == "masked_fill":
-            return masked(noted, plain(other), others[1])
+    if name == "masked_fill":
+        return masked(noted, plain(other), others[1])
+    if name in ("max", "maximum"):
         number = _number(other)
         return first if number is not None and number <= HIDDEN else NotImplemented
     return NotImplemented
+
+
+def _viewed(first: Scores, shape: tuple[int, ...]) -> Any:
+    noted = first.noted
+    if 5 in (len(shape), len(noted.shape)):
+        return scores_of(replace(noted, shape=shape)) if _splits(noted, shape) else NotImplemented
+    if shape == noted.shape:
+        return first
+    folds = {len(shape), len(noted.shape)} == {3, 4} and shape[-2:] == noted.shape[-2:]
+    return scores_of(reshaped(noted, shape)) if folds and noted.zeroed is None else NotImplemented
+
+
+def _normalised(noted: Noted, dim: Any) -> Any:
+    if noted.is_normalised or dim not in (-1, len(noted.shape) - 1):
+        return NotImplemented
+    if noted.zeroed is not None:
+        if noted.allowed is None or bool((noted.zeroed & noted.allowed).any()):
+            return NotImplemented
+        noted = replace(noted, zeroed=None)
+    return scores_of(replace(noted, is_normalised=True))
+
+
+def _multiplied(noted: Noted, name: str, others: list[Any]) -> Any:
+    other, number = others[0], _number(others[0])
+    if number is None and name.endswith("mul"):
+        if (off := _switched_off(other, noted)) is not None:
+            return scores_of(replace(noted, zeroed=off))
+        if (own := _of_heads(other, noted)) is not None:
+            bias = None if noted.bias is None else noted.bias * own
+            return scores_of(replace(noted, query=noted.query * own, bias=bias))
+    by_zero = name.endswith("div") and number == 0
+    if number is None or by_zero or noted.zeroed is not None or len(others) > 1:
+        return NotImplemented
+    factor = 1 / number if "div" in name else number
+    bias = None if noted.bias is None else noted.bias * factor
+    return scores_of(replace(noted, scale=noted.scale * factor, bias=bias))
 
 
 def _added(noted: Noted, other: Any, sign: int) -> Noted:
@@ -190,15 +192,11 @@ def _added(noted: Noted, other: Any, sign: int) -> Noted:
     if not isinstance(other, Tensor):
         other = torch.as_tensor(other, dtype=noted.query.dtype, device=noted.query.device)
     allowed, added = split(_aligned(sign * other, noted))
-    if allowed is not None and noted.allowed is not None:
-        allowed = allowed & noted.allowed
-    if added is not None and noted.bias is not None:
-        added = added + noted.bias
-    return replace(
-        noted,
-        allowed=noted.allowed if allowed is None else allowed,
-        bias=noted.bias if added is None else added,
-    )
+    if allowed is not None:
+        noted = noted.shown(allowed)
+    if added is not None:
+        noted = replace(noted, bias=added if noted.bias is None else added + noted.bias)
+    return noted
 
 
 def masked(noted: Noted, hidden: Tensor, value: Any) -> Any:
@@ -212,9 +210,7 @@ def masked(noted: Noted, hidden: Tensor, value: Any) -> Any:
         return scores_of(noted) if number == 0 and again else NotImplemented
     if number > HIDDEN:
         return NotImplemented
-    hidden = _aligned(hidden, noted)
-    allowed = ~hidden if noted.allowed is None else noted.allowed & ~hidden
-    return scores_of(replace(noted, allowed=allowed))
+    return scores_of(noted.shown(~_aligned(hidden, noted)))
 
 
 def _aligned(tensor: Tensor, noted: Noted) -> Tensor:
@@ -254,18 +250,14 @@ def reshaped(noted: Noted, shape: tuple[int, ...]) -> Noted:
             return tensor[0]
         return tensor.expand(*noted.shape[:2], -1, -1).flatten(0, 1)
 
-    bias, structured = noted.bias, noted.structured
-    if structured is not None and len(shape) == 3:
-        allowed = structured.spelled_out() >= HIDDEN
+    if noted.structured is not None and len(shape) == 3:
+        noted = noted.shown(noted.structured.spelled_out() >= HIDDEN)
         noted = replace(noted, structured=None)
-        noted = replace(
-            noted, allowed=allowed if noted.allowed is None else allowed & noted.allowed
-        )
     return replace(
         noted,
         query=moved(noted.query),
         key=moved(noted.key),
-        bias=moved(bias),
+        bias=moved(noted.bias),
         allowed=moved(noted.allowed),
         shape=shape,
     )
@@ -273,28 +265,24 @@ def reshaped(noted: Noted, shape: tuple[int, ...]) -> Noted:
 
 def _switched_off(factor: Any, noted: Noted) -> Tensor | None:
     """bool, where a factor of zeros and ones is 0; None of any other, and where a bias would be switched off too."""
-    if (
-        not isinstance(factor, Tensor)
-        or isinstance(factor, StructuredMask)
-        or noted.bias is not None
-    ):
+    if not _is_plain(factor) or noted.bias is not None or noted.zeroed is not None:
         return None
-    if noted.zeroed is not None or not bool(((factor == 0) | (factor == 1)).all()):
+    if not bool(((factor == 0) | (factor == 1)).all()):
         return None
     return _aligned(factor == 0, noted)
 
 
 def _of_heads(factor: Any, noted: Noted) -> Tensor | None:
     """A factor that is one number for all entries of a head (a learned temperature), as it broadcasts; else None."""
-    if (
-        not isinstance(factor, Tensor)
-        or isinstance(factor, StructuredMask)
-        or noted.zeroed is not None
-    ):
+    if not _is_plain(factor) or noted.zeroed is not None:
         return None
     if factor.dim() < 2 or factor.shape[-2:] != (1, 1) or factor.dim() > noted.query.dim():
         return None
     return _aligned(factor, noted)
+
+
+def _is_plain(factor: Any) -> bool:
+    return isinstance(factor, Tensor) and not isinstance(factor, StructuredMask)
 
 
 def _number(value: Any) -> float | None:

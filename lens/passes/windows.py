@@ -77,9 +77,7 @@ class Windows:
         def spread(part: Tensor) -> Tensor:
             many = part.expand(-1, -1, inside, others.shape[1])
             many = many.expand(rows, -1, -1, -1) if len(many) == 1 else many
-            many = many.unflatten(0, (-1, rows)).transpose(
-                1, 2
-            )  # [batch | 1, heads | 1, rows, q, k]
+            many = many.unflatten(0, (-1, rows)).transpose(1, 2)  # [batch, heads, rows, q, k]
             found = part.new_zeros(*many.shape[:2], length, keys)
             found[:, :, own[:, :, None], others[:, None, :]] = many
             return found

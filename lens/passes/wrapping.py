@@ -107,9 +107,8 @@ def wrap(
     if query is not None:
         root.following = _Projected(query, key, value, output, gate, heads, kv_heads, causal, scale)
     else:
-        alone = {"key": key, "value": value, "output": output, "gate": gate}
-        alone |= {"kv_heads": kv_heads, "scale": scale}
-        if causal is not False or any(one is not None for one in alone.values()):
+        alone = (key, value, output, gate, kv_heads, scale)
+        if causal is not False or any(one is not None for one in alone):
             raise LensError(
                 "key, value, output, gate, kv_heads, causal and scale go with query: name what makes the queries too"
             )
@@ -126,19 +125,28 @@ def wrap(
         raise LensError(
             f"heads={heads} and the attention of {type(module).__name__} has {model.info.heads}; leave it out"
         )
-    checked = self_check(model)
-    if root.parts:
-        if unseen := sorted(root.parts.keys() - checked.seen.keys()):
-            raise LensError(
-                f"on this example no attention of {', '.join(unseen)} runs that can be followed; leave it out"
-            )
-        parts = {
-            name: replace(measured(info, seen), layers=len(root.parts[name]))
-            for name, seen in ((name, checked.seen[name]) for name in root.parts)
-        }
-        return replace(model, parts=parts, check=checked.difference)
-    info = replace(model.info, attending=checked.seen[""].attending, layers=len(root.attending))
-    return replace(model, info=info, check=checked.difference)
+    return _proved(model)
+
+
+def _proved(model: LoadedModel) -> LoadedModel:
+    """After its self-check, with the sizes that this saw.
+
+    Raises:
+        LensError: as `self_check`, or a part of which nothing was seen.
+    """
+    root, checked = model.model, self_check(model)
+    if not root.parts:
+        info = replace(model.info, attending=checked.seen[""].attending, layers=len(root.attending))
+        return replace(model, info=info, check=checked.difference)
+    if unseen := sorted(root.parts.keys() - checked.seen.keys()):
+        raise LensError(
+            f"on this example no attention of {', '.join(unseen)} runs that can be followed; leave it out"
+        )
+    parts = {
+        name: replace(measured(model.info, checked.seen[name]), layers=len(layers))
+        for name, layers in root.parts.items()
+    }
+    return replace(model, parts=parts, check=checked.difference)
 
 
 def _checked_parts(chosen: Mapping[str, list[nn.Module]]) -> dict[str, list[nn.Module]]:
@@ -162,8 +170,9 @@ def _checked_parts(chosen: Mapping[str, list[nn.Module]]) -> dict[str, list[nn.M
 def _parts(root: Wrapped, calls: Sequence[LayerCall]) -> dict[str, list[nn.Module]]:
     """Layers that go together, where not all have the same positions and heads: by where they are, else by their number."""
     sizes: dict[int, set[tuple]] = {}
+    crossing = set(_named_cross(root))
     for call in calls:
-        other = any(one is root.attending[call.layer] for one in _named_cross(root))
+        other = root.attending[call.layer] in crossing
         own = call.query.shape[1:3], call.key.shape[2], call.mask.causal, other
         sizes.setdefault(call.layer, set()).add(own)
 
@@ -217,8 +226,10 @@ def _names(paths: Sequence[tuple[str, ...]]) -> list[str]:
             (n for n in range(1, len(path)) if all(one[:n] != path[:n] for one in others)),
             len(path),
         )
-        name = "_".join(one for one in path[:length] if one != "*")
-        found.append(name if name not in PARTS else "_".join(one for one in path if one != "*"))
+        name, whole = (
+            "_".join(one for one in some if one != "*") for some in (path[:length], path)
+        )
+        found.append(whole if name in PARTS else name)
     return found
 
 

@@ -154,13 +154,7 @@ def capture(
                 "attentions hold no q and k, and every statistic that they have is kept; leave keep_qk, "
                 "statistics, chunk, group, new and labels out"
             )
-        found = imported_traces(model, prompts, attentions, block_size)
-        several = found if isinstance(found, list) else [found]
-        folders = folders_of(out, len(several), several is not found)
-        for one, folder in zip(several, folders, strict=True):
-            if folder is not None:
-                one.save(folder)
-        return found
+        return _saved(imported_traces(model, prompts, attentions, block_size), out)
     if model is None:
         raise LensError("model may be None only beside attentions; pass what lens.load returns")
     if new is None and temperature != 0:
@@ -230,6 +224,16 @@ def capture(
     own = read_labels(labels, tokens)
     has_views = bool(model.parts) and not model.chosen
     views = {part: model.part(part) for part in model.parts} if has_views else {model.chosen: model}
+
+    def written(place: int, chosen: Settings) -> dict[str, Writing]:
+        folder = folders[place]
+        return {
+            part: Writing(
+                view, found[place], chosen, folder / part if folder and has_views else folder
+            )
+            for part, view in views.items()
+        }
+
     layers = sum(len(view.info.attending) for view in views.values())
     traces: list[Any] = [None] * len(found)
     apart = chunk or links or model.parts or labels
@@ -239,16 +243,7 @@ def capture(
         for places in together:
             chosen = settings.with_labels(own[places[0]])
             prompts = [found[place] for place in places]
-            writing = []
-            for place in places:
-                folder = folders[place]
-                within = {part: folder / part if folder and has_views else folder for part in views}
-                writing.append(
-                    {
-                        part: Writing(view, found[place], chosen, within[part])
-                        for part, view in views.items()
-                    }
-                )
+            writing = [written(place, chosen) for place in places]
             start = time.perf_counter()
             if len(places) > 1:
                 _record_together(writing, model, prompts, chosen, advance)
@@ -266,6 +261,16 @@ def capture(
                 done = {part: one.finish(note) for part, one in parts.items()}
                 traces[place] = TraceParts(done) if has_views else done[model.chosen]
     return traces[0] if is_single else traces
+
+
+def _saved(found: AttentionTrace | list[AttentionTrace], out: str | Path | None) -> Any:
+    """The trace or traces, each in a folder of its own where `out` is given."""
+    several = found if isinstance(found, list) else [found]
+    folders = folders_of(out, len(several), several is not found)
+    for one, folder in zip(several, folders, strict=True):
+        if folder is not None:
+            one.save(folder)
+    return found
 
 
 def _refuse_with(why: str, **given: Any) -> None:

@@ -173,9 +173,8 @@ def _apply(rule: _Rule, table: pd.DataFrame, most: int) -> Finding | None:
         return None
     rows = rows[rows["prompt_id"] == prompt_id]
     base = rows[["uniform", "random_weights"]].to_numpy(float)
-    above = (
-        rows["low"].to_numpy(float)[:, None] > base
-    )  # an interval that is not known is not above
+    # an interval that is not known is not above
+    above = rows["low"].to_numpy(float)[:, None] > base
     passes = (rows["value"] > rule.threshold) & (above | np.isnan(base)).all(1)
     passes &= ~np.isnan(base).all(1)
     scored = [

@@ -100,9 +100,8 @@ class Pieces:
         self._layers: dict[int, LayerRecord] = {}
         self._files: dict[int, dict[str, tuple[list[int], torch.dtype]]] = {}
         self._rows: dict[int, int] = {}  # of a layer, that it was given so far
-        self._seen: dict[
-            int, list[tuple[int, Tensor | None]]
-        ] = {}  # of each piece: first row, ranges
+        # of each piece of a layer the first row, and the ranges
+        self._seen: dict[int, list[tuple[int, Tensor | None]]] = {}
         self._holed: set[int] = set()  # layers with a mask that ranges do not say
 
     def read(self, ids: Tensor) -> None:

@@ -275,12 +275,9 @@ def pooled_table(
     low, high = np.full((2, *mean.shape), np.nan)
     if seed is not None:
         low, high = over_units(np.where(scored, values, 0), scored, seed)
-        for row in np.flatnonzero(
-            (first.index.get_level_values("metric") == "sink_rate") & (n > 1)
-        ):
-            low[row], high[row] = of_share(
-                float(mean[row]), int(n[row])
-            )  # of prompts that have a sink
+        shares = first.index.get_level_values("metric") == "sink_rate"  # prompts with a sink
+        for row in np.flatnonzero(shares & (n > 1)):
+            low[row], high[row] = of_share(float(mean[row]), int(n[row]))
     result = first.reset_index()
     detail = np.where(n == 0, result["detail"], "").astype(object)
     even = np.stack([table["uniform"].to_numpy(float) for table in aligned])

@@ -8,7 +8,7 @@ and renormalised, and counts if what is left can still show the pattern.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -227,8 +227,7 @@ class _Layer:
         smallest: float | np.ndarray = _SMALLEST_REST
         if excluded:
             like_first = (self._ids == self._ids[0]) & (self._position >= 1)
-            mass = mass - np.where(like_first, self._variable("first_mass"), 0)
-            smallest = np.where(like_first, _SMALLEST_DIFFERENCE, _SMALLEST_REST)
+            mass, smallest = self._without_first(mass, like_first)
         ids = np.where(self._real, self._ids, -1 - self._position)  # a hidden token copies none
         distance = nearest_copy(ids, skip_first=excluded, both_ways=not self._causal)
         rows = self._showing(distance < (self._window or np.inf), mass)
@@ -252,10 +251,13 @@ class _Layer:
         smallest: float | np.ndarray = _SMALLEST_REST
         if excluded:
             query, first = np.asarray(self._labels[name]["query"]), self._labels[name]["key"][0]
-            like_first = (query == first) & (first >= 0)
-            mass = np.maximum(mass - np.where(like_first, self._variable("first_mass"), 0), 0)
-            smallest = np.where(like_first, _SMALLEST_DIFFERENCE, _SMALLEST_REST)
-        return self._mass(mass, rows, excluded, smallest)
+            mass, smallest = self._without_first(mass, (query == first) & (first >= 0))
+        return self._mass(np.maximum(mass, 0), rows, excluded, smallest)
+
+    def _without_first(self, mass: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The mass less that on the first key in rows that it counts for, and below which rest a row says nothing."""
+        mass = mass - np.where(rows, self._variable("first_mass"), 0)
+        return mass, np.where(rows, _SMALLEST_DIFFERENCE, _SMALLEST_REST)
 
     def _showing(self, rows: np.ndarray, mass: np.ndarray) -> np.ndarray:
         """[queries] those of the rows that can show a pattern; for a mask without compact form, where a head does."""
@@ -324,10 +326,8 @@ class _Layer:
                     value = position
                     names = [reason if np.isnan(at) else self._tokens[int(at)] for at in position]
                     detail = np.array(names, dtype=object)
-        unknown = np.full(value.shape, np.nan)
-        n = np.where(np.isnan(value), 0, self._length)
-        detail = _reason(value, reason) if detail is None else detail
-        return Score(metric, variant, value, unknown, unknown, n, detail)
+        found = whole_score(metric, variant, value, reason, self._length)
+        return found if detail is None else replace(found, detail=detail)
 
     def _alpha(self) -> np.ndarray:
         """alpha_k = received[k] / visible[k], [heads, keys] (Gu et al., arXiv 2410.10781)."""

@@ -16,7 +16,7 @@ from lens_kernels import AttentionGroups, AttentionResult
 
 from lens.common.choices import is_whole
 from lens.common.errors import LensError
-from lens.passes.calls import LayerCall, Places, attend
+from lens.passes.calls import LayerCall, Places, attend, of_heads
 from lens.traces.labels import MATCH_RULES, PREFIX, Labels
 from lens.traces.layouts import bias_table
 from lens.traces.shared import Shared, make_shared, prefix_is_moved
@@ -164,31 +164,10 @@ def measure(
 
     `attend` computes it, as that of `lens.passes.calls`.
     """
-    queries, keys, names = call.query.shape[2], call.key.shape[2], settings.variables
+    queries, keys = call.query.shape[2], call.key.shape[2]
     shared = _shared(call, settings)
     result = _attention(call, settings, shared, attend)
-    found = {
-        name: result.statistics[name]
-        for name in _KERNEL
-        if name in names and name in result.statistics
-    }
-    matched = result.statistics.get("match_mass")
-    rules = len(MATCH_RULES) + len(settings.labels)
-    if matched is not None and "match_mass" in names:
-        found["match_mass"] = _matched(matched[..., :rules], call)
-    if matched is not None and matched.shape[-1] > rules:
-        found["prefix_mass"] = matched[..., -1]
-    if result.groups is not None:
-        found.update(_by_group(result.statistics["lse"], result.groups, names))
-    if not call.mask.placed:
-        for name in found.keys() & {"prefix_mass", *_BY_GROUP}:
-            found[name] = torch.full_like(found[name], torch.nan)
-    if call.cross:
-        for name in found.keys() & COMPARING:
-            found[name] = torch.full_like(found[name], torch.nan)
-        found |= {name: of(call) for name, of in _OF_CROSS.items() if name in names}
-    variables = {name: _to_cpu(tensor, torch.float32) for name, tensor in found.items()}
-    variables["visible"] = shared.visible
+    variables = _variables(call, settings, result) | {"visible": shared.visible}
     if settings.keep_qk:
         variables["q"] = _to_cpu(call.query, _storable(call.query.dtype))
         variables["k"] = _to_cpu(call.key, _storable(call.key.dtype))
@@ -224,6 +203,34 @@ def measure(
         and bool(variables.get("bias", torch.tensor(torch.nan)).isnan().all()),
     )
     return result.output, record
+
+
+def _variables(
+    call: LayerCall, settings: Settings, result: AttentionResult
+) -> dict[str, torch.Tensor]:
+    """What was asked for, float32 on the CPU, with NaN where this layer cannot have it."""
+    names = settings.variables
+    found = {
+        name: result.statistics[name]
+        for name in _KERNEL
+        if name in names and name in result.statistics
+    }
+    matched = result.statistics.get("match_mass")
+    rules = len(MATCH_RULES) + len(settings.labels)
+    if matched is not None and "match_mass" in names:
+        found["match_mass"] = _matched(matched[..., :rules], call)
+    if matched is not None and matched.shape[-1] > rules:
+        found["prefix_mass"] = matched[..., -1]
+    if result.groups is not None:
+        found.update(_by_group(result.statistics["lse"], result.groups, names))
+    if not call.mask.placed:
+        for name in found.keys() & {"prefix_mass", *_BY_GROUP}:
+            found[name] = torch.full_like(found[name], torch.nan)
+    if call.cross:
+        for name in found.keys() & COMPARING:
+            found[name] = torch.full_like(found[name], torch.nan)
+        found |= {name: of(call) for name, of in _OF_CROSS.items() if name in names}
+    return {name: _to_cpu(tensor, torch.float32) for name, tensor in found.items()}
 
 
 def _attention(
@@ -277,9 +284,7 @@ def _by_group(
     lse: torch.Tensor, groups: AttentionGroups, names: frozenset[str]
 ) -> dict[str, torch.Tensor]:
     """Mass of the first key and of the rest; entropy and distance of the rest, NaN where none is."""
-    states = {"first_mass": groups.lse[0]}
-    if len(groups.lse) > 1:
-        states["rest_mass"] = groups.lse[1]
+    states = dict(zip(("first_mass", "rest_mass"), groups.lse, strict=False))
     is_empty = lse == -torch.inf
     found = {
         name: (state - lse).exp_().masked_fill_(is_empty, 0)
@@ -300,7 +305,7 @@ def strongest_keys(call: LayerCall) -> torch.Tensor:
     """[batch, heads, queries] position of the largest probability; some rows of logits in memory at a time."""
     batch, heads, queries, _ = call.query.shape
     keys = call.key.shape[2]
-    every = call.key.repeat_interleave(heads // call.key.shape[1], 1).float().transpose(-1, -2)
+    every = of_heads(call, call.key).float().transpose(-1, -2)
     allowed = call.mask.allowed
     if allowed is None and call.mask.padding is not None:
         allowed = call.mask.padding[:, None, None]

@@ -17,7 +17,7 @@ from torch import Tensor
 from lens.common.errors import LensError
 from lens.common.head_ids import HeadId
 from lens.models.loaded import LoadedModel
-from lens.passes.head_outputs import Source, edited_logits, read_heads
+from lens.passes.head_outputs import Source, edited_logits, mean_outputs
 from lens.tasks.task import Task
 
 STEPS = 25
@@ -160,24 +160,17 @@ def _moments(
     model: LoadedModel, task: Task, rows: Tensor
 ) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
     """Of each layer the mean z [heads, value_dim] over the prompts' own positions, and its RMS deviation [heads, 1]."""
-    sums: dict[int, Tensor] = {}
-    squares: dict[int, Tensor] = {}
-    counts: dict[int, Tensor] = {}
-    for chunk in rows.split(task.rows_at_once(model)):
-        own = None if task.lengths is None else task.own[chunk].to(model.device)[:, None, :, None]
-
-        def add(layer: int, output: Tensor, own: Tensor | None = own) -> None:
-            z = output.double()
-            weights = (torch.ones_like(z[:, :1, :, :1]) if own is None else own).double()
-            sums[layer] = sums.get(layer, 0) + (z * weights).sum((0, 2))
-            squares[layer] = squares.get(layer, 0) + (z.square() * weights).sum((0, 2))
-            counts[layer] = counts.get(layer, 0) + weights.sum()
-
-        read_heads(model, task.given(model, chunk), add, padding=False)
+    parts = (
+        (task.given(model, chunk), None if task.lengths is None else task.own[chunk])
+        for chunk in rows.split(task.rows_at_once(model))
+    )
+    both = mean_outputs(
+        model, parts, keep_positions=False, of=lambda z: torch.cat([z, z.square()], -1)
+    )
     means, spreads = {}, {}
-    for layer, total in sums.items():
-        mean = total / counts[layer]
-        variance = (squares[layer] / counts[layer] - mean.square()).clamp(min=0)
+    for layer, found in both.items():
+        mean, squared = found[0, :, 0].chunk(2, -1)
+        variance = (squared - mean.square()).clamp(min=0)
         means[layer] = mean.to(model.dtype)
         spreads[layer] = variance.mean(-1, keepdim=True).sqrt().to(model.dtype)
     return means, spreads
