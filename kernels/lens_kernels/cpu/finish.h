@@ -179,62 +179,83 @@ static void finish_blocks(State *t, int64_t *seen_rows) {
   }
 }
 
-/* P' of key k of a strip over all rows with these factors, lane by lane. */
-INLINE vec over_rows(const State *t, const Strip *strip, const float *factor, int64_t k) {
+/* P' of key k of a strip over all rows with their factors, lane by lane. */
+INLINE vec over_rows(float *p, int64_t keys, const int64_t lanes, const vec *factor, int64_t k) {
   vec sum = splat(0.0f);
-  for (int64_t r = 0; r < t->q.lanes; r += LANES) {
-    Column c = column(strip->p, strip->keys, r, t->q.lanes);
-    sum += load(c.first + k * c.step) * load(factor + r);
+  UNROLL for (int64_t r = 0; r < lanes; r += LANES) {
+    const Column c = column(p, keys, r, lanes);
+    sum += load(c.first + k * c.step) * factor[r / LANES];
   }
   return sum;
 }
 
 /* The same along diagonals: each vector of rows takes the key that is as much further on as its rows are. */
-INLINE vec over_diagonals(const State *t, const Strip *strip, const float *factor, int64_t k, const int inside) {
+INLINE vec over_diagonals(float *p, int64_t keys, const int64_t lanes, const vec *factor, int64_t k) {
+  const int inside = k >= 0 && k + lanes - LANES < keys;
   vec sum = splat(0.0f);
-  for (int64_t r = 0; r < t->q.lanes; r += LANES) {
-    Column c = column(strip->p, strip->keys, r, t->q.lanes);
-    if (inside || (k + r >= 0 && k + r < strip->keys)) sum += load(c.first + (k + r) * c.step) * load(factor + r);
+  if (inside) {
+    UNROLL for (int64_t r = 0; r < lanes; r += LANES) {
+      const Column c = column(p, keys, r, lanes);
+      sum += load(c.first + (k + r) * c.step) * factor[r / LANES];
+    }
+    return sum;
+  }
+  for (int64_t r = 0; r < lanes; r += LANES) {
+    const Column c = column(p, keys, r, lanes);
+    if (k + r >= 0 && k + r < keys) sum += load(c.first + (k + r) * c.step) * factor[r / LANES];
   }
   return sum;
 }
 
-/* Adds a strip to the diagonals: `to` is the entry of lane 0 and key 0. The next key's entries lie one lower: what is summed
- * moves up by a lane, and a lane that leaves is complete. Masked lanes may lie outside: they add 0 in the slack round the
- * array. */
-static void add_diagonals(const State *t, const Strip *strip, const float *factor, float *to) {
-  vec sum = splat(0.0f), complete = sum;
-  int64_t k = LANES - t->q.lanes;
-  for (int64_t held = 0; k < strip->keys; k++) {
-    const int inside = k >= 0 && k + t->q.lanes - LANES < strip->keys;
-    complete = moved_up(sum, complete);
-    sum = moved_up(splat(0.0f), sum);
-    if (++held == LANES) {
-      store(to - k + LANES, load(to - k + LANES) + complete);
-      complete = splat(0.0f), held = 0;
-    }
-    sum += inside ? over_diagonals(t, strip, factor, k, 1) : over_diagonals(t, strip, factor, k, 0);
+/* Adds a strip to what its keys receive. */
+INLINE void add_received(float *p, int64_t keys, const int64_t lanes, const vec *factor, float *received) {
+  int64_t k = 0;
+  for (; k + LANES <= keys; k += LANES) {
+    vec sums[LANES];
+    UNROLL for (int lane = 0; lane < LANES; lane++) sums[lane] = over_rows(p, keys, lanes, factor, k + lane);
+    store(received + k, load(received + k) + totals(sums));
   }
-  k--;
-  store(to - k + LANES, load(to - k + LANES) + complete);
-  store(to - k, load(to - k) + sum);
+  for (; k < keys; k++) received[k] += total(over_rows(p, keys, lanes, factor, k));
+}
+
+/* Adds a strip to the diagonals: `to` is the entry of lane 0 and key 0. The next key's entries lie one lower: what is summed
+ * moves up by a lane, and a lane that leaves is complete. Two runs of keys go side by side, as each step waits for the one
+ * before. Masked lanes may lie outside: they add 0 in the slack round the array. */
+INLINE void add_diagonals(float *p, int64_t keys, const int64_t lanes, const vec *factor, float *to) {
+  const int64_t first = LANES - lanes, half = (keys - first + 1) / 2;
+  vec sum[2] = {{0}}, complete[2] = {{0}};
+  for (int64_t i = 0; i < half; i++) {
+    UNROLL for (int run = 0; run < 2; run++) {
+      const int64_t k = first + run * half + i;
+      complete[run] = moved_up(sum[run], complete[run]);
+      sum[run] = moved_up(splat(0.0f), sum[run]);
+      if (i % LANES == LANES - 1) {
+        store(to - k + LANES, load(to - k + LANES) + complete[run]);
+        complete[run] = splat(0.0f);
+      }
+      sum[run] += over_diagonals(p, keys, lanes, factor, k);
+    }
+  }
+  for (int run = 0; run < 2; run++) {
+    float *last = to - (first + run * half + half - 1);
+    store(last + LANES, load(last + LANES) + complete[run]);
+    store(last, load(last) + sum[run]);
+  }
+}
+
+INLINE void finish_strip(const State *t, const Strip *strip, const int64_t lanes, float *received, float *diagonal) {
+  float exact[ROWS];
+  vec factor[ROWS / LANES];
+  factors(t, strip->pivot, exact);
+  for (int64_t r = 0; r < lanes; r += LANES) factor[r / LANES] = load(exact + r);
+  if (received) add_received(strip->p, strip->keys, lanes, factor, received + strip->start);
+  if (diagonal)
+    add_diagonals(strip->p, strip->keys, lanes, factor, diagonal + (t->q.anchor - strip->start - t->a->first_distance));
 }
 
 static void finish_columns(State *t, float *received, float *diagonal) {
-  for (int64_t i = 0; i < t->strip_count; i++) {
-    const Strip *strip = t->w->strips + i;
-    float factor[ROWS];
-    factors(t, strip->pivot, factor);
-    if (received) {
-      int64_t k = 0;
-      for (; k + LANES <= strip->keys; k += LANES) {
-        vec sums[LANES];
-        float *to = received + strip->start + k;
-        UNROLL for (int lane = 0; lane < LANES; lane++) sums[lane] = over_rows(t, strip, factor, k + lane);
-        store(to, load(to) + totals(sums));
-      }
-      for (; k < strip->keys; k++) received[strip->start + k] += total(over_rows(t, strip, factor, k));
-    }
-    if (diagonal) add_diagonals(t, strip, factor, diagonal + (t->q.anchor - strip->start - t->a->first_distance));
+  for (const Strip *strip = t->w->strips; strip < t->w->strips + t->strip_count; strip++) {
+    if (t->q.lanes == ROWS) finish_strip(t, strip, ROWS, received, diagonal);
+    else finish_strip(t, strip, t->q.lanes, received, diagonal);
   }
 }

@@ -60,8 +60,6 @@ static void rescale(State *t, Sums *sums, const float *pivot) {
   }
 }
 
-enum { AT_ONCE = 4 }; /* features that share one reading of p: independent chains of additions */
-
 static int is_zero(const float *x, int64_t n) {
   int64_t i = 0;
   ivec bits = splat_int(0);
@@ -76,26 +74,15 @@ static void accumulate_features(State *t, Sums *sums, float *p, int64_t start, i
   const Inputs *in = &a->in;
   const int64_t stride = in->batch * in->kv_heads * in->keys;
   const float *first = a->features_of_keys + (t->q.batch * in->kv_heads + t->q.kv_head) * in->keys + start;
-  for (int64_t f = 0; f < a->features; f += AT_ONCE) {
-    const int64_t count = least(AT_ONCE, a->features - f);
-    const float *feature[AT_ONCE];
-    int any = 0; /* of a mark of few keys (a prefix) most tiles have none */
-    for (int64_t i = 0; i < AT_ONCE; i++) {
-      feature[i] = first + (f + (i < count ? i : 0)) * stride;
-      any = any || (i < count && !is_zero(feature[i], keys));
-    }
-    for (int64_t r = 0; r < t->q.lanes; r += LANES) {
-      Column c = column(p, keys, r, t->q.lanes);
-      vec sum[AT_ONCE] = {0};
-      for (int64_t k = 0; any && k < keys; k++) {
-        vec e = load(c.first + k * c.step);
-        UNROLL for (int i = 0; i < AT_ONCE; i++) sum[i] += e * splat(feature[i][k]);
-      }
-      for (int64_t i = 0; i < count; i++) {
-        float *to = sums->features + (f + i) * ROWS + r;
-        store(to, load(to) * load(t->alpha + r) + sum[i]);
-      }
-    }
+  int any = 0; /* of a mark of few keys (a prefix) most tiles have none */
+  for (int64_t f = 0; f < a->features; f++) {
+    any = any || !is_zero(first + f * stride, keys);
+    float *to = sums->features + f * ROWS;
+    for (int64_t r = 0; r < t->q.lanes; r += LANES) store(to + r, load(to + r) * load(t->alpha + r));
+  }
+  for (int64_t lane = 0; any && lane < t->q.lanes; lane += PANEL) {
+    const int64_t width = least(PANEL, t->q.lanes - lane);
+    product_onto(width, a->features, keys, first, stride, p + lane * keys, width, sums->features + lane, ROWS, NULL);
   }
 }
 
