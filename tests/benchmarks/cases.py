@@ -110,12 +110,14 @@ class Contender:
         statistics: key of `STATISTICS`, or "" for none.
         prepare: inputs -> a function without arguments that computes the output.
         refuses: a case -> why it is not run there, or None.
+        is_attention: its output is held against the stock one's.
     """
 
     name: str
     statistics: str
     prepare: Callable[[Case, tuple[Tensor, Tensor, Tensor]], Callable[[], Tensor]]
     refuses: Callable[[Case], str | None] = lambda case: None
+    is_attention: bool = True
 
 
 def _ours(backend: str, statistics: str) -> Contender:
@@ -233,11 +235,28 @@ def _flex_refuses(case: Case) -> str | None:
     return None
 
 
+def _products(case: Case, _inputs: tuple[Tensor, Tensor, Tensor]) -> Callable[[], Tensor]:
+    """Matrix products with as many operations in all as the two of attention have on visible pairs."""
+    side, rows = 1024, 2048
+    wanted = round(case.flops / (2 * side * side))
+    left, right, out = (torch.randn(size, side) for size in (rows, side, rows))
+
+    def call() -> Tensor:
+        for done in range(0, wanted, rows):
+            size = min(rows, wanted - done)
+            torch.mm(left[:size], right, out=out[:size])
+        return out
+
+    return call
+
+
 SDPA = Contender("SDPA", "", _sdpa)
 """What every ratio is taken to."""
 
 EAGER = Contender("eager with weights", "", _eager, _eager_refuses)
 FLEX = Contender("FlexAttention (compiled)", "", _flex, _flex_refuses)
+PRODUCTS = Contender("matrix products alone", "", _products, is_attention=False)
+"""What torch.mm takes for as many operations: no attention by float32 can be expected to take less."""
 
 
 def contenders(case: Case) -> Iterator[Contender]:
@@ -255,6 +274,8 @@ def contenders(case: Case) -> Iterator[Contender]:
         sets = ("lse", "rows + blocks + columns", "all")
     else:
         sets = ("lse", "rows", "rows + blocks", "rows + blocks + columns", "all")
+    if case.device == "cpu" and case.dtype == "float32" and case.queries > 1 and not case.backward:
+        yield PRODUCTS
     for statistics in sets:
         yield _ours(fast, statistics)
     yield EAGER

@@ -26,6 +26,7 @@ class Goal:
         limit: to stay under, or to reach where `at_least`.
         stretch: the better limit, if there is one.
         unit: format of the figure.
+        ends: `find` -> both ends of the figure's interval; a goal that lies between them is undecided.
     """
 
     text: str
@@ -34,6 +35,7 @@ class Goal:
     stretch: float | None = None
     at_least: bool = False
     unit: str = "{:.2f} x"
+    ends: Callable[[Figures], tuple[float, float]] | None = None
 
     def line(self, rows: Sequence[Record]) -> tuple[str, str, str]:
         """(text, figure, verdict)."""
@@ -44,7 +46,7 @@ class Goal:
                     case,
                     contender,
                     statistics,
-                ) and row[column]:
+                ) and row.get(column):
                     return float(row[column])
             raise NotMeasured
 
@@ -52,11 +54,22 @@ class Goal:
             figure = self.figure(find)
         except NotMeasured:
             return self.text, "not measured", "-"
-        if self._reaches(figure, self.stretch):
-            verdict = "met, stretch too"
+        told = self.unit.format(figure)
+        try:
+            low, high = self.ends(find) if self.ends else (figure, figure)
+        except NotMeasured:
+            low = high = figure
         else:
-            verdict = "met" if self._reaches(figure, self.limit) else "**missed**"
-        return self.text, self.unit.format(figure), verdict
+            told += f" [{low:.2f}, {high:.2f}]" if self.ends else ""
+        return self.text, told, self._verdict(low, high)
+
+    def _verdict(self, low: float, high: float) -> str:
+        reached = [self._reaches(end, self.limit) for end in (low, high)]
+        if self._reaches(low, self.stretch) and self._reaches(high, self.stretch):
+            return "met, stretch too"
+        if all(reached):
+            return "met"
+        return "undecided" if any(reached) else "**missed**"
 
     def _reaches(self, figure: float, limit: float | None) -> bool:
         if limit is None:
@@ -83,7 +96,17 @@ def _to_sdpa(
     text: str, case: str, statistics: str, limit: float, stretch: float | None = None
 ) -> Goal:
     """A time of ours on the CPU at most `limit` of SDPA's."""
-    return Goal(text, lambda find: find(case, _C, statistics, "ratio_to_sdpa"), limit, stretch)
+
+    def read(find: Figures, column: str) -> float:
+        return find(case, _C, statistics, column)
+
+    return Goal(
+        text,
+        lambda find: read(find, "ratio_to_sdpa"),
+        limit,
+        stretch,
+        ends=lambda find: (read(find, "ratio_low"), read(find, "ratio_high")),
+    )
 
 
 GOALS: dict[str, tuple[Goal, ...]] = {

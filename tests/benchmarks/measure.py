@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import multiprocessing
 import os
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,6 +46,8 @@ class Row:
     median_ms: float = float("nan")
     min_ms: float = float("nan")
     ratio: float = float("nan")  # median over rounds of the time against SDPA in the same round
+    ratio_low: float = float("nan")  # 95 % interval of that median, of six rounds and more
+    ratio_high: float = float("nan")
     min_ratio: float = float("nan")  # of the fastest rounds
     tflops: float = float("nan")
     peak_mb: float = float("nan")
@@ -180,7 +183,8 @@ def _prepared(
     try:
         check_small(case, one)
         call = one.prepare(case, inputs)
-        return call, error_to_stock(case, call().detach(), stock)
+        output = call().detach()
+        return call, error_to_stock(case, output, stock) if one.is_attention else math.nan
     except WrongResultError as error:
         return Row(case, one.name, one.statistics, note=f"wrong: {error}"[:200], wrong=True)
     except Exception as error:
@@ -223,21 +227,44 @@ def _forward_backward(call: Callable[[], Tensor], inputs: tuple[Tensor, ...]) ->
     torch.autograd.grad(output, inputs, output)
 
 
+SLOW = 3.0
+"""A contender that takes this many times as long as the stock attention runs in FEW rounds alone."""
+
+FEW = 3
+
+
 def _alternate(
     calls: dict[Contender, Callable[[], object]], case: Case, seconds: float
 ) -> dict[Contender, list[float]]:
-    """Milliseconds of each round; in every round each contender runs once."""
+    """Milliseconds of each round; NaN where a slow contender sat out, that the others have more rounds."""
     timer = _cuda_milliseconds if case.device == "cuda" else _milliseconds
     times: dict[Contender, list[float]] = {one: [] for one in calls}
     if case.device == "cuda":  # kernels are compiled at their first call
         for call in calls.values():
             call()
-    first = sum(timer(call) for call in calls.values())
-    rounds = max(3, min(20, int(1000 * seconds / first)))
-    for _ in range(rounds):
+    first = {one: timer(call) for one, call in calls.items()}
+    slow = {one for one, spent in first.items() if spent > SLOW * first[SDPA]}
+    each = sum(spent for one, spent in first.items() if one not in slow)
+    rounds = max(FEW, min(20, int(1000 * seconds / each)))
+    for i in range(rounds):
+        takes_part = i * FEW // rounds != (i - 1) * FEW // rounds
         for one, call in calls.items():
-            times[one].append(timer(call))
+            times[one].append(timer(call) if takes_part or one not in slow else math.nan)
     return times
+
+
+def interval_of_median(values: Sequence[float]) -> tuple[float, float]:
+    """95 % interval by order statistics, which asks nothing of the distribution; NaN of fewer than six values.
+
+    Example:
+        >>> interval_of_median([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0])
+        (2.0, 8.0)
+    """
+    n, below, chance = len(values), 0, 0.0
+    while (chance := chance + math.comb(n, below) / 2**n) <= 0.025:
+        below += 1
+    ordered = sorted(values)
+    return (ordered[below - 1], ordered[n - below]) if below else (math.nan, math.nan)
 
 
 def _milliseconds(call: Callable[[], object]) -> float:
@@ -263,8 +290,10 @@ def _row(
     peaks: dict[Contender, float],
     errors: dict[Contender, float],
 ) -> Row:
-    mine, stock = times[one], times[SDPA]
+    both = [pair for pair in zip(times[one], times[SDPA], strict=True) if not math.isnan(pair[0])]
+    mine, ratios = [pair[0] for pair in both], [spent / stock for spent, stock in both]
     median = statistics.median(mine)
+    low, high = interval_of_median(ratios)
     return Row(
         case,
         one.name,
@@ -272,8 +301,10 @@ def _row(
         rounds=len(mine),
         median_ms=median,
         min_ms=min(mine),
-        ratio=statistics.median(a / b for a, b in zip(mine, stock, strict=True)),
-        min_ratio=min(mine) / min(stock),
+        ratio=statistics.median(ratios),
+        ratio_low=low,
+        ratio_high=high,
+        min_ratio=min(mine) / min(times[SDPA]),
         tflops=case.flops / median / 1e9,
         peak_mb=peaks[one],
         error=errors[one],

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from tests.benchmarks import goals
+from tests.benchmarks import goals, measure
 from tests.benchmarks.measure import Row
 
 Record = dict[str, str]
@@ -38,6 +38,8 @@ def records(rows: Sequence[Row]) -> list[Record]:
             "median_ms": _number(row.median_ms, 2),
             "min_ms": _number(row.min_ms, 2),
             "ratio_to_sdpa": _number(row.ratio, 3),
+            "ratio_low": _number(row.ratio_low, 3),
+            "ratio_high": _number(row.ratio_high, 3),
             "min_ratio_to_sdpa": _number(row.min_ratio, 3),
             "tflops": _number(row.tflops, 4),
             "peak_mb": _number(row.peak_mb, 1),
@@ -140,6 +142,14 @@ def _short(text: str, digits: int) -> str:
     return f"{float(text):.{digits}f}" if text else "-"
 
 
+def _with_ends(row: Record) -> str:
+    """The ratio to SDPA, with its interval where rows hold one."""
+    ratio = _short(row["ratio_to_sdpa"], 2)
+    if not row["ratio_low"] or row["contender"] == "SDPA":
+        return ratio
+    return f"{ratio} [{_short(row['ratio_low'], 2)}, {_short(row['ratio_high'], 2)}]"
+
+
 def to_markdown(rows: Sequence[Record], command: str) -> str:
     """The page: goals, then one table per case."""
     lines = [
@@ -147,8 +157,12 @@ def to_markdown(rows: Sequence[Record], command: str) -> str:
         "",
         f"Made by `{command}`.",
         "Every contender of a case ran in the same process, in turn. `ms` is the median, `ratio` the",
-        "median over rounds of the time against `scaled_dot_product_attention` in the same round, `min`",
-        "the ratio of the fastest rounds. TFLOP/s count the visible half of causal attention. Memory is",
+        "median over rounds of the time against `scaled_dot_product_attention` in the same round, with its",
+        "95 % interval over the rounds where there are six or more (the next run may lie outside: neighbours on the",
+        "machine change between runs), `min` the ratio of the fastest rounds. What is three times slower than",
+        f"SDPA joins {measure.FEW} rounds alone. A goal between the ends of its interval is undecided.",
+        "*Matrix products alone* are `torch.mm` with as many operations and nothing else: less than that no attention",
+        "by float32 can be expected to take. TFLOP/s count the visible half of causal attention. Memory is",
         "the highest point of one call beyond its inputs, outputs included, in a process of its own;",
         "for `lens.capture` it is the whole process. Before timing, every statistic was held against",
         "the float64 reference with the same flags, and the full-size output against SDPA's.",
@@ -188,7 +202,7 @@ def _table(case: str, rows: Sequence[Record]) -> list[str]:
             continue
         numbers = (
             _short(row["median_ms"], 1),
-            _short(row["ratio_to_sdpa"], 2),
+            _with_ends(row),
             _short(row["min_ratio_to_sdpa"], 2),
             _short(row["tflops"], 3),
             _short(row["peak_mb"], 1),

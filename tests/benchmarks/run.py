@@ -1,6 +1,6 @@
 """Measures speed and memory: `python tests/benchmarks/run.py [--quick] [--only TEXT] [--device cuda [--go-on]]`.
 
-The full run (about five minutes on 2 cores) rewrites results.csv and RESULTS.md beside this file, or
+The full run (about ten minutes on 2 cores) rewrites results.csv and RESULTS.md beside this file, or
 in the folder `--out`, after every row: what is measured stays when the machine is taken away.
 With `--go-on` what was measured of this device at this commit is kept, and the rest is measured: after a run that was
 cut off, or a kernel that broke the device (which starts the command anew by itself).
@@ -85,7 +85,8 @@ def main(arguments: list[str] | None = None) -> int:
             done = {
                 (row["contender"], row["statistics"]) for row in known if row["case"] == case.name
             }
-            for row in measure.measure_case(case, 3.0 if options.quick else 5.0, progress, done):
+            seconds = 3.0 if options.quick else 15.0 if case.device == "cpu" else 5.0
+            for row in measure.measure_case(case, seconds, progress, done):
                 keep(row)
     except measure.LostDeviceError as error:
         keep(replace(rows.pop(), note=f"{BROKE}{error}"))

@@ -65,7 +65,56 @@ def test_rows_of_a_tiny_case():
         row.rounds >= 3 and row.min_ms <= row.median_ms and row.peak_mb == 1.5 for row in rows
     )
     assert (rows[0].contender, rows[0].ratio, rows[0].error) == ("SDPA", 1.0, 0.0)
-    assert all(0 < row.error < 1e-5 for row in rows[1:])
+    errors = {row.contender: row.error for row in rows[1:]}
+    assert math.isnan(errors.pop("matrix products alone"))
+    assert all(0 < error < 1e-5 for error in errors.values())
+
+
+@pytest.mark.parametrize("flops", [10**6, 7 * 10**9])
+def test_the_products_alone_are_as_many_operations(monkeypatch, flops):
+    monkeypatch.setattr(cases.Case, "flops", flops)
+    made = []
+
+    def counted(left, right, out):
+        made.append(2 * left.shape[0] * left.shape[1] * right.shape[1])
+        assert out.shape == (left.shape[0], right.shape[1])
+
+    monkeypatch.setattr(cases.torch, "mm", counted)
+    cases.PRODUCTS.prepare(TINY, TINY.inputs())()
+    assert sum(made) == pytest.approx(flops, abs=2 * 1024 * 1024)
+
+
+def test_slow_contenders_sit_out_and_are_held_against_their_own_rounds(monkeypatch):
+    quick, slow = FIELD["ours (cpu) lse"], FIELD["eager with weights "]
+    ran = {cases.SDPA: 0, quick: 0, slow: 0}
+
+    def timer(call):
+        ran[call] += 1
+        return {cases.SDPA: 1.0, quick: 0.5, slow: 40.0}[call]
+
+    monkeypatch.setattr(measure, "_milliseconds", timer)
+    times = measure._alternate({one: one for one in ran}, TINY, 0.015)
+    assert {one: count - 1 for one, count in ran.items()} == {cases.SDPA: 10, quick: 10, slow: 3}
+    assert [i for i, spent in enumerate(times[slow]) if not math.isnan(spent)] == [0, 4, 7]
+    times[cases.SDPA] = [10.0 if i in (0, 4, 7) else 1.0 for i in range(10)]
+    peaks = errors = dict.fromkeys(ran, 1.0)
+    assert measure._row(TINY, slow, times, peaks, errors).ratio == 4.0
+    row = measure._row(TINY, quick, times, peaks, errors)
+    assert (row.ratio, row.ratio_low, row.ratio_high, row.rounds) == (0.5, 0.05, 0.5, 10)
+    row = measure._row(TINY, slow, times, peaks, errors)
+    assert row.rounds == 3
+    assert math.isnan(row.ratio_low)
+
+
+@pytest.mark.parametrize("rounds", [3, 5, 6, 9, 20, 41])
+def test_the_interval_of_a_median_is_scipys(rounds):
+    from scipy import stats
+
+    values = torch.rand(rounds, generator=torch.Generator().manual_seed(rounds)).tolist()
+    own = measure.interval_of_median(values)
+    median = sorted(values)[rounds // 2]
+    expected = stats.quantile_test(values, q=median, p=0.5).confidence_interval(0.95)
+    assert own == pytest.approx(tuple(expected), nan_ok=True)
 
 
 def test_a_wrong_output_is_never_reported(monkeypatch):
@@ -145,6 +194,20 @@ def test_goals_are_judged(ratio, verdict):
     text, figure, found = OF_CPU[0].line([record(ratio_to_sdpa=ratio)])
     assert "0.70 x SDPA (stretch 0.60)" in text
     assert (figure, found) == (f"{float(ratio):.2f} x", verdict)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "verdict"),
+    [
+        ("0.50", "0.60", "met, stretch too"),
+        ("0.59", "0.61", "met"),
+        ("0.50", "0.71", "undecided"),
+        ("0.71", "0.90", "**missed**"),
+    ],
+)
+def test_a_goal_is_judged_by_both_ends_of_its_interval(low, high, verdict):
+    found = OF_CPU[0].line([record(ratio_to_sdpa="0.6", ratio_low=low, ratio_high=high)])
+    assert found[1:] == (f"0.60 x [{low}, {high}]", verdict)
 
 
 def test_goals_of_two_rows_and_of_none():
