@@ -1,6 +1,6 @@
 """A whole model captured with all statistics against its own forward pass, without its output layer.
 
-    python tests/benchmarks/whole_model.py [--model smollm2-135m] [--rounds 7]
+    python tests/benchmarks/whole_model.py [--model smollm2-135m] [--rounds 11]
 
 prints and writes WHOLE_MODEL.md. Both sides run in one process, in turn, on random tokens: the model's own pass
 with the attention it was loaded with (SDPA), and `lens.capture`. Prompts that run together are held against
@@ -10,6 +10,7 @@ the same prompts captured one after the other, and their traces against each oth
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import statistics
 import sys
@@ -24,6 +25,10 @@ import torch
 import lens
 from lens.passes.sessions import base
 
+sys.path[:0] = [str(Path(__file__).parents[2])]
+
+from tests.benchmarks.measure import interval_of_median  # noqa: E402
+
 GOALS = {512: 1.05, 2048: 0.95}
 _BATCHES = {"16 of 32 to 36 tokens": range(36, 32, -1), "16 of 128 tokens": (128,)}
 _PROMPTS = 16
@@ -33,7 +38,7 @@ def main() -> None:
     """Measure, print and write the page."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=11)
     given = parser.parse_args()
     torch.set_num_threads(2)
     model = lens.load(given.model)
@@ -41,8 +46,8 @@ def main() -> None:
         "# A whole model",
         "",
         f"`python tests/benchmarks/whole_model.py --rounds {given.rounds}`: `{given.model}`, float32, {torch.get_num_threads()} threads, in turn in one",
-        "process; medians, `ratio` of the two in the same round. `seconds of CPU` are of all threads: on a machine with other",
-        "work they say more than the clock (load average at the end: {load:.1f}).",
+        "process; medians, `ratio` of the two in the same round with the 95 % interval of its median. `seconds of CPU` are of",
+        "all threads: on a machine with other work they say more than the clock (load average at the end: {load:.1f}).",
         "",
         "| | own | captured | ratio | goal | ratio of seconds of CPU |",
         "|---|--:|--:|--:|--:|--:|",
@@ -79,8 +84,8 @@ def _forward_row(model: Any, tokens: int, goal: float, rounds: int) -> str:
     seconds = [statistics.median(wall[name]) for name in ("own", "captured")]
     ratios = [_ratio(times["captured"], times["own"]) for times in (wall, work)]
     return (
-        f"| {tokens:,} tokens | {seconds[0]:.2f} s | {seconds[1]:.2f} s | {ratios[0]:.2f} | {goal:.2f} | "
-        f"{ratios[1]:.2f} |"
+        f"| {tokens:,} tokens | {seconds[0]:.2f} s | {seconds[1]:.2f} s | {ratios[0]} | {goal:.2f} | "
+        f"{ratios[1]} |"
     )
 
 
@@ -106,7 +111,7 @@ def _batch_row(model: Any, name: str, lengths: list[int], rounds: int) -> str:
     )
     seconds = [statistics.median(wall[way]) for way in ("apart", "together")]
     ratios = [_ratio(times["together"], times["apart"]) for times in (wall, work)]
-    return f"| {name} | {seconds[0]:.2f} s | {seconds[1]:.2f} s | {ratios[0]:.2f} | {ratios[1]:.2f} | {error:.0e} |"
+    return f"| {name} | {seconds[0]:.2f} s | {seconds[1]:.2f} s | {ratios[0]} | {ratios[1]} | {error:.0e} |"
 
 
 def _in_turn(
@@ -125,8 +130,12 @@ def _in_turn(
     return next(cut), next(cut)
 
 
-def _ratio(mine: list[float], other: list[float]) -> float:
-    return statistics.median(a / b for a, b in zip(mine, other, strict=True))
+def _ratio(mine: list[float], other: list[float]) -> str:
+    """The median over rounds, with its interval where there are rounds enough."""
+    ratios = [a / b for a, b in zip(mine, other, strict=True)]
+    low, high = interval_of_median(ratios)
+    told = f"{statistics.median(ratios):.2f}"
+    return told if math.isnan(low) else f"{told} [{low:.2f}, {high:.2f}]"
 
 
 if __name__ == "__main__":
