@@ -108,7 +108,7 @@ static inline int is_finite_row(const Operand *x, int64_t at, int64_t dim) {
   } else {
     const uint16_t *p = (const uint16_t *)x->data + at;
     for (; d + LANES <= dim; d += LANES)
-      bad |= (__builtin_convertvector(*(const short_any *)(p + d), ivec) & splat_int(top)) == splat_int(top);
+      bad |= ((ivec)load_short(p + d) & splat_int(top)) == splat_int(top);
     for (found = any_set(bad); d < dim; d++) found |= (p[d] & top) == top;
   }
   return !found;

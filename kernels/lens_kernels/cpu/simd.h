@@ -8,7 +8,7 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -37,8 +37,18 @@ typedef int32_t ivec_any __attribute__((vector_size(4 * LANES), aligned(4), may_
 typedef uint32_t word_vec __attribute__((vector_size(4 * LANES)));
 typedef uint16_t short_any __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
 
-/* LANES numbers of 16 bits, the upper half of a float each. */
-INLINE vec load_brain(const uint16_t *p) { return (vec)(__builtin_convertvector(*(const short_any *)p, word_vec) << 16); }
+/* LANES numbers of 16 bits, each as a word. */
+INLINE word_vec load_short(const uint16_t *p) {
+#if defined(__AVX512F__) /* compilers make five operations of the last line */
+  return (word_vec)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p));
+#elif defined(__AVX2__)
+  return (word_vec)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p));
+#else
+  return __builtin_convertvector(*(const short_any *)p, word_vec);
+#endif
+}
+/* The same as the upper half of a float each. */
+INLINE vec load_brain(const uint16_t *p) { return (vec)(load_short(p) << 16); }
 INLINE vec load(const float *p) { return *(const vec_any *)p; }
 INLINE void store(float *p, vec x) { *(vec_any *)p = x; }
 INLINE ivec load_int(const int32_t *p) { return *(const ivec_any *)p; }
