@@ -10,18 +10,17 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from lens.common.errors import LensError
 
 _LOCK = threading.RLock()
-_OWNERS: WeakKeyDictionary[Any, tuple[int, int]] = WeakKeyDictionary()
-"""Modules at work -> thread, and how many blocks deep."""
+_OWNERS: dict[int, tuple[int, int]] = {}
+"""`id` of modules and configurations at work -> thread, and how many blocks deep."""
 
 
 @contextmanager
 def owned(module: Any) -> Iterator[None]:
-    """`module`, which may be one already, belongs to this thread inside the block.
+    """`module`, which may be one already, belongs to this thread inside the block; so may a configuration.
 
     Hooks and attention functions are the module's: those of two threads would each see the other's passes.
 
@@ -34,20 +33,20 @@ def owned(module: Any) -> Iterator[None]:
     """
     thread = threading.get_ident()
     with _LOCK:
-        owner, depth = _OWNERS.get(module, (thread, 0))
+        owner, depth = _OWNERS.get(id(module), (thread, 0))
         if owner != thread:
             raise LensError(
                 f"another thread works with this {type(module).__name__} (captures, edits or measures it); "
                 "one after another, or each thread with a model that it loads itself"
             )
-        _OWNERS[module] = owner, depth + 1
+        _OWNERS[id(module)] = owner, depth + 1
     try:
         yield
     finally:
         with _LOCK:
-            owner, depth = _OWNERS.pop(module)
+            owner, depth = _OWNERS.pop(id(module))
             if depth > 1:
-                _OWNERS[module] = owner, depth - 1
+                _OWNERS[id(module)] = owner, depth - 1
 
 
 class _PerThread:

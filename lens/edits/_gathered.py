@@ -56,7 +56,8 @@ def gathered_states(
     ):
         return None
     order, inside = _packed(last)
-    part = _attend(call, order, AttentionMask(key_padding=_unless_all(inside)), None, backend)
+    padding = None if bool(inside.all()) else inside
+    part = _attend(call, order, AttentionMask(key_padding=padding), None, backend)
     found = [(part.statistics["lse"], part.output)]
     if count > 1:
         order, inside = _packed(few)
@@ -76,10 +77,6 @@ def _packed(chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     most = max(int(count.max()), 1)
     order = chosen.int().argsort(dim=-1, descending=True, stable=True)[:, :most]
     return order, torch.arange(most, device=chosen.device) < count[:, None]
-
-
-def _unless_all(mask: torch.Tensor) -> torch.Tensor | None:
-    return None if bool(mask.all()) else mask
 
 
 def _attend(

@@ -215,26 +215,22 @@ class Layout:
             before = replace(row, after_embedding=())
             added = replace(self, _row=before).embed(inputs).double() - parts["embedding"]
             parts["position"] = added
-        bias: Tensor | None = None
+        bias = torch.zeros_like(parts["embedding"])
+        shifted = False
         for name in row.after_embedding:
             module: Any = base.get_submodule(name)
             if isinstance(module, nn.LayerNorm):
                 norm = Norm(module, module.weight.detach(), None, True, module.eps, True)
-                size = norm.size(
-                    torch.stack(list(parts.values())).sum(0) + (0 if bias is None else bias)
-                )
+                size = norm.size(torch.stack(list(parts.values())).sum(0) + bias)
                 parts = {one: norm.frozen(part, size) for one, part in parts.items()}
-                bias = None if bias is None else norm.frozen(bias, size)
-                shift = module.bias
+                bias, shift = norm.frozen(bias, size), module.bias
             else:
                 weight, shift = matrix(module, self.model)
                 parts = {one: part @ weight.double() for one, part in parts.items()}
-                bias = None if bias is None else bias @ weight.double()
+                bias = bias @ weight.double()
             if shift is not None:
-                bias = shift.detach().double() + (0 if bias is None else bias)
-        if bias is not None:
-            parts["embedding bias"] = bias.expand_as(parts["embedding"])
-        return parts
+                bias, shifted = bias + shift.detach().double(), True
+        return parts | ({"embedding bias": bias} if shifted else {})
 
     def embedding(self, ids: Tensor) -> Tensor:
         """Of tokens [...] what they add to the sum before positions, [..., d_model].

@@ -1,5 +1,6 @@
 """The same architecture with weights drawn anew: what a score is worth that such a model has too."""
 
+from copy import deepcopy
 from dataclasses import replace
 
 import torch
@@ -27,7 +28,7 @@ def random_weights(model: LoadedModel, seed: Seed = 0) -> LoadedModel:
     model = bare(model)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        drawn = type(model.model)(model.model.config)
+        drawn = type(model.model)(deepcopy(model.model.config))
     drawn = drawn.to(model.device, model.dtype).eval()
     return replace(
         model, model=drawn, name=f"{model.name} (random weights, seed {seed})", check=None

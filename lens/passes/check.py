@@ -66,8 +66,7 @@ def relative_error(found: torch.Tensor, own: torch.Tensor) -> float:
 def self_check(model: LoadedModel) -> Checked:
     """Largest relative difference of the captured from the model's own output, and the layers seen.
 
-    On a tiny prompt; the model's own attention is
-    transformers' `eager`, or the bridge's.
+    On a tiny prompt; the model's own attention is transformers' `eager`, or the bridge's.
 
     Raises:
         LensError: no attention was reached, the outputs differ, captured rows do not sum to 1, or the

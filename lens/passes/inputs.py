@@ -133,13 +133,10 @@ def _is_batch(model: LoadedModel, given: Any) -> bool:
 def _is_pictured(model: LoadedModel, given: Any) -> bool:
     """One picture, or a pair of a picture and a text; a model of pictures and texts has no pairs of texts."""
     if isinstance(given, tuple) and len(given) == 2 and isinstance(given[1], str):
-        paired = isinstance(given[0], str) and _reads_both(model)
+        reads_both = model.processor is not None and not reads_pictures_alone(model)
+        paired = isinstance(given[0], str) and reads_both
         return paired or is_picture(given[0])
     return is_picture(given) or (isinstance(given, str) and reads_pictures_alone(model))
-
-
-def _reads_both(model: LoadedModel) -> bool:
-    return model.processor is not None and not reads_pictures_alone(model)
 
 
 def _from_picture(model: LoadedModel, given: Any, whole: bool) -> Prompt:

@@ -7,7 +7,7 @@ text, that is the language model alone: its vision tower has positions of its ow
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any, Protocol
@@ -18,6 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lens.common.errors import LensError
+from lens.common.isolation import owned
 from lens.models.sizes import image_token
 from lens.passes.calls import LayerCall
 from lens.passes.masks import structure_of, structured_mask, with_chosen
@@ -187,16 +188,18 @@ def received_by(listener: Listener) -> Iterator[None]:
 
 @contextmanager
 def switched(model: nn.Module, implementation: str = IMPLEMENTATION) -> Iterator[None]:
-    """Every configuration inside `model` uses `implementation` inside the block."""
-    configs = _configs(language_model(model))
-    before = [config._attn_implementation_internal for config in configs]
-    try:
-        for config in configs:
-            config._attn_implementation_internal = implementation
+    """Every configuration inside `model`, which other models may have too, uses `implementation` inside the block.
+
+    Raises:
+        LensError: another thread is inside such a block of one of them.
+    """
+    name = "_attn_implementation_internal"
+    with ExitStack() as stack:
+        for config in _configs(language_model(model)):
+            stack.enter_context(owned(config))
+            stack.callback(setattr, config, name, getattr(config, name))
+            setattr(config, name, implementation)
         yield
-    finally:
-        for config, previous in zip(configs, before, strict=True):
-            config._attn_implementation_internal = previous
 
 
 def foreign_functions(model: nn.Module) -> set[str]:

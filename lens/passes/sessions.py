@@ -107,7 +107,9 @@ class Session:
         if call.query.shape[2] == 1 and self._seen and not call.cross:
             # One query that sees every cached key and itself: a mask that hides nothing does not say more.
             call = replace(call, mask=replace(call.mask, causal=True))
-        call, windows = self._laid_out(call)
+        windows = None
+        if self._block is not None:  # a call in windows as one among the positions of the picture
+            call, windows = laid_out(self._block, call, self._rows)
         if self._name and (part or self._rows not in (None, len(call.query))):
             raise in_rows(self._name, layer, (part + 1) * len(call.query), self._rows or 1)
         new, keys = self._tokens_of(call), call.key.shape[2]
@@ -128,10 +130,6 @@ class Session:
         """Whether a call is of no layer but of what reads the last one by a query of its own (the head of AIMv2)."""
         outside = self._layer is None and self._announced and not call.mask.causal
         return outside and call.query.shape[2] == 1 < call.key.shape[2]
-
-    def _laid_out(self, call: LayerCall) -> tuple[LayerCall, Windows | None]:
-        """A call in windows as one among the positions of the picture; any other as it is."""
-        return (call, None) if self._block is None else laid_out(self._block, call, self._rows)
 
     def _tokens_of(self, call: LayerCall) -> Int[torch.Tensor, "batch keys"] | None:
         """Ids of what the keys of a call are made of in this pass, if it is known."""

@@ -39,9 +39,10 @@ class TraceParts(Mapping[str, AttentionTrace]):
 
     def save(self, folder: str | Path) -> Path:
         """Write each into a new folder of its name inside `folder`. Errors as `AttentionTrace.save`."""
+        folder = as_path("folder", folder)
         for part, trace in self.items():
-            trace.save(as_path("folder", folder) / part)
-        return as_path("folder", folder)
+            trace.save(folder / part)
+        return folder
 
     @classmethod
     def load(cls, folder: str | Path) -> TraceParts:
@@ -50,13 +51,14 @@ class TraceParts(Mapping[str, AttentionTrace]):
         Raises:
             LensError: none of them, or as `AttentionTrace.load`.
         """
-        inside = sorted(one.parent.name for one in as_path("folder", folder).glob(f"*/{INDEX}"))
+        folder = as_path("folder", folder)
+        inside = sorted(one.parent.name for one in folder.glob(f"*/{INDEX}"))
         there = sorted(inside, key=lambda part: PARTS.index(part) if part in PARTS else len(PARTS))
         if not there:
             raise LensError(
                 f"{folder} holds no traces of parts (encoder, decoder, cross; of towers text, vision)"
             )
-        return cls({part: AttentionTrace.load(as_path("folder", folder) / part) for part in there})
+        return cls({part: AttentionTrace.load(folder / part) for part in there})
 
     def __repr__(self) -> str:
         return "\n".join(f"{part}: {trace!r}" for part, trace in self.items())

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import transformers
 
 import lens
 from lens.common.errors import LensError
@@ -110,6 +111,24 @@ def test_blocks_may_end_in_another_order_or_by_an_error():
     with pytest.raises(KeyError), owned(module):
         raise KeyError
     _elsewhere(lambda: owned(module).__enter__())
+
+
+def test_models_with_one_configuration_do_not_leave_it_changed():
+    """Which attention a model runs is written there."""
+    config = lens.load("text-lm-3l").model.config
+    one, other = (lens.load(transformers.LlamaForCausalLM(config).eval()) for _ in range(2))
+    before = config._attn_implementation
+    with (
+        lens.edit(one),
+        pytest.raises(LensError, match="another thread works with this LlamaConfig"),
+    ):
+        _elsewhere(lens.edit(other).__enter__)
+    assert config._attn_implementation == before
+    drawn = lens.models.random_weights(one)
+    alone = _elsewhere(lambda: drawn.logits([3, 1, 4]))
+    with lens.edit(one):
+        found = _elsewhere(lambda: drawn.logits([3, 1, 4]))
+    torch.testing.assert_close(found, alone)
 
 
 def test_a_function_is_replaced_for_one_thread_and_put_back_in_any_order():
