@@ -18,6 +18,11 @@ INK = "#1c2430"
 GRID = "#e5e8ec"
 
 
+def rgb(colors: tuple[str, ...]) -> list[list[int]]:
+    """Red, green and blue of each, 0 to 255."""
+    return [[int(color[start : start + 2], 16) for start in (1, 3, 5)] for color in colors]
+
+
 def scale(colors: tuple[str, ...]) -> list[tuple[float, str]]:
     """A plotly colour scale."""
     return [(index / (len(colors) - 1), color) for index, color in enumerate(colors)]

@@ -151,7 +151,8 @@ class VarEdit(AttentionEdit):
             self.empty_calls += 1
             return None
         queries = call.query.shape[2]
-        rows = self._text_rows(image, is_real)[:, -queries:]
+        is_text = (image.cumsum(-1) > 0) & ~image & is_real  # behind the first image token
+        rows = is_text[:, -queries:]
         if not bool(rows.any()):
             return None
         start = int(rows.any(0).int().argmax())
@@ -229,11 +230,6 @@ class VarEdit(AttentionEdit):
         states = grouped(call, groups, self._backend, only=only).groups
         assert states is not None
         return list(zip(states.lse, states.output, strict=True))
-
-    @staticmethod
-    def _text_rows(image: torch.Tensor, is_real: torch.Tensor) -> torch.Tensor:
-        """bool [batch, keys]: tokens after the first image token that are no image tokens."""
-        return (image.cumsum(-1) > 0) & ~image & is_real
 
     def _sink_keys(self, call: LayerCall, at: KeysAt) -> torch.Tensor:
         """bool [batch, keys]; remembered for cached keys.

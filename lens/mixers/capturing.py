@@ -108,29 +108,8 @@ def capture(
         >>> found.table()["mixer"].unique().tolist()
         ['mamba2']
     """
-    if isinstance(model, LoadedModel):
-        root, name = model.transformer, model.name
-        found, single = read_prompts(model, prompt)
-        if not single or found[0].ids is None:
-            raise LensError("capture of mixers takes one prompt of tokens")
-        ids = found[0].ids
-    elif isinstance(model, torch.nn.Module):
-        root, name = model, type(model).__name__
-        given = None
-        with contextlib.suppress(TypeError, ValueError, RuntimeError):  # of texts and of no numbers
-            given = torch.as_tensor(prompt)
-        if given is None or given.is_floating_point() or given.numel() == 0:
-            raise LensError(
-                "of a model that was not loaded the prompt is token ids: a list or a tensor"
-            )
-        ids = given.flatten().tolist()
-    else:
-        raise LensError(
-            f"model must be what lens.load returns, or a module, got {type(model).__name__}"
-        )
-    if getattr(root, "use_kernels", False) or getattr(
-        getattr(root, "config", None), "use_kernels", False
-    ):
+    root, name, ids = _read(model, prompt)
+    if any(getattr(one, "use_kernels", False) for one in (root, getattr(root, "config", None))):
         raise LensError(
             "use_kernels puts other functions in the place of the scans; load without it"
         )
@@ -154,6 +133,27 @@ def capture(
     return MixerCapture(tuple(measures), tuple(one.phi for one in scans), name, tuple(ids))
 
 
+def _read(model: Any, prompt: Any) -> tuple[torch.nn.Module, str, list[int]]:
+    """The module that is run, its name, and the token ids of the prompt."""
+    if isinstance(model, LoadedModel):
+        found, single = read_prompts(model, prompt)
+        if not single or found[0].ids is None:
+            raise LensError("capture of mixers takes one prompt of tokens")
+        return model.transformer, model.name, found[0].ids
+    if not isinstance(model, torch.nn.Module):
+        raise LensError(
+            f"model must be what lens.load returns, or a module, got {type(model).__name__}"
+        )
+    given = None
+    with contextlib.suppress(TypeError, ValueError, RuntimeError):  # of texts and of no numbers
+        given = torch.as_tensor(prompt)
+    if given is None or given.is_floating_point() or given.numel() == 0:
+        raise LensError(
+            "of a model that was not loaded the prompt is token ids: a list or a tensor"
+        )
+    return model, type(model).__name__, given.flatten().tolist()
+
+
 def _by_layer(scans: Sequence[Scan]) -> list[Scan]:
     """Those of one layer that are parts of one mixer (Zamba's heads are scanned apart) as one."""
     groups: dict[tuple[int, str], list[Scan]] = {}
@@ -170,13 +170,12 @@ def _by_layer(scans: Sequence[Scan]) -> list[Scan]:
 def _softmax_rows(trace: AttentionTrace, seed: int) -> pd.DataFrame:
     """The columns of a mixer's table for the softmax heads of a trace."""
     found = []
+    unknown, nothing = np.full(trace.heads, np.nan), np.zeros((trace.heads, 1, 1))
     for layer in trace.layers:
         data = trace.dataset.sel(layer=layer)
         rows = {name: data[own].values.astype(float) for name, own in _IN_TRACES.items()}
-        rows |= {"mass": np.ones_like(rows["entropy"]), "size": np.ones_like(rows["entropy"])}
+        rows |= dict.fromkeys(("mass", "size"), np.ones_like(rows["entropy"]))
         rows["negative"] = np.zeros_like(rows["entropy"])
-        unknown = np.full(trace.heads, np.nan)
-        nothing = np.zeros((trace.heads, 1, 1))
         one = MixerMeasures(
             rows, nothing, nothing, nothing[..., 0], nothing[..., 0], unknown, unknown, unknown, np.nan, layer, "softmax"
         )  # fmt: skip

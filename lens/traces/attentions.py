@@ -72,13 +72,7 @@ def from_attentions(
     if not len(attentions):
         raise LensError("attentions is empty; run the model with output_attentions=True")
     layers, dtype = _chosen(attentions, row)
-    length = layers[0].shape[-1]
-    real = np.ones(length, bool) if padding is None else np.asarray(padding).astype(bool)
-    if real.shape != (length,) or not real.any():
-        raise LensError(
-            f"padding must be {length} numbers with a 1 for each real token, got the shape "
-            f"{list(real.shape)} with {int(real.sum())} real ones"
-        )
+    real = _real(padding, layers[0].shape[-1])
     layers = [matrices[:, real][:, :, real] for matrices in layers]
     length = int(real.sum())
     ids = _cut("token_ids", token_ids, real)
@@ -161,7 +155,7 @@ def from_transformer_lens(
     if missing := sorted(set(range(max(found) + 1)) - set(found)):
         raise LensError(f"the cache lacks the patterns of layers {missing}; keep all layers")
     return from_attentions(
-        [_with_batch(found[layer]) for layer in sorted(found)],
+        [one if len(one.shape) != 3 else one[None] for _, one in sorted(found.items())],
         token_ids=token_ids,
         tokens=tokens,
         row=row,
@@ -171,10 +165,6 @@ def from_transformer_lens(
         bos_id=bos_id,
         model=model,
     )
-
-
-def _with_batch(pattern: Any) -> Any:
-    return pattern[None] if len(pattern.shape) == 3 else pattern
 
 
 def _chosen(attentions: Sequence[Any], row: int | None) -> tuple[list[np.ndarray], str]:
@@ -210,6 +200,17 @@ def _array(matrices: Any) -> np.ndarray:
         return matrices
     matrices = matrices.detach().cpu()
     return (matrices.float() if str(matrices.dtype) == "torch.bfloat16" else matrices).numpy()
+
+
+def _real(padding: Sequence[int] | None, length: int) -> np.ndarray:
+    """bool [positions] that are no padding."""
+    real = np.ones(length, bool) if padding is None else np.asarray(padding).astype(bool)
+    if real.shape != (length,) or not real.any():
+        raise LensError(
+            f"padding must be {length} numbers with a 1 for each real token, got the shape "
+            f"{list(real.shape)} with {int(real.sum())} real ones"
+        )
+    return real
 
 
 def _cut(name: str, given: Sequence[Any] | None, real: np.ndarray) -> list[Any] | None:

@@ -7,7 +7,7 @@ import html
 import numpy as np
 import xarray as xr
 
-from lens.common.colors import VIRIDIS
+from lens.common.colors import VIRIDIS, rgb
 from lens.common.head_ids import layers_in_words
 from lens.common.png import as_uri
 
@@ -49,7 +49,7 @@ def atlas(dataset: xr.Dataset, layers: range) -> np.ndarray:
     """[height, width, 3] uint8 picture of the block maps, max-pooled to 24 cells a side."""
     step = _CELL + 2
     picture = np.full((step * len(layers), step * dataset.sizes["head"], 3), 255, np.uint8)
-    palette = np.array([[int(c[i : i + 2], 16) for i in (1, 3, 5)] for c in VIRIDIS], np.uint8)
+    palette = np.array(rgb(VIRIDIS), np.uint8)
     (rows, down), (columns, across) = (
         _pooling(dataset.sizes[f"{n}_block"]) for n in ("query", "key")
     )

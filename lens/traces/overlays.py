@@ -17,7 +17,7 @@ import pandas as pd
 from scipy import ndimage
 
 from lens.common.choices import check_choice, is_number, is_whole, shown
-from lens.common.colors import VIRIDIS
+from lens.common.colors import VIRIDIS, rgb
 from lens.common.errors import LensError
 from lens.common.head_ids import AnyHead, HeadId, all_heads
 from lens.common.results import Result, Sentence, few
@@ -184,7 +184,7 @@ class Overlay(Result):
             ((np.arange(width) + 0.5) * pixels.shape[1] / width).astype(int),
         ].astype(float)
         values = self.pixel_values(self._map(map_))
-        palette = np.array([[int(c[i : i + 2], 16) for i in (1, 3, 5)] for c in VIRIDIS], float)
+        palette = np.array(rgb(VIRIDIS), float)
         places = np.nan_to_num(values / (float(np.nanmax(values)) or 1.0)) * (len(palette) - 1)
         colors = np.stack(
             [np.interp(places, np.arange(len(palette)), palette[:, part]) for part in range(3)], -1

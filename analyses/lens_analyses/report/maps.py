@@ -12,7 +12,7 @@ import numpy as np
 from lens_dashboards.notebook import attention_map
 from lens_dashboards.raster import pool
 
-from lens.common.colors import VIRIDIS
+from lens.common.colors import VIRIDIS, rgb
 from lens.common.errors import LensError
 from lens.runs import Run
 from lens.traces.trace import AttentionTrace
@@ -102,7 +102,7 @@ def colored(values: np.ndarray, hidden: np.ndarray | None = None) -> np.ndarray:
 
     `hidden` cells, and NaN, are transparent.
     """
-    stops = np.array([[int(color[i : i + 2], 16) for i in (1, 3, 5)] for color in VIRIDIS], float)
+    stops = np.array(rgb(VIRIDIS), float)
     with np.errstate(divide="ignore", invalid="ignore"):
         level = 1 - np.log(np.clip(values, FLOOR, 1)) / np.log(FLOOR)
     place = np.nan_to_num(level) * (len(stops) - 1)
