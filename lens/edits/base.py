@@ -15,7 +15,7 @@ from lens.common.errors import LensError
 from lens.common.head_ids import AnyHead
 from lens.models.loaded import LoadedModel
 from lens.passes.blocks import in_blocks
-from lens.passes.calls import LayerCall, attend
+from lens.passes.calls import LayerCall, attend, cut
 from lens.passes.keys import KeysAt
 
 if TYPE_CHECKING:
@@ -190,21 +190,18 @@ def queries_at(call: LayerCall, at: KeysAt) -> Int[torch.Tensor, "batch queries"
 def part_of(call: LayerCall, heads: Int[torch.Tensor, "some"], start: int = 0) -> LayerCall:
     """The call of some heads only, each with its own keys, from query `start` on."""
     share = call.query.shape[1] // call.key.shape[1]
-    bias, sinks, mask = call.position_bias, call.sink_logits, call.mask
-    if bias is not None:
-        bias = bias if bias.shape[1] == 1 else bias[:, heads]
-        bias = bias if bias.shape[2] == 1 else bias[:, :, start:]
+    sinks, mask, queries = call.sink_logits, call.mask, slice(start, None)
     if mask.allowed is not None and start:
-        mask = mask.with_allowed(mask.allowed[:, :, start:])
+        mask = mask.with_allowed(mask.allowed[:, :, queries])
     everything = len(heads) == call.query.shape[1]
     return replace(
         call,
-        query=(call.query if everything else call.query[:, heads])[:, :, start:],
+        query=(call.query if everything else call.query[:, heads])[:, :, queries],
         key=call.key if everything else call.key[:, heads // share],
         value=call.value if everything else call.value[:, heads // share],
         mask=mask,
         sink_logits=None if sinks is None else sinks[heads],
-        position_bias=bias,
+        position_bias=cut(call.position_bias, heads=heads, queries=queries),
     )
 
 

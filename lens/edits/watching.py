@@ -17,7 +17,7 @@ from lens.edits._parts import HeadsOut
 from lens.edits.base import AttentionEdit
 from lens.edits.freezing import FrozenEdit
 from lens.edits.running import Together
-from lens.passes.calls import LayerCall, attend
+from lens.passes.calls import LayerCall, attend, cut
 from lens.passes.keys import KeysAt, members
 from lens.traces.scores import FEWEST_VIEWERS
 
@@ -176,20 +176,20 @@ def _stretches(call: LayerCall, rows: Tensor | None) -> Iterator[LayerCall]:
     steps = torch.nn.functional.pad(rows.int(), (1, 1)).diff()
     starts, ends = ((steps == sign).nonzero()[:, 0].tolist() for sign in (1, -1))
     for first, end in zip(starts, ends, strict=True):
-        mask, bias = call.mask, call.position_bias
-        last = end if mask.causal else call.key.shape[2]
+        mask, queries = call.mask, slice(first, end)
+        keys = slice(end if mask.causal else None)
         if mask.allowed is not None:
-            mask = mask.with_allowed(mask.allowed[:, :, first:end, :last])
+            mask = mask.with_allowed(mask.allowed[:, :, queries, keys])
         if mask.padding is not None:
-            mask = replace(mask, padding=mask.padding[:, :last])
-        if bias is not None:
-            bias = (bias if bias.shape[2] == 1 else bias[:, :, first:end])[..., :last]
-        query, key, value = (
-            call.query[:, :, first:end],
-            call.key[:, :, :last],
-            call.value[:, :, :last],
+            mask = replace(mask, padding=mask.padding[:, keys])
+        yield replace(
+            call,
+            query=call.query[:, :, queries],
+            key=call.key[:, :, keys],
+            value=call.value[:, :, keys],
+            mask=mask,
+            position_bias=cut(call.position_bias, queries=queries, keys=keys),
         )
-        yield replace(call, query=query, key=key, value=value, mask=mask, position_bias=bias)
 
 
 def _to(received: Tensor, keys: int) -> Tensor:

@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -301,6 +302,7 @@ def _described(
 ) -> LoadedModel:
     """With its sizes; those of parts (an encoder-decoder's, stages) are measured by the self-check."""
     tell_rounding_once(model)
+    found = partial(LoadedModel, model, tokenizer, name, revision)
     takes = inspect.signature(model.forward).parameters
     if halves := stacks(model):
         if {"input_ids", "decoder_input_ids"} <= takes.keys() and reads_picture_first(model):
@@ -311,7 +313,7 @@ def _described(
         info = describe(model)
         names = PARTS if halves.encoder is not None else PARTS[1:]
         parts: dict[str, ModelInfo] = dict.fromkeys(names, info)
-        return LoadedModel(model, tokenizer, name, revision, info, parts=parts)
+        return found(info, parts=parts)
     if "decoder_input_ids" in takes and not reads_pictured_text(model):
         raise LensError(
             f"{type(model).__name__} reads a decoder's input and has no encoder and decoder of its own that are known "
@@ -320,13 +322,11 @@ def _described(
     if towers := described_towers(model, tokenizer, name, revision):
         first = next(iter(towers.values())).info
         whole = replace(first, class_name=type(model).__name__, parameters=model.num_parameters())
-        return LoadedModel(model, tokenizer, name, revision, whole, towers=towers)
+        return found(whole, towers=towers)
     if staged := stages(model):
         info = in_stages(model)
-        return LoadedModel(
-            model, tokenizer, name, revision, info, parts=dict.fromkeys(staged, info)
-        )
-    return LoadedModel(model, tokenizer, name, revision, describe(model))
+        return found(info, parts=dict.fromkeys(staged, info))
+    return found(describe(model))
 
 
 def _refuse_absent_weights(model: PreTrainedModel) -> None:

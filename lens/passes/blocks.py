@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lens.common.errors import LensError
-from lens.passes.calls import LayerCall, attend, kernel_options, of_heads
+from lens.passes.calls import LayerCall, attend, cut, kernel_options, of_heads
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Shaped
@@ -83,10 +83,7 @@ class BlockView:
         if plan.keep is not None:
             seen = seen & plan.keep[:, None]
         seen = seen[:, None]
-        if plan.allowed is not None:
-            allowed = plan.allowed if plan.allowed.shape[2] == 1 else plan.allowed[:, :, rows]
-            seen = seen & allowed
-        return seen
+        return seen if plan.allowed is None else seen & cut(plan.allowed, queries=rows)
 
     @cached_property
     def visible(self) -> Bool[Tensor, "batch heads query_blocks key_blocks"]:
@@ -137,9 +134,8 @@ class BlockView:
         logits = logits * self.call.scale
         if self.call.softcap is not None:
             logits = self.call.softcap * torch.tanh(logits / self.call.softcap)
-        bias = self.call.position_bias
-        if bias is not None:
-            logits = logits + (bias if bias.shape[2] == 1 else bias[:, :, start:end]).float()
+        if self.call.position_bias is not None:
+            logits = logits + cut(self.call.position_bias, queries=slice(start, end)).float()
         logits = logits.masked_fill(~self.sees(start, end), -torch.inf)
         if self.call.sink_logits is None:
             return logits.softmax(-1).nan_to_num(nan=0)

@@ -118,6 +118,22 @@ def of_heads(
     return shared.repeat_interleave(call.query.shape[1] // shared.shape[1], 1)
 
 
+def cut(
+    tensor: Tensor | None,
+    *,
+    rows: Any = None,
+    heads: Any = None,
+    queries: Any = None,
+    keys: Any = None,
+) -> Any:
+    """Some rows, heads, queries and keys of what broadcasts to [batch, heads, queries, keys]; an axis of 1 stays."""
+    for axis, part in ((-4, rows), (-3, heads), (-2, queries), (-1, keys)):
+        if tensor is None or part is None or tensor.dim() < -axis or tensor.shape[axis] == 1:
+            continue
+        tensor = tensor[(..., part, *[slice(None)] * (-axis - 1))]
+    return tensor
+
+
 def evened(call: LayerCall) -> LayerCall:
     """The call whose rows look at all keys that they see alike: logits of 0. Its learned sinks are left."""
     return replace(call, query=torch.zeros_like(call.query), position_bias=None)
@@ -125,19 +141,15 @@ def evened(call: LayerCall) -> LayerCall:
 
 def without_last(call: LayerCall, count: int) -> LayerCall:
     """The call without its last queries and their keys."""
-    bias, tokens, queries = call.position_bias, call.tokens, call.query.shape[2]
-    if bias is not None and bias.shape[-1] > 1:
-        bias = bias[..., :-count]
-    if bias is not None and bias.shape[-2] == queries:
-        bias = bias[..., :-count, :]
+    kept = slice(-count)
     return replace(
         call,
-        query=call.query[:, :, :-count],
-        key=call.key[:, :, :-count],
-        value=call.value[:, :, :-count],
+        query=call.query[:, :, kept],
+        key=call.key[:, :, kept],
+        value=call.value[:, :, kept],
         mask=call.mask.without_last(count),
-        position_bias=bias,
-        tokens=None if tokens is None else tokens[:, :-count],
+        position_bias=cut(call.position_bias, queries=kept, keys=kept),
+        tokens=None if call.tokens is None else call.tokens[:, kept],
     )
 
 
@@ -167,28 +179,21 @@ def with_dropped(call: LayerCall, count: int) -> LayerCall:
 def of_rows(call: LayerCall, rows: Bool[Tensor, "batch"], first: int) -> LayerCall:
     """Some rows of a call, from the key `first` on, and without the queries before it."""
     skip = max(0, first - (call.key.shape[2] - call.query.shape[2]))
-    bias, mask = call.position_bias, call.mask
-    if bias is not None:
-        bias = bias if len(bias) == 1 else bias[rows]
-        bias = bias if bias.shape[2] == 1 else bias[:, :, skip:]
-        bias = bias if bias.shape[3] == 1 else bias[..., first:]
+    queries, keys, mask = slice(skip, None), slice(first, None), call.mask
     padding = None if mask.padding is None else mask.padding[rows, first:]
-    allowed = mask.allowed
-    if allowed is not None:
-        allowed = (allowed if len(allowed) == 1 else allowed[rows])[:, :, skip:, first:]
     return replace(
         call,
-        query=call.query[rows][:, :, skip:],
-        key=call.key[rows][:, :, first:],
-        value=call.value[rows][:, :, first:],
+        query=call.query[rows][:, :, queries],
+        key=call.key[rows][:, :, keys],
+        value=call.value[rows][:, :, keys],
         mask=replace(
             mask,
             padding=None if padding is None or bool(padding.all()) else padding,
-            allowed=allowed,
+            allowed=cut(mask.allowed, rows=rows, queries=queries, keys=keys),
             start=mask.start + first,
             first=None if mask.first is None else mask.first[rows],
         ),
-        position_bias=bias,
+        position_bias=cut(call.position_bias, rows=rows, queries=queries, keys=keys),
         tokens=None if call.tokens is None else call.tokens[rows, first:],
         before=None if call.before is None else call.before[rows],
     )

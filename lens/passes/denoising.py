@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lens.common.errors import LensError
 from lens.common.isolation import owned
-from lens.passes.calls import LayerCall, attend, first_of
+from lens.passes.calls import LayerCall, attend, cut, first_of
 from lens.passes.check import relative_error, tolerance_of
 from lens.passes.computed import following, put_over
 from lens.passes.interface import own_attention, received_by
@@ -131,14 +131,14 @@ def _row(call: LayerCall, row: int) -> LayerCall:
         return tensor if tensor is None or len(tensor) == 1 else tensor[row : row + 1]
 
     parts = {name: one(getattr(call.mask, name)) for name in ("padding", "allowed", "first")}
-    bias = call.position_bias
+    rows = slice(row, row + 1)
     return replace(
         call,
-        query=call.query[row : row + 1],
-        key=call.key[row : row + 1],
-        value=call.value[row : row + 1],
+        query=call.query[rows],
+        key=call.key[rows],
+        value=call.value[rows],
         mask=replace(call.mask, **parts),
-        position_bias=one(bias) if bias is not None and bias.dim() == 4 else bias,
+        position_bias=cut(call.position_bias, rows=rows),
     )
 
 

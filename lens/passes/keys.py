@@ -96,11 +96,8 @@ def members(name: str, keys: Keys, at: KeysAt) -> Bool[torch.Tensor, "batch keys
     positions, keys = at.positions, _tensor_of(keys)
     if isinstance(keys, str):
         return positions == 0
-    if isinstance(keys, torch.Tensor):
-        chosen = (keys.nonzero()[:, 0] if keys.dtype == torch.bool else keys).to(positions.device)
-        return torch.isin(positions, chosen)
-    if not callable(keys):
-        chosen = torch.tensor(list(keys), dtype=positions.dtype, device=positions.device)
+    if isinstance(keys, torch.Tensor) or not callable(keys):
+        chosen = torch.tensor(positions_of(keys), dtype=positions.dtype, device=positions.device)
         return torch.isin(positions, chosen)
     found = keys(at)
     shape = tuple(positions.shape)

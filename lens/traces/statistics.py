@@ -16,7 +16,7 @@ from lens_kernels import AttentionGroups, AttentionResult
 
 from lens.common.choices import is_whole
 from lens.common.errors import LensError
-from lens.passes.calls import LayerCall, Places, attend, of_heads
+from lens.passes.calls import LayerCall, Places, attend, cut, of_heads
 from lens.traces.labels import MATCH_RULES, PREFIX, Labels
 from lens.traces.layouts import bias_table
 from lens.traces.shared import Shared, make_shared, prefix_is_moved
@@ -316,11 +316,11 @@ def strongest_keys(call: LayerCall) -> torch.Tensor:
         logits = call.query[:, :, part].float() @ every * call.scale
         if call.softcap is not None:
             logits = call.softcap * torch.tanh(logits / call.softcap)
-        if (bias := call.position_bias) is not None:
-            logits = logits + (bias if bias.shape[-2] == 1 else bias[..., part, :])
+        if call.position_bias is not None:
+            logits = logits + cut(call.position_bias, queries=part)
         if allowed is not None:
-            seen = allowed if allowed.shape[2] == 1 else allowed[:, :, part]
-            logits = logits.masked_fill(~seen.to(logits.device), -torch.inf)
+            seen = cut(allowed, queries=part).to(logits.device)
+            logits = logits.masked_fill(~seen, -torch.inf)
         found.append(logits.argmax(-1))
     return torch.cat(found, -1)
 
