@@ -93,8 +93,7 @@ def effect(
     named, draws = _named(controls, draws)
     doses = None if amounts is None else _doses(amounts)
     task = prompts if isinstance(prompts, Task) else None
-    if isinstance(model, LoadedModel):
-        model.check_part()
+    model.check_part()
     if task is None:
         check_predicts_next(model)
     else:

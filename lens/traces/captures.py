@@ -13,7 +13,7 @@ from lens.common.choices import Count, check_counts
 from lens.common.errors import LensError
 from lens.common.files import as_path
 from lens.common.progress import advancing
-from lens.models.loaded import LoadedModel, check_loaded
+from lens.models.loaded import LoadedModel
 from lens.passes.calls import LayerCall, attend
 from lens.passes.inputs import Prompt
 from lens.passes.pieces import check_pieces
@@ -180,7 +180,6 @@ def capture(
     if chunk is not None:
         check_chunk(chunk, settings)
     links = None if group is None else processes(group)
-    check_loaded(model)
     if model.towers:
         _refuse_with(
             "towers read several things at once; of one of them, model.part(...), this can be asked",

@@ -12,7 +12,7 @@ import torch
 from lens.common.errors import LensError
 from lens.common.given import given_as
 from lens.common.results import Result, Sentence, counted
-from lens.models.loaded import LoadedModel, check_loaded
+from lens.models.loaded import LoadedModel
 from lens.models.sizes import image_token
 from lens.traces.patches import grid_of
 
@@ -139,7 +139,6 @@ def segments(
     Example:
         >>> lens.vision.segments(vlm, inputs).findings()
     """
-    check_loaded(model)
     ids, config = inputs.get("input_ids"), model.model.config
     if not isinstance(ids, torch.Tensor) or ids.dim() != 2:
         raise LensError(

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field, replace
 import torch
 from lens_kernels import AttentionGroups, AttentionResult
 
-from lens.common.choices import is_whole
 from lens.common.errors import LensError
 from lens.passes.calls import LayerCall, Places, attend, cut, of_heads
 from lens.traces.labels import MATCH_RULES, PREFIX, Labels
@@ -141,19 +140,17 @@ def make_settings(
     """Checked settings.
 
     Raises:
-        LensError: a statistic or backend that does not exist, or a block size that is none.
+        LensError: a statistic that does not exist.
     """
     names = VARIABLES if statistics == "all" else statistics
     if not isinstance(names, Iterable) or isinstance(names, Mapping):
         raise LensError(f"statistics must be 'all' or a list of names, got {names!r}")
     if isinstance(names, str):
         raise LensError(f"statistics must be 'all' or a list of names, got the string {names!r}")
+    names = list(names)
     unknown = [str(name) for name in names if name not in VARIABLES]
     if unknown:
         raise LensError(f"unknown statistics {', '.join(unknown)}; known: {', '.join(VARIABLES)}")
-    names = list(names)
-    if not is_whole(block_size) or block_size < 1:
-        raise LensError(f"block_size must be a positive integer, got {block_size!r}; e.g. 64")
     return Settings(frozenset(names), block_size, keep_qk, backend)
 
 

@@ -388,6 +388,12 @@ def test_options_that_do_not_exist(options, expected):
             pytest.fail("the block must not be entered")
 
 
+def test_statistics_may_come_one_by_one():
+    names = ["lse", "entropy"]
+    found = lens.capture(lens.load(), "Call me Ishmael.", statistics=iter(names))
+    assert set(found.dataset.data_vars) == {*names, "visible"}
+
+
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
