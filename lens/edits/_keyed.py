@@ -34,11 +34,10 @@ class Plan:
 
     Attributes:
         rule: see `KeyedEdit`.
-        amount: of the rule.
+        amount: of the rule; 0 changes nothing.
         keys: what it is done to; None: whole rows.
         to: who receives ("move"); None: all other keys.
         queries: which rows; None: all.
-        nothing: the amount at which nothing changes.
     """
 
     rule: Rule
@@ -46,7 +45,6 @@ class Plan:
     keys: Keys | None
     to: Keys | None = None
     queries: Keys | None = None
-    nothing: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,8 +85,8 @@ class KeyedEdit(AttentionEdit):
             LensError: a key that is source and target, or a rule that needs a causal model.
         """
         plan, heads = self.plan, self._heads[call.layer].to(call.query.device)
-        nothing = plan.amount == plan.nothing and plan.queries is None
-        if nothing or not bool(heads.any()):
+        idle = plan.amount == 0 and plan.queries is None
+        if idle or not bool(heads.any()):
             return None
         if plan.keys is None:
             return _Asked(self, torch.zeros_like(at.positions, dtype=torch.bool), None, None, heads)
@@ -137,7 +135,7 @@ class KeyedEdit(AttentionEdit):
             numbers = given.heads.nonzero()[:, 0].tolist()
             for number, mass in zip(numbers, held[:, own.cpu()].T, strict=True):
                 self.before[HeadId(call.layer, number)] = mass
-            if plan.amount == plan.nothing:
+            if plan.amount == 0:
                 return rows, torch.zeros_like(chosen)
         result = new.where(chosen & ~stuck, rows)
         after = result.mass(counted)

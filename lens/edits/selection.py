@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pandas as pd
 
-from lens.common.head_ids import HeadId
+from lens.common.head_ids import head_columns
 from lens.common.results import Result, Sentence
 
 
@@ -42,10 +42,7 @@ class HeadSelection(Result):
             {
                 "layer": layers,
                 "head": heads,
-                "name": [
-                    str(HeadId(int(layer), int(head)))
-                    for layer, head in zip(layers, heads, strict=True)
-                ],
+                "name": head_columns(np.argwhere(self.edited).tolist())["name"],
                 "text_rows": self.text[layers, heads],
                 "visual_rows": self.visual[layers, heads],
                 "selected_rows": self.selected[layers, heads],

@@ -116,7 +116,7 @@ class Watch:
     def _keyed(self, edit: KeyedEdit, call: LayerCall, at: KeysAt, found: Tensor) -> Tensor:
         """[heads, keys] after one edit of keys in all heads; NaN where that is not known."""
         plan, unknown = edit.plan, torch.full_like(found, torch.nan)
-        if plan.amount == plan.nothing:
+        if plan.amount == 0:
             return found
         if plan.keys is None or (plan.queries is not None and self._rows is None):
             return unknown

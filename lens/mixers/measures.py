@@ -173,8 +173,7 @@ class _Walk:
         distance = torch.arange(start, end)[:, None] - torch.arange(first, last)
         rows = slice(start, end)
         self.output[:, rows] += tile @ self._phi.value[:, first:last]
-        logs = torch.where(size > 0, size.clamp(min=1e-300).log(), 0.0)
-        parts = [tile, size, tile.clamp(max=0).neg(), size * logs, size * distance]
+        parts = [tile, size, tile.clamp(max=0).neg(), torch.special.entr(size), size * distance]
         for number, part in enumerate(parts):
             self._sums[number, :, rows] += part.sum(-1)
         if first == 0:
@@ -188,13 +187,12 @@ class _Walk:
         if first + self._block <= start and whole and len(self._ranks) < _TILES:
             values = torch.linalg.svdvals(tile)
             share = values / values.sum(-1, keepdim=True).clamp(min=1e-300)
-            entropy = -(share * share.clamp(min=1e-300).log()).sum(-1)
-            self._ranks.append(entropy.exp())
+            self._ranks.append(torch.special.entr(share).sum(-1).exp())
             self._most.append((values > 1e-9 * values[:, :1]).sum(-1).double())
 
     def found(self, layer: int, kind: str, check: float) -> MixerMeasures:
         """The measures."""
-        mass, size, negative, logs, distance, first = self._sums
+        mass, size, negative, entropy, distance, first = self._sums
         z = torch.where(size > 0, size, torch.nan)
         queries = torch.arange(self._phi.length, 0, -1)
         unknown = torch.full((self._phi.heads,), torch.nan, dtype=torch.float64)
@@ -204,7 +202,7 @@ class _Walk:
             "mass": mass,
             "size": size,
             "negative": negative,
-            "entropy": z.log() - logs / z,
+            "entropy": z.log() + entropy / z,
             "distance": distance / z,
             "first_share": first / z,
         }

@@ -101,7 +101,8 @@ class Denoising(Result):
     def _rows(self, part: str, step: int) -> pd.DataFrame:
         trace = self.traces[part, step]
         heads = trace.every_head
-        columns = dict(head_columns(heads))
+        timestep = self.timesteps[self.steps.index(step)]
+        columns = {"part": part, "step": step, "timestep": timestep, **head_columns(heads)}
         columns["module"] = np.repeat(trace.attrs["modules"], trace.heads)
         nothing = np.full(len(heads), np.nan)
         seen = np.any(trace.visible.values > 0, axis=0)
@@ -119,11 +120,7 @@ class Denoising(Result):
                 other = "image" if name == "text" else "text"
                 mass = _mean(own[..., rows])
                 columns[f"{name}_to_{name}"], columns[f"{name}_to_{other}"] = mass, 1 - mass
-        found = pd.DataFrame(columns)
-        found.insert(0, "timestep", self.timesteps[self.steps.index(step)])
-        found.insert(0, "step", step)
-        found.insert(0, "part", part)
-        return found
+        return pd.DataFrame(columns)
 
     def findings(self) -> tuple[Sentence, ...]:
         """How the quadrants of joint attention ("quadrants") and the entropy of each part ("entropy") go over steps: the mean of

@@ -142,29 +142,22 @@ class Overlay(Result):
         values = np.nan_to_num(self._map(map_))
         order = np.sort(values.ravel())[::-1]
         enough = int((order.cumsum() < share * order.sum() * (1 - 1e-12)).sum())
-        labels, _ = ndimage.label(values >= order[enough], np.ones((3, 3)))  # pyright: ignore[reportGeneralTypeIssues]
-        rows = []
-        for number in range(1, int(labels.max()) + 1):
-            inside = labels == number
-            mass = values[inside].sum()
-            weights = np.where(inside, values, 0.0)
-            centre = [
-                float((weights.sum(1 - axis) * np.arange(values.shape[axis])).sum() / mass)
-                for axis in (0, 1)
-            ]
-            left, top, right, bottom = self.grid.cell(0, 0)
-            rows.append(
-                {
-                    "mass": float(mass / order.sum()),
-                    "patches": int(inside.sum()),
-                    "row": centre[0],
-                    "column": centre[1],
-                    "x": left + (centre[1] + 0.5) * (right - left),
-                    "y": top + (centre[0] + 0.5) * (bottom - top),
-                }
-            )
-        rows.sort(key=lambda one: -one["mass"])
-        return pd.DataFrame([{"region": number, **row} for number, row in enumerate(rows)])
+        labels, count = ndimage.label(values >= order[enough], np.ones((3, 3)))
+        each = np.arange(1, count + 1)
+        row, column = np.array(ndimage.center_of_mass(values, labels, each)).T
+        left, top, right, bottom = self.grid.cell(0, 0)
+        found = pd.DataFrame(
+            {
+                "mass": ndimage.sum_labels(values, labels, each) / order.sum(),
+                "patches": np.bincount(labels.ravel())[1:],
+                "row": row,
+                "column": column,
+                "x": left + (column + 0.5) * (right - left),
+                "y": top + (row + 0.5) * (bottom - top),
+            }
+        ).sort_values("mass", ascending=False, kind="stable", ignore_index=True)
+        found.insert(0, "region", np.arange(count))
+        return found
 
     def render(self, map_: int = 0, *, alpha: float = 0.6) -> np.ndarray:
         """[height, width, 3] uint8: the picture with the map over it, each pixel with the colour of its patch.
