@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from lens_kernels import AttentionMask
+from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Int
@@ -135,7 +137,7 @@ class MaskStructure:
         reach = keys if self.window is None else self.window
         first = (key if self.causal else key - reach + 1).clamp(min=keys - queries)
         last = (key + reach - 1).clamp(max=keys - 1)
-        before = torch.nn.functional.pad(real.cumsum(-1), (1, 0))  # [batch, keys + 1]
+        before = pad(real.cumsum(-1), (1, 0))  # [batch, keys + 1]
         return (before[:, last + 1] - before[:, first]).clamp(min=0) * real
 
 
@@ -223,8 +225,4 @@ def bounds_of(blocks: Int[Tensor, "batch tokens"], keys: int) -> Int[Tensor, "ba
         if len(named.unique()) < len(named):
             return None
         rows.append(start.nonzero()[:, 0])
-    longest = 1 + max(map(len, rows))
-    bounds = torch.full((len(rows), longest), keys)
-    for place, row in zip(bounds, rows, strict=True):
-        place[: len(row)] = row
-    return bounds
+    return pad(pad_sequence(rows, batch_first=True, padding_value=keys), (0, 1), value=keys)

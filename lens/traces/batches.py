@@ -12,6 +12,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from lens.common.errors import LensError
 from lens.models.loaded import LoadedModel
@@ -118,11 +119,9 @@ def _hidden(model: LoadedModel, rows: list[list[int]]) -> Tensor:
 
 def joined(model: LoadedModel, rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
     """Token ids as one batch, padded at the end, with a mask where some are."""
-    longest = max(map(len, rows))
-    ids = torch.zeros(len(rows), longest, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for number, row in enumerate(rows):
-        ids[number, : len(row)], mask[number, : len(row)] = torch.tensor(row), 1
+    several = [torch.tensor(row) for row in rows]
+    ids = pad_sequence(several, batch_first=True)
+    mask = pad_sequence([torch.ones_like(one) for one in several], batch_first=True)
     found = {"input_ids": ids} if bool(mask.all()) else {"input_ids": ids, "attention_mask": mask}
     return {name: tensor.to(model.device) for name, tensor in found.items()}
 

@@ -15,7 +15,7 @@ from lens.common.errors import LensError
 from lens.passes.denoising import DenoisingCall, Pass, denoiser_of, denoising_calls
 from lens.traces.denoised import Denoising
 from lens.traces.labels import Labels
-from lens.traces.latents import latent_grid
+from lens.traces.latents import LatentGrid, latent_grid
 from lens.traces.statistics import COMPARING, LayerRecord, Settings, make_settings, measure
 from lens.traces.trace import AttentionTrace, TraceWriter
 from lens.traces.writing import provenance
@@ -186,10 +186,12 @@ class _Keeping:
             named.append(part)
             if (again := named.count(part)) > 1:  # as many rows, but other keys or heads
                 part = f"{part}, {again}"
-            self._traces[part, one.step] = self._trace(kind, layers, grid, one)
+            self._traces[part, one.step] = self._trace(kind, layers, pictured, grid, one)
         self._passes.append(replace(one, inputs={}))
 
-    def _trace(self, kind: str, layers: list[_Layer], grid: Any, one: Pass) -> AttentionTrace:
+    def _trace(
+        self, kind: str, layers: list[_Layer], pictured: int, grid: LatentGrid | None, one: Pass
+    ) -> AttentionTrace:
         first, text = layers[0].record, layers[0].text
         writer = TraceWriter()
         for layer in layers:
@@ -200,7 +202,6 @@ class _Keeping:
             }
             writer.add_layer(layer.record.layer, kept)
         start, end = text or (0, 0)
-        pictured = first.queries - (end - start if kind == "joint" else 0)
         places = grid.names if grid else [str(number) for number in range(pictured)]
         words = self._names.of(end - start) if text else []
         rows = places
