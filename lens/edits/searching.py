@@ -170,17 +170,7 @@ def search_heads(
         )
     if not is_whole(most) or most < 1:
         raise LensError(f"most must be at least one head, got {most}")
-    check_between(0, 1, validation=[validation])
-    count = round(validation * task.n)
-    if not 2 <= count <= task.n - 2:
-        raise LensError(
-            f"validation={validation} of {task.n} prompts leaves {count} to choose with and "
-            f"{task.n - count} to judge by; each side needs two"
-        )
-    order = torch.from_numpy(np.random.default_rng(seed).permutation(task.n))
-    choosing, judging = (
-        task.take(rows.sort().values) for rows in order.split([count, task.n - count])
-    )
+    choosing, judging = _parted(task, validation, seed)
     base, base_test = (part.evaluate(model) for part in (choosing, judging))
 
     def gain(part: Task, clean: torch.Tensor, heads: Sequence[HeadId]) -> np.ndarray:
@@ -210,3 +200,17 @@ def search_heads(
         model=model.name,
         seed=seed,
     )
+
+
+def _parted(task: Task, validation: float, seed: int) -> tuple[Task, Task]:
+    """The task on the prompts that choose, and on those that judge."""
+    check_between(0, 1, validation=[validation])
+    count = round(validation * task.n)
+    if not 2 <= count <= task.n - 2:
+        raise LensError(
+            f"validation={validation} of {task.n} prompts leaves {count} to choose with and "
+            f"{task.n - count} to judge by; each side needs two"
+        )
+    order = torch.from_numpy(np.random.default_rng(seed).permutation(task.n))
+    first, second = order.split([count, task.n - count])
+    return task.take(first.sort().values), task.take(second.sort().values)

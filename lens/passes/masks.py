@@ -12,6 +12,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -138,10 +139,7 @@ def structured_mask(
         structure = replace(_spelled_out(allowed()), padding=padding, placed=True)
     structure = replace(structure, start=int(kv_offset), first=first)
     dtype = kwargs.get("dtype", torch.float32)
-
-    def entries() -> torch.Tensor:
-        return eager_mask(*arguments, dtype=dtype, use_vmap=use_vmap, device=device)
-
+    entries = partial(eager_mask, *arguments, dtype=dtype, use_vmap=use_vmap, device=device)
     mask = _stub(dtype, device, shape, entries)
     mask.structure = structure
     return mask
