@@ -132,9 +132,7 @@ def plain_keys(name: str, keys: Keys) -> Keys:
         LensError: as `lens.passes.keys.check_keys`.
     """
     check_keys(name, keys)
-    if isinstance(keys, str) or (callable(keys) and not isinstance(keys, torch.Tensor)):
-        return keys
-    return positions_of(keys)
+    return keys if isinstance(keys, str) or callable(keys) else positions_of(keys)
 
 
 def check_number(name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> None:

@@ -41,7 +41,7 @@ returns bool [keys] or [batch, keys]."""
 
 def check_keys(name: str, keys: Keys) -> None:
     """Raises LensError unless `keys` is one of `Keys`."""
-    if callable(keys) and not isinstance(keys, torch.Tensor):
+    if callable(keys):
         return
     if isinstance(keys, str):
         if keys != "first":
@@ -68,7 +68,7 @@ def check_fixed_keys(name: str, keys: Keys, what: str) -> None:
         LensError: a function of the call, too.
     """
     check_keys(name, keys)
-    if callable(keys) and not isinstance(keys, torch.Tensor):
+    if callable(keys):
         raise LensError(f"{name} of {what} are the same in every layer; give positions")
 
 
@@ -96,7 +96,7 @@ def members(name: str, keys: Keys, at: KeysAt) -> Bool[torch.Tensor, "batch keys
     positions, keys = at.positions, _tensor_of(keys)
     if isinstance(keys, str):
         return positions == 0
-    if isinstance(keys, torch.Tensor) or not callable(keys):
+    if not callable(keys):
         chosen = torch.tensor(positions_of(keys), dtype=positions.dtype, device=positions.device)
         return torch.isin(positions, chosen)
     found = keys(at)
