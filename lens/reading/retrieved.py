@@ -66,7 +66,7 @@ class RetrievalKinds(Result):
         """One row per kind (and "random") and number of masked heads: `by`, `masked`, `recall` with `_low`, `_high`, `clean`, `n`."""
         tables = []
         for by, found in zip((*KINDS, "random"), (*self.recalls, self.random), strict=True):
-            rows = columns("recall", found, self.seed)
+            rows = columns("recall", found, self.seed, trials=True)
             tables.append(pd.DataFrame({"by": by, "masked": self.masked, **rows}))
         return pd.concat(tables, ignore_index=True).assign(
             clean=self.clean.mean(), n=len(self.clean)
@@ -107,7 +107,7 @@ class RetrievalKinds(Result):
                     kind="heads",
                 )
             )
-        clean = mean_told(self.clean, self.seed, ".2f")
+        clean = mean_told(self.clean, self.seed, ".2f", trials=True)
         rows = {(row["by"], row["masked"]): row for row in self.recall().to_dict("records")}
         for count in self.masked:
             parts, random = [], rows["random", count]

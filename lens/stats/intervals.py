@@ -257,6 +257,7 @@ def columns(
     plain: bool = False,
     known: bool = False,
     shares: bool = True,
+    trials: bool = False,
 ) -> dict[str, Any]:
     """Columns of a table: `name`, a mean over units (such as prompts), and the ends of its interval.
 
@@ -267,16 +268,25 @@ def columns(
         plain: call the ends `low` and `high`, where the table has one interval; else `<name>_low`, `<name>_high`.
         known: leave units out that have NaN, of each row its own; else one of them makes the row NaN.
         shares: as in `over_units`; not of losses, scores and changes.
+        trials: units are trials that succeed, in whole or in part, or fail: where all did alike the ends are those of
+            `of_share`, as drawing again shows no other end, however few there are.
+
+    Example:
+        >>> from lens.stats.intervals import columns
+        >>> found = columns("recall", np.array([[1.0, 1, 1, 1]]), seed=0, trials=True)
+        >>> {name: value.round(2).tolist() for name, value in found.items()}
+        {'recall': [1.0], 'recall_low': [0.51], 'recall_high': [1.0]}
     """
     units = np.moveaxis(values, -1, 0)
     counted = ~np.isnan(units) if known else np.ones_like(units)
     low, high = over_units(np.where(counted, units, 0), counted, seed, shares=shares)
+    mean = np.ravel(known_mean(values) if known else values.mean(-1))
+    low, high = np.ravel(low), np.ravel(high)
+    for alike in (0.0, 1.0) if trials else ():
+        rows = (mean == alike) & ~np.isnan(low)
+        low[rows], high[rows] = of_share(alike, len(units))
     start = "" if plain else f"{name}_"
-    return {
-        name: np.ravel(known_mean(values) if known else values.mean(-1)),
-        f"{start}low": np.ravel(low),
-        f"{start}high": np.ravel(high),
-    }
+    return {name: mean, f"{start}low": low, f"{start}high": high}
 
 
 def known_mean(values: Shaped[np.ndarray, "..."], axis: int = -1) -> Float[np.ndarray, "..."]:

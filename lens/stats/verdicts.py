@@ -146,15 +146,17 @@ def by_chance(many: int, sides: int = 2) -> float:
     return (1 - LEVEL) * sides / 2 * many
 
 
-def mean_told(values: Shaped[np.ndarray, " units"], seed: int, form: str = ".3g") -> str:
-    """The mean over units (such as prompts) with its interval, in words.
+def mean_told(
+    values: Shaped[np.ndarray, " units"], seed: int, form: str = ".3g", *, trials: bool = False
+) -> str:
+    """The mean over units (such as prompts) with its interval, in words; `trials` as in `columns`.
 
     Example:
         >>> from lens.stats.verdicts import mean_told
         >>> mean_told(np.array([1.0, 2.0, 3.0, 2.0]), seed=0, form=".1f")
         '2.0 [0.6, 2.9]'
     """
-    (mean,), (low,), (high,) = columns("", values[None], seed).values()
+    (mean,), (low,), (high,) = columns("", values[None], seed, trials=trials).values()
     return f"{written(mean, form)}{ends(low, high, form)}"
 
 

@@ -106,7 +106,7 @@ def recalls(found: RetrievalKinds) -> str:
     """Recall by list and number of masked heads."""
     table = found.recall()
     lines = ["| masked | " + " | ".join([*KINDS, "random"]) + " |", "|--:" + "|--:" * 4 + "|"]
-    (mean,), (low,), (high,) = columns("clean", found.clean[None], found.seed).values()
+    (mean,), (low,), (high,) = columns("clean", found.clean[None], found.seed, trials=True).values()
     clean = f"{mean:.2f} [{low:.2f}, {high:.2f}]"
     lines.append(f"| 0 | {' | '.join([clean] * 4)} |")
     for count in found.masked:

@@ -10,11 +10,13 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
+from dash import html
 from lens_dashboards.circuit_edges import circuit_edges
 from lens_dashboards.head_columns import head_columns
 from lens_dashboards.library import Library
 from lens_dashboards.pages.circuits import _worth
 from lens_dashboards.pages.compare import _heads
+from lens_dashboards.pages.tabs import NEEDS
 from lens_dashboards.selection import Selection
 from lens_dashboards.server import create_app
 from lens_dashboards.views import RENDER, render
@@ -43,7 +45,8 @@ def site(serve, every_run):
 def words(parts):
     """All text of a page, as one string."""
     return json.dumps(
-        [part.to_plotly_json() for part in parts], default=lambda o: o.to_plotly_json()
+        [part.to_plotly_json() for part in parts],
+        default=lambda o: o.to_plotly_json() if hasattr(o, "to_plotly_json") else o.tolist(),
     )
 
 
@@ -317,6 +320,37 @@ def same_numbers(expected, got):
         np.testing.assert_allclose(np.asarray(got, float), np.asarray(expected, float), rtol=1e-6)
     else:
         assert list(got) == list(expected)
+
+
+def test_commands_in_messages_are_code(circuit_run):
+    library = Library(circuit_run.path.parent)
+    (told,) = (
+        part
+        for part in _every(render(library, f"/run/{circuit_run.id}/policies", ""), "P")
+        if getattr(part, "className", "") == "small"
+    )
+    assert [one.children for one in told.children if isinstance(one, html.Code)] == [
+        "lens policies"
+    ]
+    assert told.children[1].startswith(" needs text, and this run has copied prompts alone;")
+
+
+def test_no_page_shows_the_marks_of_code(every_run):
+    library = Library(every_run)
+    marked = [
+        (run.id, page)
+        for run in library.runs()
+        for page in (
+            "",
+            *(f"/{name}" for name in ("heads", "maps", "atlas", "provenance", *NEEDS)),
+            *(f"/analysis/{name}" for name in run.sections),
+        )
+        if "`" in words(render(library, f"/run/{run.id}{page}", ""))
+    ]
+    assert marked == []
+    same = library.runs()[0].id
+    for page in ("/jobs", "/compare", "/run/none", f"/compare?a={same}&b={same}"):
+        assert "`" not in words(render(library, *page.partition("?")[::2]))
 
 
 def test_no_figure_is_large(

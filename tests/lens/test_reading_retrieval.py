@@ -176,6 +176,12 @@ def test_masked_heads_are_those_of_the_list(copying, found):
     rows = found.recall()
     assert rows[rows["masked"] == 3]["recall"].iloc[:3].max() < found.clean.mean()
     assert set(rows["by"]) == {*KINDS, "random"}
+    alike = rows[rows["recall"].isin([0.0, 1.0])]
+    assert len(alike)
+    assert (alike["recall_high"] - alike["recall_low"] > 0.3).all()
+    said = next(one for one in found.findings() if one.kind == "masked")
+    assert "1.00 [1.00, 1.00]" not in said
+    assert "0.00 [0.00, 0.00]" not in said
 
 
 def test_random_heads_are_as_many_as_masked_ones_or_none(copying, monkeypatch):

@@ -166,7 +166,7 @@ SAID = {
         "Retrieval heads by what they bring from it to the answer (output): L0H2 0.9 [0.9, 0.9], L0H0 0.5 [0.5, 0.5], "
         "L0H1 0.1 [0.1, 0.1] come first; the median head has 0.5.",
         "Recall is 0.75 [0.00, 1.00] over 2 trials; without the first 1: literal 0.50 [0.50, 0.50], query 0.25 [0.25, "
-        "0.25], output 0.00 [0.00, 0.00]; without random others 0.70 [0.70, 0.70].",
+        "0.25], output 0.00 [0.00, 0.66]; without random others 0.70 [0.70, 0.70].",
         "Rank correlations of 3 heads: literal and query -1.00, literal and output -0.50, query and output 0.50.",
     ],
     terms: [

@@ -68,7 +68,7 @@ def edges(subject: Subject) -> Section:
             *stable.findings(),
         ),
         limits=(
-            "Scores are first-order estimates unless the method is `exact`; what they are worth, the "
+            "Scores are first-order estimates unless the method is exact; what they are worth, the "
             "section on the circuit says.",
             f"The table has the {len(table):,} largest of {scores.graph.n:,} edges; all are in "
             f"{IMPORTANCES}.",

@@ -69,8 +69,9 @@ def retrieval_kinds(subject: Subject) -> Section:
 
 def _without(own: Mapping[Any, Any], chance: Mapping[Any, Any], many: int) -> Headline:
     """Recall without the first heads of a list, beside random others."""
+    first = "head" if own["masked"] == 1 else f"{own['masked']} heads"
     return beside(
-        f"Without the first {own['masked']} retrieval heads ({own['by']}) recall of needles is "
+        f"Without the first {first} of retrieval ({own['by']}) recall of needles is "
         f"{with_ends(own, 'recall', '.2f')}, without as many random others {with_ends(chance, 'recall', '.2f')}.",
         "recall",
         own,

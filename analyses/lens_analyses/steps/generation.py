@@ -122,7 +122,7 @@ def _headlines(heads: pd.DataFrame) -> Iterator[Headline]:
 
 _COLUMNS = {
     "prompt_id": "Prompt that was written on.",
-    "prompt": "In `texts` the end of the prompt; else the share of attention that is on tokens of the prompt, mean over the rows of the tokens that were written.",
+    "prompt": "In the table texts the end of the prompt; else the share of attention that is on tokens of the prompt, mean over the rows of the tokens that were written.",
     "written": "What the model wrote after it.",
     "prompt_tokens": "Tokens of the prompt.",
     "tokens": "Tokens that were written.",

@@ -72,7 +72,7 @@ def _headlines(sweep: SkipSweep, seed: int) -> tuple[Headline, ...]:
 
 
 _COLUMNS = {
-    "name": "The sub-layer; in `removal` the last one taken out.",
+    "name": "The sub-layer; in the table removal the last one taken out.",
     "drop": "What the task loses without it, positive = worse, in units of the metric.",
     "distance": "Mean distance of the outputs from those of the whole model.",
     "layer": "Layer, from 0.",

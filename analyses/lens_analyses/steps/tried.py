@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 _RANDOM = 4  # heads beside those that are first
 COLUMNS = {
     "task": "What was measured.",
-    "by": "The estimate that puts the head first, or `random`.",
+    "by": "The estimate that puts the head first, or random.",
     "name": "The head.",
     "layer": "Layer, from 0.",
     "head": "Head in the layer, from 0.",
     "estimate": "What that estimate says that is lost without it; of a random head, the first estimate.",
     "value": "What was lost when it was taken away. Positive: the task goes worse, in units of the metric.",
-    "low": "Low end of the 95 % interval of `value` over prompts.",
+    "low": "Low end of the 95 % interval of the value over prompts.",
     "high": "High end of it.",
     "baseline": "What was put in place of the head's output.",
     "n": "Number of prompts.",

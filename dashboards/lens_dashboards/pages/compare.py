@@ -23,6 +23,7 @@ from lens_dashboards.pages.parts import (
     select,
     trail,
 )
+from lens_dashboards.pages.words import coded
 from lens_dashboards.selection import Selection, usual_metric
 
 _MOST_ROWS = 60
@@ -54,7 +55,11 @@ def page(library: Library, view: Selection) -> list[Any]:
     try:
         found = _compare(library.run(a), library.run(b))
     except LensError as error:
-        return [*top, choose, card(html.P(str(error), className="problem"), className="error")]
+        return [
+            *top,
+            choose,
+            card(html.P(coded(str(error)), className="problem"), className="error"),
+        ]
     return [
         *top,
         choose,

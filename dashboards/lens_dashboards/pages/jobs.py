@@ -7,13 +7,14 @@ from dash import ClientsideFunction, Dash, Input, Output, dcc, html
 from lens_dashboards.job_routes import READ_ONLY
 from lens_dashboards.library import Library
 from lens_dashboards.pages.parts import card, named
+from lens_dashboards.pages.words import coded
 from lens_dashboards.selection import Selection
 
 
 def page(library: Library, view: Selection) -> list[Any]:
     """Places for the form, the queue and the log; without a desk the reason, and nothing asks the server."""
     if not library.starts_jobs:
-        told = html.Div(READ_ONLY, className="banner partial")
+        told = html.Div(coded(READ_ONLY), className="banner partial")
         return [html.H1("Jobs"), html.Div(told, id="jobs-notice", role="status")]
     return [
         html.H1("Jobs"),

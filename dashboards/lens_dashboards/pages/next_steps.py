@@ -10,6 +10,7 @@ from lens.runs import Run
 from lens.runs.commands import analysis, settings
 from lens_dashboards.library import Library
 from lens_dashboards.pages.parts import card
+from lens_dashboards.pages.words import coded
 
 WORDS = {
     "heads": "what each head does, which matter, which are alike and which may go",
@@ -53,7 +54,7 @@ def step(library: Library, run: Run, command: str) -> list[Any]:
         config = run.config
         line, given = analysis(run.path, config, command), settings(config, command)
     except LensError as reason:
-        return [html.P(f"{reason}.", className="small")]
+        return [html.P(coded(f"{reason}."), className="small")]
     parts: list[Any] = [html.Pre(html.Code(line))]
     if library.starts_jobs:
         button = html.Button(

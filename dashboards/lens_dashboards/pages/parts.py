@@ -16,6 +16,7 @@ from lens.runs.commands import again
 from lens.runs.sections import Section
 from lens_dashboards.library import remarks
 from lens_dashboards.pages.tabs import tabs
+from lens_dashboards.pages.words import coded
 from lens_dashboards.selection import Selection
 
 _HEIGHT = 400  # of a figure that names none
@@ -58,19 +59,9 @@ def note_banner(text: str) -> html.Div:
 
 def error_card(text: str, view: Selection) -> html.Section:
     """What went wrong and what to do, instead of a blank page."""
-    return card(
-        [
-            html.P(text, className="problem"),
-            html.P(
-                [
-                    dcc.Link("All runs", href="/"),
-                    *([f" · run {view.run}"] if view.run else []),
-                ]
-            ),
-        ],
-        className="error",
-        role="alert",
-    )
+    links = [dcc.Link("All runs", href="/"), f" · run {view.run}" if view.run else ""]
+    told = [html.P(coded(text), className="problem"), html.P(links)]
+    return card(told, className="error", role="alert")
 
 
 def fault_card(fault: Exception, link: str) -> html.Section:

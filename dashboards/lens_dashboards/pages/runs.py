@@ -9,6 +9,7 @@ from lens.common.errors import LensError
 from lens.runs import BrokenRun, Run
 from lens_dashboards.library import Library
 from lens_dashboards.pages.parts import card, chip, named, number, remember, select
+from lens_dashboards.pages.words import coded
 from lens_dashboards.selection import Selection
 
 _SORTED: dict[str, Callable[[Run], Any]] = {
@@ -206,7 +207,7 @@ def _broken_row(run: BrokenRun) -> html.Tr:
 def _empty(reason: str) -> html.Section:
     return card(
         [
-            html.P(reason),
+            html.P(coded(reason)),
             html.P("Make one, then reload this page:"),
             html.Pre(html.Code("lens demo --no-view\nlens run --text-name moby-dick --tokens 128")),
         ],

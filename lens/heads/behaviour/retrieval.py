@@ -69,7 +69,7 @@ class RetrievalScores(Result):
         """One row per head: `name`, `layer`, `head`, `retrieval`, `retrieval_low`, `retrieval_high`
         (95 % bootstrap over trials), `n` trials that count of `trials`."""
         found = head_columns(all_heads(range(len(self.values)), self.values.shape[1]))
-        found |= columns("retrieval", self.per_trial, seed)
+        found |= columns("retrieval", self.per_trial, seed, trials=True)
         return pd.DataFrame(found | {"n": self.n, "trials": len(self.recall)})
 
     def findings(self) -> tuple[Sentence, ...]:

@@ -6,8 +6,8 @@ import pytest
 from lens import stats
 from lens.common.errors import LensError
 from lens.stats import intervals
-from lens.stats.intervals import around, known_mean, longer, of_share
-from lens.stats.verdicts import leave_out_0, of_many
+from lens.stats.intervals import around, columns, known_mean, longer, of_share
+from lens.stats.verdicts import leave_out_0, mean_told, of_many
 
 T = {8: 2.306004, 40: 2.021075}  # of Student's t by its degrees of freedom: 2.5 % lie above it
 Z = 1.959964  # of a normal
@@ -203,3 +203,18 @@ def test_a_mean_of_what_is_known_leaves_out_the_rest():
         known = [line[~np.isnan(line)] for line in lines]
         expected = [np.sum(line) / len(line) if len(line) else np.nan for line in known]
         assert known_mean(values, axis) == pytest.approx(expected, nan_ok=True)
+
+
+@pytest.mark.parametrize("alike", [0.0, 1.0])
+def test_trials_that_all_did_alike_have_an_interval(alike):
+    """Four that all came back do not say that the next one will; of scores that are equal nothing is made up."""
+    values = np.array([[alike] * 4, [0.2, 0.4, 0.9, 1.0], [0.5] * 4])
+    found, plain = (columns("x", values, 0, trials=one) for one in (True, False))
+    assert (found["x_low"][0], found["x_high"][0]) == of_share(alike, 4)
+    for end in ("x_low", "x_high"):
+        np.testing.assert_array_equal(found[end][1:], plain[end][1:])
+        assert plain[end][0] == alike
+    one = columns("x", np.array([[alike]]), 0, trials=True)
+    assert np.isnan([one["x_low"], one["x_high"]]).all()
+    told = mean_told(np.full(4, alike), 0, ".2f", trials=True)
+    assert told == {0.0: "0.00 [0.00, 0.49]", 1.0: "1.00 [0.51, 1.00]"}[alike]
