@@ -115,19 +115,18 @@ class JoinedHeads(Result):
         }[verdict(lows[0], highs[0])]
 
     def _finding(self, row: dict) -> Sentence:
-        interval = f"[{row['full_low']:+z.3g}, {row['full_high']:+z.3g}]"
+        effect = f"{row['name']}: effect {with_ends(row, 'full', '+.3g')}"
         looks = (
             f"its last answer's row looks most at {row['attends_to']!r} in {row['attends_prompts']} of {row['n']} prompts "
             f"(with {row['attends_mass']:.0%} of it) and has {row['first_key']:.0%} on the first key, mean of all"
         )
         if row["full_low"] <= 0 <= row["full_high"]:
-            text = f"{row['name']}: effect {row['full']:+z.3g} {interval}, the interval holds 0; {looks}."
-            return Sentence(text, kind="none")
+            return Sentence(f"{effect}, the interval holds 0; {looks}.", kind="none")
         if np.isnan(row["full_low"]):
-            interval = "(one prompt, no interval)"
+            effect += " (one prompt, no interval)"
         through = self._through(row)
         text = (
-            f"{row['name']}: effect {row['full']:+z.3g} {interval} {self.metric}"
+            f"{effect} {self.metric}"
             f"{through} (pattern {with_ends(row, 'pattern', '+.3g')}, value {with_ends(row, 'value', '+.3g')}, interaction "
             f"{with_ends(row, 'interaction', '+.3g')}); {looks}; without the first key the effect is "
             f"{with_ends(row, 'without_sink', '+.3g')}."

@@ -16,7 +16,7 @@ from lens.common.choices import Seed, check_lists
 from lens.common.errors import LensError
 from lens.common.given import given_as
 from lens.common.head_ids import head_columns
-from lens.common.results import Result, Sentence, by_size, few
+from lens.common.results import Result, Sentence, by_size, few, with_ends
 from lens.runs.comparison.first_token import emerged, first_token
 from lens.runs.comparison.pairing import SEEN, SHARES
 from lens.runs.comparison.two_runs import compare_runs
@@ -96,7 +96,7 @@ class RunSeries(Result):
         return [
             Sentence(
                 f"{row['name']} {METRICS[row['metric']].label.lower()} on {KIND_WORDS[row['prompts']]} changes by "
-                f"{row['since_last']:+z.2f} [{row['since_last_low']:+z.2f}, {row['since_last_high']:+z.2f}] from "
+                f"{with_ends(row, 'since_last', '+.2f')} from "
                 f"{self.names[row['place'] - 1]} to {row['run']}, where it is {row['value']:.2f} ({row['since_last_n']} shared "
                 "prompts).",
                 kind="jump",
